@@ -1,0 +1,166 @@
+"""What a model is: its architecture, its gate, and the preprocessing and class names that travel with it."""
+
+import dataclasses
+import difflib
+import typing
+
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic")
+
+
+@dataclasses.dataclass(frozen=True)
+class Preprocessing:
+    """How an image becomes what the model takes; values per channel, in units of 0..1 pixels."""
+
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    crop_fraction: float = 0.875  # the model sees this part of the resized image (224 of 256)
+    interpolation: str = "bicubic"
+
+    def __post_init__(self) -> None:
+        if len(self.mean) != len(self.std):
+            raise ValueError(f"mean has {len(self.mean)} channels and std {len(self.std)}: give both the same number")
+        if self.interpolation not in INTERPOLATIONS:
+            raise ValueError(f"interpolation {self.interpolation!r} is unknown: choose one of {INTERPOLATIONS}")
+
+
+@dataclasses.dataclass(frozen=True)
+class AViTConfig:
+    """Architecture and gate of a model; hashable, and written as JSON beside every checkpoint.
+
+    gate_scale None is a plain ViT: no token ever halts. Raises ValueError where the numbers do not fit together.
+    """
+
+    image_size: int | tuple[int, int] = 224
+    patch_size: int = 16
+    in_channels: int = 3
+    num_classes: int = 1000
+    embed_dim: int = 192
+    depth: int = 12
+    num_heads: int = 3
+    mlp_ratio: float = 4.0
+    qkv_bias: bool = True
+    distilled: bool = False
+    gate_scale: float | None = None
+    gate_center: float | None = None
+    halt_epsilon: float = 0.01
+    drop_rate: float = 0.0
+    drop_path_rate: float = 0.0
+    dtype: str = "float32"
+    remat: bool = False
+    preprocessing: Preprocessing = Preprocessing()
+    class_names: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("patch_size", "in_channels", "num_classes", "embed_dim", "depth", "num_heads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        for side, size in zip(("height", "width"), self.image_shape, strict=True):
+            if size < self.patch_size or size % self.patch_size:
+                raise ValueError(
+                    f"image {side} {size} is not divisible by patch_size {self.patch_size}: change image_size or patch_size"
+                )
+        if self.embed_dim % self.num_heads:
+            raise ValueError(
+                f"embed_dim {self.embed_dim} is not divisible by num_heads {self.num_heads}: change one of them"
+            )
+        if (self.gate_scale is None) != (self.gate_center is None):
+            raise ValueError(
+                f"gate_scale is {self.gate_scale} and gate_center {self.gate_center}: give both, or None for both"
+            )
+        if not 0 < self.halt_epsilon < 1:
+            raise ValueError(f"halt_epsilon is {self.halt_epsilon}: it must lie between 0 and 1")
+        for name in ("drop_rate", "drop_path_rate"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 0 and below 1")
+        if self.dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"dtype {self.dtype!r} is unknown: choose float32 or bfloat16")
+        if self.class_names is not None and len(self.class_names) != self.num_classes:
+            raise ValueError(f"{len(self.class_names)} class_names for num_classes {self.num_classes}: give one for each")
+
+    @property
+    def image_shape(self) -> tuple[int, int]:
+        """(height, width) in pixels."""
+        return (self.image_size, self.image_size) if isinstance(self.image_size, int) else self.image_size
+
+    @property
+    def patch_grid(self) -> tuple[int, int]:
+        """(rows, columns) of patches."""
+        height, width = self.image_shape
+        return height // self.patch_size, width // self.patch_size
+
+    @property
+    def num_special(self) -> int:
+        """Tokens before the patches: class, and distillation where there is one."""
+        return 2 if self.distilled else 1
+
+    @property
+    def num_tokens(self) -> int:
+        return self.num_special + self.patch_grid[0] * self.patch_grid[1]
+
+    @property
+    def mlp_dim(self) -> int:
+        return int(self.embed_dim * self.mlp_ratio)
+
+    @property
+    def halts(self) -> bool:
+        return self.gate_scale is not None
+
+    def to_json(self) -> dict[str, typing.Any]:
+        """Three parts, all plain JSON: model, preprocessing, class_names."""
+        model = dataclasses.asdict(self)
+        return {"preprocessing": model.pop("preprocessing"), "class_names": model.pop("class_names"), "model": model}
+
+    @classmethod
+    def from_json(cls, parts: dict[str, typing.Any]) -> "AViTConfig":
+        """The inverse of to_json."""
+        preprocessing = {k: tuple(v) if isinstance(v, list) else v for k, v in parts["preprocessing"].items()}
+        return config_from(
+            None, **parts["model"], class_names=parts["class_names"], preprocessing=Preprocessing(**preprocessing)
+        )
+
+
+# DeiT's sizes (arXiv 2012.12877); the gates are those of the published recipe (base: our choice, as small).
+_SIZES = {
+    "tiny": {"embed_dim": 192, "num_heads": 3},
+    "small": {"embed_dim": 384, "num_heads": 6},
+    "base": {"embed_dim": 768, "num_heads": 12},
+}
+_GATES = {"tiny": (10.0, 30.0), "small": (10.0, 75.0), "base": (10.0, 75.0)}
+
+PRESETS: dict[str, AViTConfig] = {
+    f"{family}_{size}{'_distilled' if distilled else ''}_patch16_{image_size}": AViTConfig(
+        image_size=image_size,
+        distilled=distilled,
+        gate_scale=_GATES[size][0] if family == "avit" else None,
+        gate_center=_GATES[size][1] if family == "avit" else None,
+        **_SIZES[size],
+    )
+    for family in ("avit", "deit")
+    for size in _SIZES
+    for distilled in (False, True)
+    for image_size in (224, 384)
+}
+
+
+def nearest(name: str, known: typing.Iterable[str]) -> str:
+    """A hint for a name that is not known: the closest one, or all of them."""
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
+
+
+def config_from(preset: str | None, **overrides: typing.Any) -> AViTConfig:
+    """The configuration of a preset (None: AViTConfig's defaults), with fields replaced.
+
+    Raises ValueError for an unknown preset or field, naming the nearest one.
+    """
+    if preset is not None and preset not in PRESETS:
+        raise ValueError(f"there is no preset {preset!r}: {nearest(preset, PRESETS)}")
+    fields = {field.name for field in dataclasses.fields(AViTConfig)}
+    for name in overrides:
+        if name not in fields:
+            raise ValueError(f"AViTConfig has no field {name!r}: {nearest(name, fields)}")
+    for name in ("image_size", "class_names"):
+        if isinstance(overrides.get(name), list):
+            overrides[name] = tuple(overrides[name])
+    return dataclasses.replace(PRESETS[preset] if preset else AViTConfig(), **overrides)

@@ -1,0 +1,31 @@
+"""Work, counted in multiply-adds from the depths at which tokens stopped (arXiv 2112.07658; papers call it FLOPs)."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+
+def block_macs(active: Float[Array, "..."], embed_dim: int, mlp_dim: int) -> Float[Array, "..."]:
+    """Multiply-adds of one block with `active` tokens: n * (4 d^2 + 2 d m) in the linear layers, 2 n^2 d in attention."""
+    return active * (4 * embed_dim**2 + 2 * embed_dim * mlp_dim) + 2 * active**2 * embed_dim
+
+
+def image_gmacs(
+    token_depth: Int[Array, "b n"],
+    *,
+    depth: int,
+    embed_dim: int,
+    mlp_dim: int,
+    patch_values: int,
+    num_special: int,
+    num_classes: int,
+) -> Float[Array, " b"]:
+    """10^9 multiply-adds of each image: patch embedding, the active tokens of every block, and the heads.
+
+    patch_values is patch_size^2 * in_channels; one head for each special token. Norms, softmax and GELU do not count,
+    as in the papers.
+    """
+    layers = jnp.arange(1, depth + 1)
+    active = (token_depth[:, :, None] >= layers).sum(1).astype(jnp.float32)
+    embedding = (token_depth.shape[1] - num_special) * patch_values * embed_dim
+    heads = num_special * embed_dim * num_classes
+    return (block_macs(active, embed_dim, mlp_dim).sum(-1) + embedding + heads) / 1e9

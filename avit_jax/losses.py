@@ -1,0 +1,119 @@
+"""The training objective: classification (with distillation), ponder cost, and the prior over halting depths."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int
+
+PRIORS = ("official", "kl")
+DISTILLATIONS = ("none", "hard", "soft")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LossTerms:
+    """The weighted terms of the objective; `total` is their sum."""
+
+    classification: Float[Array, ""]
+    ponder: Float[Array, ""]
+    prior: Float[Array, ""]
+
+    @property
+    def total(self) -> Float[Array, ""]:
+        return self.classification + self.ponder + self.prior
+
+
+def classification_loss(
+    logits: Float[Array, "b c"], targets: Int[Array, " b"] | Float[Array, "b c"], label_smoothing: float = 0.0
+) -> Float[Array, ""]:
+    """Mean cross entropy, in nats; targets are labels or distributions (mixup), smoothed towards uniform."""
+    if jnp.issubdtype(targets.dtype, jnp.integer):
+        targets = jax.nn.one_hot(targets, logits.shape[-1])
+    return optax.softmax_cross_entropy(logits, optax.smooth_labels(targets, label_smoothing)).mean()
+
+
+def distillation_loss(
+    head_logits: Float[Array, "heads b c"],
+    targets: Int[Array, " b"] | Float[Array, "b c"],
+    teacher_logits: Float[Array, "b c"] | None = None,
+    *,
+    kind: str = "none",
+    weight: float = 0.5,
+    temperature: float = 1.0,
+    label_smoothing: float = 0.0,
+) -> Float[Array, ""]:
+    """Classification with a teacher (DeiT, arXiv 2012.12877, equations 2 and 3), in nats.
+
+    (1 - weight) * CE(class head, targets) + weight * term, where the term of the last head is CE with the teacher's
+    decision ("hard") or temperature^2 * KL(teacher || student) ("soft"). "none": the mean logits against the targets.
+    Raises ValueError for an unknown kind, or where the teacher's logits are missing.
+    """
+    if kind not in DISTILLATIONS:
+        raise ValueError(f"distillation {kind!r} is unknown: choose one of {', '.join(DISTILLATIONS)}")
+    if kind == "none":
+        return classification_loss(head_logits.mean(0), targets, label_smoothing)
+    if teacher_logits is None:
+        raise ValueError(f"distillation {kind!r} needs the teacher's logits")
+    student = head_logits[-1]
+    if kind == "hard":
+        term = classification_loss(student, teacher_logits.argmax(-1))
+    else:
+        log_student = jax.nn.log_softmax(student / temperature)
+        log_teacher = jax.nn.log_softmax(teacher_logits / temperature)
+        term = temperature**2 * optax.kl_divergence_with_log_targets(log_student, log_teacher).mean()
+    return (1 - weight) * classification_loss(head_logits[0], targets, label_smoothing) + weight * term
+
+
+def ponder_loss(ponder_cost: Float[Array, "b n"]) -> Float[Array, ""]:
+    """Mean ponder cost over images and tokens, in layers (arXiv 2112.07658)."""
+    return ponder_cost.mean()
+
+
+def log_depth_prior(num_layers: int, kind: str, target_depth: float) -> Float[Array, " l"]:
+    """Logarithm of the target distribution over layers 1..L: a bell of deviation 1 around a layer.
+
+    "kl": the normal density at 1..L around target_depth, normalised. "official": as the published code has it, around
+    layer 9 whatever target_depth says, times 0.98 / (sum of the first 8 values); it does not sum to 1.
+    Raises ValueError for an unknown kind.
+    """
+    layers = jnp.arange(1, num_layers + 1, dtype=jnp.float32)
+    if kind == "official":
+        log_density = jax.scipy.stats.norm.logpdf(layers, 9.0)
+        return log_density + jnp.log(0.98) - jax.nn.logsumexp(log_density[:8])
+    if kind == "kl":
+        return jax.nn.log_softmax(jax.scipy.stats.norm.logpdf(layers, target_depth))
+    raise ValueError(f"prior {kind!r} is unknown: choose one of {', '.join(PRIORS)}")
+
+
+def prior_loss(
+    layer_halting_mean: Float[Array, " l"], kind: str = "kl", target_depth: float = 9.0
+) -> Float[Array, ""]:
+    """How far the mean halting scores H by layer are from the depth prior p, in nats; q = H / sum(H).
+
+    "kl": KL(q || p), as in the paper. "official": sum(p * (log p - log q)) / L with q clipped to 0.01..0.99, counted
+    when positive. q is computed as softmax(log(max(H, tiny))): a far gate gives H near 1e-33, where the gradient of
+    the plain quotient overflows. Raises ValueError for an unknown kind.
+    """
+    log_prior = log_depth_prior(layer_halting_mean.shape[0], kind, target_depth)
+    log_halting = jnp.log(jnp.maximum(layer_halting_mean, jnp.finfo(jnp.float32).tiny))
+    if kind == "official":
+        q = jnp.clip(jax.nn.softmax(log_halting), 0.01, 0.99)
+        return jax.nn.relu(jnp.sum(jnp.exp(log_prior) * (log_prior - jnp.log(q))) / log_prior.shape[0])
+    log_q = jax.nn.log_softmax(log_halting)
+    return jnp.sum(jnp.exp(log_q) * (log_q - log_prior))
+
+
+def halting_losses(
+    halting_scores: Float[Array, "l b n"],
+    ponder_cost: Float[Array, "b n"],
+    *,
+    ponder_weight: float,
+    prior_weight: float,
+    prior: str,
+    prior_target_depth: float,
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """The two weighted halting terms: ponder_weight * mean ponder cost and prior_weight * prior."""
+    prior_term = prior_loss(halting_scores.mean((1, 2)), prior, prior_target_depth)
+    return ponder_weight * ponder_loss(ponder_cost), prior_weight * prior_term
