@@ -1,1 +1,20 @@
 """Adaptive-token vision transformers (A-ViT, arXiv 2112.07658) in JAX."""
+
+from avit_jax.checkpoint import load, save
+from avit_jax.config import PRESETS, AViTConfig, Preprocessing
+from avit_jax.convert import from_torch_state_dict
+from avit_jax.model import AViT, AViTOutput, create
+from avit_jax.preprocessing import preprocess
+
+__all__ = [
+    "PRESETS",
+    "AViT",
+    "AViTConfig",
+    "AViTOutput",
+    "Preprocessing",
+    "create",
+    "from_torch_state_dict",
+    "load",
+    "preprocess",
+    "save",
+]

@@ -2,7 +2,8 @@
 
 import dataclasses
 import difflib
-import typing
+from collections.abc import Iterable
+from typing import Any
 
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic")
 
@@ -105,13 +106,13 @@ class AViTConfig:
     def halts(self) -> bool:
         return self.gate_scale is not None
 
-    def to_json(self) -> dict[str, typing.Any]:
+    def to_json(self) -> dict[str, Any]:
         """Three parts, all plain JSON: model, preprocessing, class_names."""
         model = dataclasses.asdict(self)
         return {"preprocessing": model.pop("preprocessing"), "class_names": model.pop("class_names"), "model": model}
 
     @classmethod
-    def from_json(cls, parts: dict[str, typing.Any]) -> "AViTConfig":
+    def from_json(cls, parts: dict[str, Any]) -> "AViTConfig":
         """The inverse of to_json."""
         preprocessing = {k: tuple(v) if isinstance(v, list) else v for k, v in parts["preprocessing"].items()}
         return config_from(
@@ -142,14 +143,14 @@ PRESETS: dict[str, AViTConfig] = {
 }
 
 
-def nearest(name: str, known: typing.Iterable[str]) -> str:
+def nearest(name: str, known: Iterable[str]) -> str:
     """A hint for a name that is not known: the closest one, or all of them."""
     known = sorted(known)
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
 
 
-def config_from(preset: str | None, **overrides: typing.Any) -> AViTConfig:
+def config_from(preset: str | None, **overrides: Any) -> AViTConfig:
     """The configuration of a preset (None: AViTConfig's defaults), with fields replaced.
 
     Raises ValueError for an unknown preset or field, naming the nearest one.

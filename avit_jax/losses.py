@@ -62,7 +62,7 @@ def distillation_loss(
     else:
         log_student = jax.nn.log_softmax(student / temperature)
         log_teacher = jax.nn.log_softmax(teacher_logits / temperature)
-        term = temperature**2 * optax.kl_divergence_with_log_targets(log_student, log_teacher).mean()
+        term = temperature**2 * optax.losses.kl_divergence_with_log_targets(log_student, log_teacher).mean()
     return (1 - weight) * classification_loss(head_logits[0], targets, label_smoothing) + weight * term
 
 

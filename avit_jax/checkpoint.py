@@ -1,0 +1,162 @@
+"""Models and training states on disk, with orbax; every checkpoint says what it is (config.json or a config item)."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from flax import nnx
+
+from avit_jax.config import AViTConfig, config_from
+from avit_jax.convert import from_torch_state_dict, read_pth
+from avit_jax.model import AViT
+
+
+def save(model: AViT, path: str | Path) -> None:
+    """Write a model as a folder: config.json (architecture, preprocessing, class names) and params/ (orbax).
+
+    Raises ValueError where the folder exists already: nothing is overwritten.
+    """
+    path = Path(path).absolute()
+    if path.exists():
+        raise ValueError(f"{path} exists already: choose another path or remove it")
+    path.mkdir(parents=True)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(path / "params", nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+    # Last, so that a folder with config.json is a whole one.
+    (path / "config.json").write_text(json.dumps(model.config.to_json(), indent=2) + "\n")
+
+
+def load(path: str | Path, preset: str | None = None, *, ema: bool = False, **overrides: Any) -> AViT:
+    """A model from what `save` or a training run wrote (the newest step), or from a .pth with timm's names.
+
+    Folders carry their own configuration: preset does not apply to them, overrides (AViTConfig fields) do. ema: the
+    moving average's weights. Raises ValueError where the path is missing, incomplete, or of another architecture
+    (naming the parameter and both shapes).
+    """
+    path = Path(path).absolute()
+    if path.is_file():
+        if path.suffix not in (".pth", ".pt", ".bin"):
+            raise ValueError(f"{path} is neither a folder that avit_jax wrote nor a .pth file")
+        content = read_pth(path)
+        return from_torch_state_dict(content.get("model", content), preset, **overrides)
+    if preset is not None:
+        raise ValueError(f"{path} carries its own configuration: leave preset={preset!r} out")
+    parts, params = _locate(path, ema)
+    saved = AViTConfig.from_json(parts)
+    if overrides.get("num_heads", saved.num_heads) != saved.num_heads:
+        # The one difference of architecture that no shape shows.
+        raise ValueError(f"num_heads is {saved.num_heads} in the checkpoint {path} and {overrides['num_heads']} in the model")
+    config = config_from(None, **{name: getattr(saved, name) for name in saved.__dataclass_fields__} | overrides)
+    model = nnx.eval_shape(lambda: AViT(config, rngs=nnx.Rngs(0)))
+    graphdef, abstract = nnx.split(model)
+    nnx.replace_by_pure_dict(abstract, restore_tree(params, nnx.to_pure_dict(abstract)))
+    return nnx.merge(graphdef, abstract)
+
+
+def _locate(path: Path, ema: bool) -> tuple[dict[str, Any], Path]:
+    """The configuration and the parameters' folder of a saved model, a run's folder, or its checkpoints folder."""
+    if not path.exists():
+        raise ValueError(f"there is no checkpoint at {path}: the folder is missing")
+    if (path / "params").exists() or (path / "config.json").exists() and not (path / "checkpoints").exists():
+        if ema:
+            raise ValueError(f"{path} holds one set of weights and no moving average: leave ema out")
+        for part in ("config.json", "params"):
+            if not (path / part).exists():
+                raise ValueError(f"the checkpoint {path} is incomplete: {part} is missing")
+        return _read_json(path / "config.json"), path / "params"
+    steps = checkpoint_steps(path / "checkpoints" if (path / "checkpoints").is_dir() else path)
+    if not steps:
+        raise ValueError(f"{path} holds no finished checkpoint: neither config.json and params/ nor a STEP folder")
+    item = steps[-1] / ("ema" if ema else "model")
+    if not item.exists():
+        hint = ": the run kept no moving average" if ema else ""
+        raise ValueError(f"the checkpoint {steps[-1]} is incomplete: {item.name} is missing{hint}")
+    return _read_json(steps[-1] / "config" / "metadata"), item
+
+
+def checkpoint_steps(folder: Path) -> list[Path]:
+    """The finished checkpoints of a run, oldest first (orbax renames a step's folder to its number at the end)."""
+    return sorted((p for p in folder.glob("*") if p.name.isdigit()), key=lambda p: int(p.name))
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"the checkpoint file {path} cannot be read: {error}") from error
+
+
+def restore_tree(path: Path, target: Any) -> Any:
+    """The arrays under `path`, restored into the target's structure (arrays or ShapeDtypeStructs in nested dicts).
+
+    Raises ValueError naming the parameter and both shapes where they differ, and the path where it is damaged.
+    """
+    with ocp.StandardCheckpointer() as checkpointer:
+        try:
+            found = checkpointer.metadata(path).item_metadata.tree
+        except Exception as error:  # orbax raises many kinds; all of them mean that the folder is not whole
+            raise ValueError(f"the checkpoint {path} is incomplete or damaged: {_first_line(error)}") from error
+        _check_shapes(path, found, target)
+        try:
+            return checkpointer.restore(path, jax.tree.map(ocp.utils.to_shape_dtype_struct, target))
+        except Exception as error:
+            raise ValueError(f"the checkpoint {path} is incomplete or damaged: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+
+
+def _check_shapes(path: Path, found: Any, target: Any) -> None:
+    def shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+        leaves = jax.tree_util.tree_leaves_with_path(tree)
+        return {jax.tree_util.keystr(keys, simple=True, separator="."): tuple(leaf.shape) for keys, leaf in leaves}
+
+    ours, theirs = shapes(target), shapes(found)
+    for name in sorted(ours.keys() & theirs.keys()):
+        if ours[name] != theirs[name]:
+            raise ValueError(f"{name} has shape {theirs[name]} in the checkpoint {path} and {ours[name]} in the model")
+    extra, missing = sorted(theirs.keys() - ours.keys()), sorted(ours.keys() - theirs.keys())
+    if extra or missing:
+        raise ValueError(
+            f"the checkpoint {path} is of another architecture: only there {extra or 'nothing'}, "
+            f"only in the model {missing or 'nothing'}"
+        )
+
+
+class RunCheckpoints:
+    """The checkpoints of one training run: STEP/{model,ema,optimizer,step,data,config}, the last few kept."""
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
+        self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
+        self._folder = folder.absolute()
+
+    def save(
+        self, step: int, items: dict[str, Any], progress: dict[str, Any], data: dict[str, Any], config: AViTConfig
+    ) -> None:
+        """Write in the background; items are model, optimizer and perhaps ema, progress and data are plain JSON."""
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                **{name: ocp.args.StandardSave(tree) for name, tree in items.items()},
+                step=ocp.args.JsonSave(progress),
+                data=ocp.args.JsonSave(data),
+                config=ocp.args.JsonSave(config.to_json()),
+            ),
+        )
+
+    def latest_step(self) -> int | None:
+        return self._manager.latest_step()
+
+    def restore(self, step: int, items: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+        """(items, progress, data) of a step; items restored into the given ones' structure and shapes."""
+        folder = self._folder / str(step)
+        restored = {name: restore_tree(folder / name, tree) for name, tree in items.items()}
+        return restored, _read_json(folder / "step" / "metadata"), _read_json(folder / "data" / "metadata")
+
+    def close(self) -> None:
+        """Wait until everything is on disk."""
+        self._manager.close()

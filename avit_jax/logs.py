@@ -1,0 +1,55 @@
+"""What a run writes while it trains: JSON lines and TensorBoard events."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import optax
+from tensorboardX import SummaryWriter
+
+from avit_jax.evaluation import Evaluation
+
+
+class RunLog:
+    """metrics.jsonl and tensorboard/ in the run's folder; lines after the restored step are removed on resume."""
+
+    def __init__(self, workdir: Path, start: int, schedule: optax.Schedule) -> None:
+        self._path = workdir / "metrics.jsonl"
+        lines = [line for line in read_metrics(workdir) if line["step"] <= start]
+        self._path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        self._file = self._path.open("a")
+        self._tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1 if start else None)
+        self._schedule = schedule
+
+    def train(self, step: int, means: dict[str, float]) -> None:
+        """Means over the steps since the last line."""
+        self._write("train", step, means | {"learning_rate": float(self._schedule(step))})
+
+    def val(self, step: int, result: Evaluation) -> None:
+        """One evaluation on the validation set."""
+        self._write("val", step, {"loss": result.loss, "accuracy": result.top1, "mean_depth": result.mean_depth})
+
+    def _write(self, split: str, step: int, values: dict[str, float]) -> None:
+        self._file.write(json.dumps({"split": split, "step": step} | values) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            self._tensorboard.add_scalar(f"{split}/{name}", value, step)
+
+    def __enter__(self) -> "RunLog":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._file.close()
+        self._tensorboard.close()
+
+
+def read_metrics(workdir: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl; a last line that a killed run left unfinished is passed over."""
+    path = workdir / "metrics.jsonl"
+    lines = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            break
+    return lines

@@ -1,0 +1,115 @@
+"""Pictures of a run: depth maps beside their images, the histogram of depths, the curves of training."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+# matplotlib writes its font cache to the home folder unless it is told otherwise before the first import.
+os.environ.setdefault("MPLCONFIGDIR", str(Path("runs/.matplotlib").absolute()))
+
+import matplotlib  # noqa: E402
+
+matplotlib.use("Agg")
+
+import jax.numpy as jnp  # noqa: E402
+import matplotlib.pyplot as plt  # noqa: E402
+import numpy as np  # noqa: E402
+from jaxtyping import Float, Int, UInt8  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
+
+from avit_jax.config import AViTConfig  # noqa: E402
+from avit_jax.data.sources import Split  # noqa: E402
+from avit_jax.evaluation import Evaluation  # noqa: E402
+from avit_jax.model import AViT  # noqa: E402
+from avit_jax.preprocessing import normalize  # noqa: E402
+
+_COLOURS = "viridis"
+_DENSE, _ADAPTIVE = "#7a7a7a", "#21698a"
+
+
+def depth_map(token_depth: Int[np.ndarray, " n"], config: AViTConfig) -> Int[np.ndarray, "rows columns"]:
+    """The patches' depths laid out as the image is: row 0 at the top."""
+    return token_depth[config.num_special :].reshape(config.patch_grid)
+
+
+def draw_depth_maps(
+    model: AViT, split: Split, image_depths: Float[np.ndarray, " n"], path: Path, columns: int = 8
+) -> Path:
+    """The easiest and the hardest images by mean depth, each above its map of token depths, in layers."""
+    columns = min(columns, len(split) // 2 or 1)
+    order = np.argsort(image_depths, kind="stable")
+    config = model.config
+    names = config.class_names or tuple(map(str, range(config.num_classes)))
+    figure, axes = plt.subplots(4, columns, figsize=(1.35 * columns + 1.2, 6.6), layout="constrained", squeeze=False)
+    mappable = None
+    for row, (title, chosen) in enumerate((("easiest", order[:columns]), ("hardest", order[::-1][:columns]))):
+        output = model(jnp.asarray(normalize(split.images[chosen], config)))
+        depths, predicted = np.asarray(output.token_depth), np.asarray(output.logits.argmax(-1))
+        for column, index in enumerate(chosen):
+            above, below = axes[2 * row][column], axes[2 * row + 1][column]
+            _show_image(above, split.images[index])
+            label, guess = split.labels[index], predicted[column]
+            above.set_title(
+                names[label] if guess == label else f"{names[label]}, not {names[guess]}",
+                fontsize=9,
+                color="black" if guess == label else "#b00020",
+            )
+            mappable = below.imshow(depth_map(depths[column], config), cmap=_COLOURS, vmin=1, vmax=config.depth)
+            below.set_title(f"{image_depths[index]:.2f}", fontsize=9)
+        axes[2 * row][0].set_ylabel(f"{title}\nimages", fontsize=10)
+        axes[2 * row + 1][0].set_ylabel("token\ndepth", fontsize=10)
+    for axis in axes.flat:
+        axis.set_xticks([])
+        axis.set_yticks([])
+    ticks = sorted({1, *range(2, config.depth + 1, max(1, config.depth // 6)), config.depth})
+    figure.colorbar(mappable, ax=axes, label="layers that computed the token", ticks=ticks, shrink=0.7)
+    figure.suptitle("Where A-ViT spends its layers: label above, mean depth of the image's tokens below", fontsize=11)
+    return _save(figure, path)
+
+
+def _show_image(axis: Any, image: UInt8[np.ndarray, "h w c"]) -> None:
+    if image.shape[-1] == 3:
+        axis.imshow(image)
+    else:  # one channel, or the first of several that are no colours
+        axis.imshow(image[..., 0], cmap="gray", vmin=0, vmax=255)
+
+
+def draw_depth_histogram(result: Evaluation, path: Path) -> Path:
+    """The share of tokens that stop at each layer, with the means of the tokens and of the class token."""
+    layers = np.arange(1, len(result.depth_histogram) + 1)
+    figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
+    axis.bar(layers, np.asarray(result.depth_histogram) * 100, color=_ADAPTIVE)
+    axis.axvline(result.mean_depth, color="black", linestyle="--", label=f"mean depth {result.mean_depth:.2f}")
+    axis.axvline(
+        result.class_token_depth, color="#b5541c", linestyle=":", label=f"class token {result.class_token_depth:.2f}"
+    )
+    axis.set(xlabel="layer at which the token stops", ylabel="tokens (%)", xticks=layers)
+    axis.set_title(f"Token depths over {result.images} images")
+    axis.legend()
+    return _save(figure, path)
+
+
+def draw_curves(lines: Sequence[dict[str, Any]], path: Path, depth: int) -> Path:
+    """Loss, accuracy and mean depth over training, training and validation."""
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
+    for axis, (name, label) in zip(
+        axes, (("loss", "loss (nats)"), ("accuracy", "top-1 (%)"), ("mean_depth", "mean depth (layers)")), strict=True
+    ):
+        for split, colour, text in (("train", _DENSE, "training"), ("val", _ADAPTIVE, "validation")):
+            points = [line for line in lines if line["split"] == split]
+            factor = 100 if name == "accuracy" else 1
+            marker = "o" if split == "val" else None
+            axis.plot([p["step"] for p in points], [p[name] * factor for p in points], color=colour, label=text, marker=marker, markersize=3)
+        axis.set(xlabel="step", ylabel=label)
+        axis.grid(alpha=0.3)
+    axes[0].legend()
+    axes[2].set_ylim(0, depth + 0.5)
+    figure.suptitle("Training (its loss has the weighted ponder and prior terms; validation: cross entropy alone)", fontsize=10)
+    return _save(figure, path)
+
+
+def _save(figure: Figure, path: Path) -> Path:
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+    return path

@@ -1,0 +1,82 @@
+"""From what a person has (uint8 arrays, PIL images) to what the model takes; the settings travel with the checkpoint."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, UInt8
+from PIL import Image
+
+from avit_jax.config import AViTConfig
+
+_RESAMPLING = {
+    "nearest": Image.Resampling.NEAREST,
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+}
+
+
+def preprocess(images: Any, config: AViTConfig) -> Float[np.ndarray, "b h w c"]:
+    """Images as `model(images)` takes them: resized, centre-cropped, scaled to 0..1, normalised by mean and std.
+
+    images: a PIL image or a sequence of them, or uint8 [H, W], [H, W, C] or [B, H, W, C] (grey without C too).
+    Raises ValueError for any other type or number of channels.
+    """
+    arrays = [_to_array(image, config.in_channels) for image in _as_sequence(images)]
+    return normalize(np.stack([_resize_and_crop(array, config) for array in arrays]), config)
+
+
+def normalize(images: UInt8[np.ndarray, "b h w c"], config: AViTConfig) -> Float[np.ndarray, "b h w c"]:
+    """(image / 255 - mean) / std for each channel, in float32."""
+    if len(config.preprocessing.mean) != config.in_channels:
+        raise ValueError(
+            f"preprocessing has a mean for {len(config.preprocessing.mean)} channels and the model takes "
+            f"{config.in_channels}: give Preprocessing(mean=..., std=...) one value for each channel"
+        )
+    mean, std = (np.asarray(v, np.float32) * 255 for v in (config.preprocessing.mean, config.preprocessing.std))
+    return (images.astype(np.float32) - mean) / std
+
+
+def _as_sequence(images: Any) -> Sequence[Any]:
+    if isinstance(images, Image.Image):
+        return [images]
+    if isinstance(images, (list, tuple)):
+        if not images:
+            raise ValueError("there is no image to preprocess: the sequence is empty")
+        return images
+    array = np.asarray(images)
+    if array.ndim not in (2, 3, 4):
+        raise ValueError(f"images have shape {array.shape}: give [H, W], [H, W, C] or [B, H, W, C]")
+    is_one = array.ndim == 2 or (array.ndim == 3 and array.shape[-1] in (1, 3, 4))
+    return [array] if is_one else list(array)
+
+
+def _to_array(image: Any, channels: int) -> np.ndarray:
+    """uint8 [H, W, channels]; PIL images are converted, arrays must have the right channels."""
+    if isinstance(image, Image.Image):
+        if channels not in (1, 3):
+            raise ValueError(f"the model takes {channels} channels: give arrays, a PIL image has 1 or 3")
+        array = np.asarray(image.convert("L" if channels == 1 else "RGB"))
+    else:
+        array = np.asarray(image)
+        if array.dtype != np.uint8:
+            raise ValueError(f"images are {array.dtype}: give uint8 0..255 (or pass normalised float32 to the model itself)")
+    if array.ndim == 2:
+        array = array[..., None]
+    if array.ndim != 3 or array.shape[-1] != channels:
+        raise ValueError(f"an image has shape {array.shape}: the model takes [height, width, {channels}]")
+    return array
+
+
+def _resize_and_crop(image: UInt8[np.ndarray, "h w c"], config: AViTConfig) -> UInt8[np.ndarray, "height width c"]:
+    """Resized so that the model's size is crop_fraction of it (shorter side), then cropped in the middle."""
+    height, width = config.image_shape
+    fraction = config.preprocessing.crop_fraction
+    scale = max(round(height / fraction) / image.shape[0], round(width / fraction) / image.shape[1])
+    size = (max(round(image.shape[1] * scale), width), max(round(image.shape[0] * scale), height))
+    if size != (image.shape[1], image.shape[0]):
+        resampling = _RESAMPLING[config.preprocessing.interpolation]
+        planes = [Image.fromarray(plane).resize(size, resampling) for plane in np.moveaxis(image, -1, 0)]
+        image = np.stack([np.asarray(plane) for plane in planes], axis=-1)
+    top, left = (image.shape[0] - height) // 2, (image.shape[1] - width) // 2
+    return image[top : top + height, left : left + width]

@@ -1,0 +1,53 @@
+"""The static ViT that A-ViT starts from: MNIST digits, 28x28, patch 4, 49 tokens, 12 layers."""
+
+from ml_collections import ConfigDict
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    """The experiment; arg is not used."""
+    del arg
+    config = ConfigDict()
+    config.name = "mnist_dense"
+    config.seed = 0
+    config.data = ConfigDict({"source": "mnist", "path": "", "mean": (0.1307,), "std": (0.3081,)})
+    # In pixels, degrees and fractions: what handwriting varies by, without turning a 6 into a 9.
+    config.augment = ConfigDict({"rotate": 12.0, "scale": 0.12, "shear": 0.15, "translate": 2.0})
+    # Image size, channels, classes and class names come from the data where they are not given.
+    config.model = ConfigDict(
+        {"patch_size": 4, "embed_dim": 64, "depth": 12, "num_heads": 4, "drop_path_rate": 0.05, "remat": True},
+        convert_dict=False,
+    )
+    config.init_from = ""  # a checkpoint: the weights to start from, and the dense row of the table
+    config.teacher = ""  # a checkpoint: the teacher of config.loss.distillation
+    config.loss = ConfigDict(
+        {
+            "label_smoothing": 0.1,
+            "ponder_weight": 0.0,
+            "prior_weight": 0.0,
+            "prior": "kl",
+            "prior_target_depth": 9.0,
+            "distillation": "none",
+            "distillation_weight": 0.5,
+            "distillation_temperature": 1.0,
+        }
+    )
+    config.optim = ConfigDict(
+        {
+            "learning_rate": 1e-3,
+            "final_learning_rate": 1e-5,
+            "warmup_steps": 180,
+            "weight_decay": 0.05,
+            "beta1": 0.9,
+            "beta2": 0.999,
+            "clip_norm": 1.0,
+            "ema_decay": 0.0,
+        }
+    )
+    config.epochs = 120.0
+    config.batch_size = 100
+    config.eval_batch_size = 200
+    config.log_every = 12  # steps
+    config.eval_every = 72
+    config.checkpoint_every = 360
+    config.keep_checkpoints = 2
+    return config

@@ -1,0 +1,33 @@
+"""Shapes and types of every public function are checked at run time while the tests run."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("MPLCONFIGDIR", str(Path(__file__).parents[1] / "runs" / ".matplotlib"))
+
+from jaxtyping import install_import_hook
+
+install_import_hook("avit_jax", "beartype.beartype")
+
+import jax
+import pytest
+
+from avit_jax import AViT, AViTConfig
+from tests.builders import small_config, spread_gate
+
+
+@pytest.fixture
+def config() -> AViTConfig:
+    return small_config()
+
+
+@pytest.fixture
+def model(config: AViTConfig) -> AViT:
+    """A model with random weights whose tokens stop at many different layers."""
+    return spread_gate(config)
+
+
+@pytest.fixture
+def images(config: AViTConfig) -> jax.Array:
+    height, width = config.image_shape
+    return jax.random.normal(jax.random.key(1), (3, height, width, config.in_channels))
