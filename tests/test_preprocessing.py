@@ -1,0 +1,68 @@
+"""From pictures to what the model takes."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from avit_jax import AViTConfig, Preprocessing, preprocess
+
+RGB = AViTConfig(image_size=32, patch_size=16)
+GREY = AViTConfig(
+    image_size=28, patch_size=4, in_channels=1, preprocessing=Preprocessing((0.13,), (0.31,), crop_fraction=1.0)
+)
+
+
+def picture(height: int, width: int) -> Image.Image:
+    rng = np.random.default_rng(0)
+    return Image.fromarray(rng.integers(0, 256, (height, width, 3)).astype(np.uint8))
+
+
+def test_images_of_the_right_size_are_only_normalised() -> None:
+    images = np.random.default_rng(0).integers(0, 256, (3, 28, 28, 1)).astype(np.uint8)
+    found = preprocess(images, GREY)
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, (images / 255 - 0.13) / 0.31, atol=1e-5)
+    np.testing.assert_array_equal(preprocess(images[..., 0], GREY), found)
+    np.testing.assert_array_equal(preprocess(images[0], GREY), found[:1])
+    np.testing.assert_array_equal(preprocess(list(images), GREY), found)
+
+
+@pytest.mark.parametrize(("height", "width"), [(50, 80), (80, 50), (20, 20), (37, 37)])
+def test_resize_and_crop_are_pillows(height: int, width: int) -> None:
+    """Shorter side to 37 (32 / 0.875) with Pillow's bicubic on the RGB image, then the middle 32."""
+    image = picture(height, width)
+    short = min(height, width)
+    size = (max(37, round(width * 37 / short)), max(37, round(height * 37 / short)))
+    resized = np.asarray(image.resize(size, Image.Resampling.BICUBIC))
+    top, left = (resized.shape[0] - 32) // 2, (resized.shape[1] - 32) // 2
+    crop = resized[top : top + 32, left : left + 32] / 255
+    expected = (crop - np.array([0.485, 0.456, 0.406])) / np.array([0.229, 0.224, 0.225])
+    np.testing.assert_allclose(preprocess(image, RGB)[0], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "1", "LA"])
+def test_any_mode_of_picture_is_taken(mode: str) -> None:
+    image = picture(40, 40).convert("L").convert(mode) if mode == "LA" else picture(40, 40).convert(mode)
+    assert preprocess(image, RGB).shape == (1, 32, 32, 3)
+    assert preprocess([image, image], GREY).shape == (2, 28, 28, 1)
+
+
+def test_rectangular_models_are_covered() -> None:
+    config = dataclasses.replace(RGB, image_size=(48, 16))
+    assert preprocess([picture(30, 90), picture(90, 30)], config).shape == (2, 48, 16, 3)
+
+
+@pytest.mark.parametrize(
+    ("images", "reason"),
+    [
+        (np.zeros((32, 32, 3), np.float32), "float32: give uint8"),
+        (np.zeros((2, 32, 32, 2), np.uint8), r"\(32, 32, 2\): the model takes \[height, width, 3\]"),
+        (np.zeros(5, np.uint8), r"shape \(5,\)"),
+        ([], "the sequence is empty"),
+    ],
+)
+def test_other_things_are_refused(images: object, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        preprocess(images, RGB)
