@@ -8,6 +8,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from avit_jax.config import nearest
+from avit_jax.mesh import use_all_cores
 
 
 def define_config_flag(default: str) -> flags.FlagHolder:
@@ -19,6 +20,7 @@ def run_main(main: Callable[[], None]) -> None:
     """Parse the flags, run, and turn what a user can mend into one sentence and exit status 1."""
 
     def guarded(argv: list[str]) -> None:
+        use_all_cores()
         logging.set_verbosity(logging.WARNING)  # orbax tells every rename at INFO
         if len(argv) > 1:
             _fail(f"{argv[1]!r} is not an option: write --name=value; --help lists the options")

@@ -6,13 +6,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from avit_jax import halting
 from avit_jax.config import AViTConfig, config_from
-
-# timm's trunc_normal_(std=0.02) cuts at +-2, not at +-2 deviations.
-_INIT = nnx.initializers.truncated_normal(0.02, lower=-100.0, upper=100.0)
+from avit_jax.layers import INIT, Block, PatchEmbed, layer_norm, linear
 
 
 @jax.tree_util.register_dataclass
@@ -25,118 +23,6 @@ class AViTOutput:
     token_depth: Int[Array, "b n"]  # layers that processed the token, 1..L
     ponder_cost: Float[Array, "b n"]  # layers + remainder
     halting_scores: Float[Array, "l b n"]  # 0 where the token had halted
-
-
-def _linear(inputs: int, outputs: int, config: AViTConfig, rngs: nnx.Rngs, *, use_bias: bool = True) -> nnx.Linear:
-    return nnx.Linear(inputs, outputs, use_bias=use_bias, dtype=jnp.dtype(config.dtype), kernel_init=_INIT, rngs=rngs)
-
-
-def _layer_norm(config: AViTConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    # The fast variance E[x^2] - E[x]^2 cancels where a token's mean is large.
-    return nnx.LayerNorm(config.embed_dim, epsilon=1e-6, use_fast_variance=False, rngs=rngs)
-
-
-class PatchEmbed(nnx.Module):
-    """Non-overlapping patches, one linear map each (a convolution with stride = patch)."""
-
-    def __init__(self, config: AViTConfig, *, rngs: nnx.Rngs) -> None:
-        self.patch_size = config.patch_size
-        fan_in = config.patch_size**2 * config.in_channels
-        bound = fan_in**-0.5  # PyTorch's default for convolutions, which DeiT leaves in place
-
-        def uniform(key: PRNGKeyArray, shape: tuple[int, ...], dtype: Any) -> Array:
-            return jax.random.uniform(key, shape, dtype, -bound, bound)
-
-        self.proj = nnx.Linear(
-            fan_in,
-            config.embed_dim,
-            dtype=jnp.dtype(config.dtype),
-            kernel_init=uniform,
-            bias_init=uniform,
-            rngs=rngs,
-        )
-
-    def __call__(self, images: Float[Array, "b h w c"]) -> Float[Array, "b p d"]:
-        batch, height, width, channels = images.shape
-        size = self.patch_size
-        rows, columns = height // size, width // size
-        patches = images.reshape(batch, rows, size, columns, size, channels).transpose(0, 1, 3, 2, 4, 5)
-        return self.proj(patches.reshape(batch, rows * columns, size * size * channels))
-
-
-class Attention(nnx.Module):
-    """Multi-head self-attention in which halted tokens are no keys."""
-
-    def __init__(self, config: AViTConfig, *, rngs: nnx.Rngs) -> None:
-        self.num_heads = config.num_heads
-        self.qkv = _linear(config.embed_dim, 3 * config.embed_dim, config, rngs, use_bias=config.qkv_bias)
-        self.proj = _linear(config.embed_dim, config.embed_dim, config, rngs)
-
-    def __call__(self, x: Float[Array, "b n d"], active: Bool[Array, "b n"] | None) -> Array:
-        batch, tokens, dim = x.shape
-        head_dim = dim // self.num_heads
-
-        def heads(y: Array) -> Array:  # [B, H, N, d]: plain batched matmuls, twice as fast on a CPU as [B, N, H, d]
-            return y.reshape(batch, tokens, self.num_heads, head_dim).transpose(0, 2, 1, 3)
-
-        query, key, value = map(heads, jnp.split(self.qkv(x), 3, axis=-1))
-        scores = jnp.matmul(query * head_dim**-0.5, key.swapaxes(-1, -2), preferred_element_type=jnp.float32)
-        if active is not None:
-            # Finite, so that an image without any active token gives no NaN.
-            scores = jnp.where(active[:, None, None, :], scores, jnp.finfo(jnp.float32).min)
-        weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
-        total = weights.sum(-1, keepdims=True)
-        mixed = jnp.matmul(weights.astype(value.dtype), value, preferred_element_type=jnp.float32) / total
-        return self.proj(mixed.transpose(0, 2, 1, 3).reshape(batch, tokens, dim))
-
-
-class Mlp(nnx.Module):
-    """Two linear layers with the exact (erf) GELU between."""
-
-    def __init__(self, config: AViTConfig, *, rngs: nnx.Rngs) -> None:
-        self.fc1 = _linear(config.embed_dim, config.mlp_dim, config, rngs)
-        self.fc2 = _linear(config.mlp_dim, config.embed_dim, config, rngs)
-        self.drop = nnx.Dropout(config.drop_rate)
-
-    def __call__(self, x: Float[Array, "b n d"], key: PRNGKeyArray | None) -> Array:
-        hidden = jax.nn.gelu(self.fc1(x), approximate=False)
-        return self.fc2(self.drop(hidden, deterministic=key is None, rngs=key))
-
-
-def drop_path(branch: Float[Array, "b n d"], rate: Float[Array, ""], key: PRNGKeyArray) -> Float[Array, "b n d"]:
-    """Stochastic depth (arXiv 1603.09382): the branch of whole images dropped with `rate`, the kept ones scaled up."""
-    keep = jax.random.bernoulli(key, 1 - rate, (branch.shape[0], 1, 1))
-    return jnp.where(keep, branch / (1 - rate), 0)
-
-
-class Block(nnx.Module):
-    """Pre-norm transformer block; the residual stream stays in float32."""
-
-    def __init__(self, config: AViTConfig, *, rngs: nnx.Rngs) -> None:
-        self.norm1 = _layer_norm(config, rngs)
-        self.attn = Attention(config, rngs=rngs)
-        self.norm2 = _layer_norm(config, rngs)
-        self.mlp = Mlp(config, rngs=rngs)
-        self.drop = nnx.Dropout(config.drop_rate)
-
-    def __call__(
-        self,
-        x: Float[Array, "b n d"],
-        active: Bool[Array, "b n"] | None = None,
-        drop_path_rate: Float[Array, ""] | None = None,
-        key: PRNGKeyArray | None = None,
-    ) -> Float[Array, "b n d"]:
-        """One layer; active None: no token is masked. Without a key nothing is dropped."""
-        keys = [None] * 5 if key is None else list(jax.random.split(key, 5))
-
-        def regularise(branch: Array, drop_key: PRNGKeyArray | None, path_key: PRNGKeyArray | None) -> Array:
-            if drop_key is None or path_key is None:
-                return branch
-            branch = self.drop(branch, deterministic=False, rngs=drop_key)
-            return branch if drop_path_rate is None else drop_path(branch, drop_path_rate, path_key)
-
-        x = x + regularise(self.attn(self.norm1(x), active).astype(x.dtype), keys[0], keys[1])
-        return x + regularise(self.mlp(self.norm2(x), keys[2]).astype(x.dtype), keys[3], keys[4])
 
 
 def _stack_blocks(config: AViTConfig, rngs: nnx.Rngs) -> Block:
@@ -158,15 +44,15 @@ class AViT(nnx.Module):
     def __init__(self, config: AViTConfig, *, rngs: nnx.Rngs) -> None:
         self.config = config
         self.patch_embed = PatchEmbed(config, rngs=rngs)
-        self.cls_token = nnx.Param(_INIT(rngs.params(), (1, 1, config.embed_dim)))
+        self.cls_token = nnx.Param(INIT(rngs.params(), (1, 1, config.embed_dim)))
         if config.distilled:
-            self.dist_token = nnx.Param(_INIT(rngs.params(), (1, 1, config.embed_dim)))
-        self.pos_embed = nnx.Param(_INIT(rngs.params(), (1, config.num_tokens, config.embed_dim)))
+            self.dist_token = nnx.Param(INIT(rngs.params(), (1, 1, config.embed_dim)))
+        self.pos_embed = nnx.Param(INIT(rngs.params(), (1, config.num_tokens, config.embed_dim)))
         self.blocks = _stack_blocks(config, rngs)
-        self.norm = _layer_norm(config, rngs)
-        self.head = _linear(config.embed_dim, config.num_classes, config, rngs)
+        self.norm = layer_norm(config, rngs)
+        self.head = linear(config.embed_dim, config.num_classes, config, rngs)
         if config.distilled:
-            self.head_dist = _linear(config.embed_dim, config.num_classes, config, rngs)
+            self.head_dist = linear(config.embed_dim, config.num_classes, config, rngs)
         self.drop = nnx.Dropout(config.drop_rate)
 
     def __call__(

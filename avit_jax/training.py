@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import NamedSharding
 from jaxtyping import Array, Int
 from ml_collections import ConfigDict
 from tqdm import tqdm
@@ -23,6 +24,7 @@ from avit_jax.data.pipeline import training_batches
 from avit_jax.data.sources import Dataset
 from avit_jax.evaluation import evaluate
 from avit_jax.logs import RunLog
+from avit_jax.mesh import batch_sharding, data_mesh, replicated
 from avit_jax.model import AViT
 from avit_jax.optim import learning_rate_schedule, make_optimizer, update_average
 
@@ -44,11 +46,14 @@ class TrainState:
         return self.params if self.ema is None else self.ema
 
 
-def initial_state(model: AViT, optimizer: optax.GradientTransformation, ema_decay: float) -> TrainState:
+def initial_state(
+    model: AViT, optimizer: optax.GradientTransformation, ema_decay: float, sharding: NamedSharding
+) -> TrainState:
     """The state before step 1; it owns copies, because the step donates its buffers."""
     params = jax.tree.map(jnp.copy, nnx.state(model, nnx.Param))
     ema = jax.tree.map(jnp.copy, params) if ema_decay else None
-    return TrainState(jnp.zeros((), jnp.int32), params, ema, optimizer.init(params))
+    state = TrainState(jnp.zeros((), jnp.int32), params, ema, optimizer.init(params))
+    return jax.device_put(state, sharding)
 
 
 def make_train_step(
@@ -104,7 +109,14 @@ def make_train_step(
         }
         return TrainState(state.step + 1, params, ema, optimizer_state), metrics
 
-    jitted = jax.jit(train_step, donate_argnums=0)
+    mesh = data_mesh(config.batch_size)
+    everywhere, split = replicated(mesh), batch_sharding(mesh)
+    jitted = jax.jit(
+        train_step,
+        donate_argnums=0,
+        in_shardings=(everywhere, split, everywhere),
+        out_shardings=(everywhere, everywhere),
+    )
     return lambda state, batch: jitted(state, batch, teacher_state)
 
 
@@ -117,7 +129,8 @@ def train(config: ConfigDict, dataset: Dataset, model: AViT, workdir: Path, teac
     steps = training_steps(config, dataset)
     optimizer = make_optimizer(config.optim, steps)
     graphdef, _ = nnx.split(model)
-    state = initial_state(model, optimizer, config.optim.ema_decay)
+    everywhere = replicated(data_mesh(config.batch_size))
+    state = initial_state(model, optimizer, config.optim.ema_decay, everywhere)
     train_step = make_train_step(graphdef, optimizer, config, teacher)
     batches = training_batches(
         dataset.train, model.config, batch_size=config.batch_size, seed=config.seed, augment=dict(config.augment)
@@ -126,7 +139,7 @@ def train(config: ConfigDict, dataset: Dataset, model: AViT, workdir: Path, teac
     start, seconds = 0, 0.0
     if (latest := checkpoints.latest_step()) is not None:
         items, progress, data = checkpoints.restore(latest, _items(state))
-        state = _with_items(state, items, latest)
+        state = jax.device_put(_with_items(state, items, latest), everywhere)
         batches.set_state(data)
         start, seconds = latest, progress["seconds"]
         print(f"going on from step {latest} of {steps} in {workdir}")
@@ -136,8 +149,13 @@ def train(config: ConfigDict, dataset: Dataset, model: AViT, workdir: Path, teac
             state, seconds = loop.run(state, start, seconds)
         finally:
             checkpoints.close()
-    nnx.update(model, state.eval_params)
+    _show(model, state)
     return seconds
+
+
+def _show(model: AViT, state: TrainState) -> None:
+    """Give the model the state's weights, on one device, for evaluation."""
+    nnx.update(model, jax.device_put(state.eval_params, jax.devices()[0]))
 
 
 def training_steps(config: ConfigDict, dataset: Dataset) -> int:
@@ -217,7 +235,7 @@ class _Loop:
                     window.clear()
                 bar.update(1)
                 if evaluates:
-                    nnx.update(self.model, state.eval_params)
+                    _show(self.model, state)
                     result = evaluate(self.model, self.dataset.val, self.config.eval_batch_size)
                     self.log.val(step, result)
                 if saves:

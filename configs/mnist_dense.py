@@ -33,7 +33,7 @@ def get_config(arg: str = "") -> ConfigDict:
     )
     config.optim = ConfigDict(
         {
-            "learning_rate": 1e-3,
+            "learning_rate": 1.5e-3,
             "final_learning_rate": 1e-5,
             "warmup_steps": 180,
             "weight_decay": 0.05,
@@ -43,7 +43,7 @@ def get_config(arg: str = "") -> ConfigDict:
             "ema_decay": 0.0,
         }
     )
-    config.epochs = 120.0
+    config.epochs = 160.0
     config.batch_size = 100
     config.eval_batch_size = 200
     config.log_every = 12  # steps

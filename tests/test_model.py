@@ -9,8 +9,8 @@ import pytest
 from flax import nnx
 
 import avit_jax
-from avit_jax import AViT, AViTConfig, halting
-from avit_jax.model import Block, drop_path
+from avit_jax import AViT, AViTConfig, halting, layers
+from avit_jax.layers import Block, drop_path
 from tests.builders import small_config, spread_gate
 
 PARAMETERS = {
@@ -222,10 +222,8 @@ def test_regularisation_acts_in_training_alone(field: str, images: jax.Array) ->
 
 
 def test_drop_path_grows_with_the_layer(images: jax.Array, monkeypatch: pytest.MonkeyPatch) -> None:
-    import avit_jax.model
-
     rates = []
-    monkeypatch.setattr(avit_jax.model, "drop_path", lambda branch, rate, key: (rates.append(rate), branch)[1])
+    monkeypatch.setattr(layers, "drop_path", lambda branch, rate, key: (rates.append(rate), branch)[1])
     model = AViT(small_config(drop_path_rate=0.3), rngs=nnx.Rngs(0))
     with jax.disable_jit():
         model(images, deterministic=False, rngs=nnx.Rngs(0))
