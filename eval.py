@@ -11,6 +11,7 @@ CHECKPOINT = flags.DEFINE_string("checkpoint", None, "What to evaluate; runs/<co
 
 
 def main() -> None:
+    """What the flags ask for."""
     from avit_jax.experiment import evaluate_checkpoint
 
     config = CONFIG.value

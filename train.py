@@ -12,6 +12,7 @@ RESUME = flags.DEFINE_bool("resume", True, "Continue the run in the folder; --no
 
 
 def main() -> None:
+    """What the flags ask for."""
     from avit_jax.experiment import run
 
     config = CONFIG.value

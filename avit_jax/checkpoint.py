@@ -47,7 +47,9 @@ def load(path: str | Path, preset: str | None = None, *, ema: bool = False, **ov
     saved = AViTConfig.from_json(parts)
     if overrides.get("num_heads", saved.num_heads) != saved.num_heads:
         # The one difference of architecture that no shape shows.
-        raise ValueError(f"num_heads is {saved.num_heads} in the checkpoint {path} and {overrides['num_heads']} in the model")
+        raise ValueError(
+            f"num_heads is {saved.num_heads} in the checkpoint {path} and {overrides['num_heads']} in the model"
+        )
     config = config_from(None, **{name: getattr(saved, name) for name in saved.__dataclass_fields__} | overrides)
     model = nnx.eval_shape(lambda: AViT(config, rngs=nnx.Rngs(0)))
     graphdef, abstract = nnx.split(model)
@@ -59,7 +61,7 @@ def _locate(path: Path, ema: bool) -> tuple[dict[str, Any], Path]:
     """The configuration and the parameters' folder of a saved model, a run's folder, or its checkpoints folder."""
     if not path.exists():
         raise ValueError(f"there is no checkpoint at {path}: the folder is missing")
-    if (path / "params").exists() or (path / "config.json").exists() and not (path / "checkpoints").exists():
+    if (path / "params").exists() or ((path / "config.json").exists() and not (path / "checkpoints").exists()):
         if ema:
             raise ValueError(f"{path} holds one set of weights and no moving average: leave ema out")
         for part in ("config.json", "params"):
@@ -149,6 +151,7 @@ class RunCheckpoints:
         )
 
     def latest_step(self) -> int | None:
+        """The newest finished step, or None."""
         return self._manager.latest_step()
 
     def restore(self, step: int, items: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:

@@ -39,8 +39,8 @@ def _parse(argv: list[str]) -> list[str]:
     try:
         return flags.FLAGS(argv)
     except flags.UnrecognizedFlagError as error:
-        hint = error.suggestions or []
-        _fail(f"there is no option --{error.flagname}: " + (f"did you mean --{hint[0]}?" if hint else "see --help"))
+        own = [name for name in flags.FLAGS if name in ("config", "workdir", "resume", "checkpoint")]
+        _fail(f"there is no option --{error.flagname}: {nearest(error.flagname, own)}")
     except (flags.Error, ValueError, TypeError, AttributeError, KeyError) as error:
         _fail(_explain(error, argv))
     raise AssertionError("_fail does not return")

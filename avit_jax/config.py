@@ -58,7 +58,7 @@ class AViTConfig:
         for side, size in zip(("height", "width"), self.image_shape, strict=True):
             if size < self.patch_size or size % self.patch_size:
                 raise ValueError(
-                    f"image {side} {size} is not divisible by patch_size {self.patch_size}: change image_size or patch_size"
+                    f"image {side} {size} is not divisible by patch_size {self.patch_size}: change one of them"
                 )
         if self.embed_dim % self.num_heads:
             raise ValueError(
@@ -76,7 +76,9 @@ class AViTConfig:
         if self.dtype not in ("float32", "bfloat16"):
             raise ValueError(f"dtype {self.dtype!r} is unknown: choose float32 or bfloat16")
         if self.class_names is not None and len(self.class_names) != self.num_classes:
-            raise ValueError(f"{len(self.class_names)} class_names for num_classes {self.num_classes}: give one for each")
+            raise ValueError(
+                f"{len(self.class_names)} class_names for num_classes {self.num_classes}: give one for each"
+            )
 
     @property
     def image_shape(self) -> tuple[int, int]:
@@ -96,15 +98,25 @@ class AViTConfig:
 
     @property
     def num_tokens(self) -> int:
+        """Special tokens and patches."""
         return self.num_special + self.patch_grid[0] * self.patch_grid[1]
 
     @property
     def mlp_dim(self) -> int:
+        """Width of the hidden layer of a block's MLP."""
         return int(self.embed_dim * self.mlp_ratio)
 
     @property
     def halts(self) -> bool:
+        """Whether there is a gate at all."""
         return self.gate_scale is not None
+
+    @property
+    def gate(self) -> dict[str, float]:
+        """The gate's numbers, as halting.advance takes them. Raises ValueError for a model that never halts."""
+        if self.gate_scale is None or self.gate_center is None:
+            raise ValueError("this model never halts: give gate_scale and gate_center")
+        return {"gate_scale": self.gate_scale, "gate_center": self.gate_center, "halt_epsilon": self.halt_epsilon}
 
     def to_json(self) -> dict[str, Any]:
         """Three parts, all plain JSON: model, preprocessing, class_names."""
@@ -114,14 +126,16 @@ class AViTConfig:
     @classmethod
     def from_json(cls, parts: dict[str, Any]) -> "AViTConfig":
         """The inverse of to_json."""
-        preprocessing = {k: tuple(v) if isinstance(v, list) else v for k, v in parts["preprocessing"].items()}
+        preprocessing: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in parts["preprocessing"].items()
+        }
         return config_from(
             None, **parts["model"], class_names=parts["class_names"], preprocessing=Preprocessing(**preprocessing)
         )
 
 
 # DeiT's sizes (arXiv 2012.12877); the gates are those of the published recipe (base: our choice, as small).
-_SIZES = {
+_SIZES: dict[str, dict[str, Any]] = {
     "tiny": {"embed_dim": 192, "num_heads": 3},
     "small": {"embed_dim": 384, "num_heads": 6},
     "base": {"embed_dim": 768, "num_heads": 12},

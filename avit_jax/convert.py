@@ -106,7 +106,9 @@ def _fill(config: AViTConfig, state_dict: Mapping[str, np.ndarray]) -> AViT:
     targets = {".".join(map(str, path)): param for path, param in nnx.to_flat_state(nnx.state(model, nnx.Param))}
     unused, unfilled = sorted(found.keys() - targets), sorted(targets.keys() - found.keys())
     if unused or unfilled:
-        raise ValueError(f"the checkpoint does not fit the model: unused {unused or 'none'}, unfilled {unfilled or 'none'}")
+        raise ValueError(
+            f"the checkpoint does not fit the model: unused {unused or 'none'}, unfilled {unfilled or 'none'}"
+        )
     for name, param in targets.items():
         value = found[name]
         if isinstance(value, dict):

@@ -17,7 +17,7 @@ from avit_jax.config import AViTConfig
 from avit_jax.data.pipeline import evaluation_batches
 from avit_jax.data.sources import Split
 from avit_jax.flops import image_gmacs
-from avit_jax.model import AViT
+from avit_jax.model import AViT, AViTOutput
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,13 +110,16 @@ def evaluate(model: AViT, split: Split, batch_size: int) -> Evaluation:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _logits(graphdef: nnx.GraphDef, params: nnx.State, images: Array) -> Array:
-    return nnx.merge(graphdef, params)(images).logits
+def _forward(graphdef: nnx.GraphDef, params: nnx.State, images: Array) -> AViTOutput:
+    return nnx.merge(graphdef, params)(images)
 
 
-def images_per_second(
-    models: Sequence[AViT], images: Float[np.ndarray, "b h w c"], rounds: int = 7
-) -> list[float]:
+def predict(model: AViT, images: Float[np.ndarray, "b h w c"]) -> AViTOutput:
+    """The model's output, jit-compiled once for every batch size; masked execution."""
+    return _forward(*nnx.split(model), images)
+
+
+def images_per_second(models: Sequence[AViT], images: Float[np.ndarray, "b h w c"], rounds: int = 7) -> list[float]:
     """Throughput of each model on the same batch: median of `rounds` (at least 5) warm runs, the models in turn.
 
     The batch lies on the device, outputs are awaited; masked execution.
@@ -127,7 +130,7 @@ def images_per_second(
     for timed in [False] + [True] * max(rounds, 5):
         for (graphdef, params), seconds in zip(parts, times, strict=True):
             began = time.perf_counter()
-            _logits(graphdef, params, batch).block_until_ready()
+            jax.block_until_ready(_forward(graphdef, params, batch))
             if timed:
                 seconds.append(time.perf_counter() - began)
     return [len(images) / statistics.median(seconds) for seconds in times]

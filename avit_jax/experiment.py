@@ -23,9 +23,17 @@ from avit_jax.preprocessing import normalize
 from avit_jax.training import train
 
 # What decides the shapes of the parameters; the gate and the preprocessing are the checkpoint's own.
-SHAPE_FIELDS = (
-    "image_size patch_size in_channels num_classes embed_dim depth mlp_ratio qkv_bias distilled".split()
-)
+SHAPE_FIELDS = [
+    "image_size",
+    "patch_size",
+    "in_channels",
+    "num_classes",
+    "embed_dim",
+    "depth",
+    "mlp_ratio",
+    "qkv_bias",
+    "distilled",
+]
 SUMMARY_KEYS = ("top1", "top5", "gmacs")
 DEPTH_KEYS = ("mean_depth", "depth_fraction", "depth_std_tokens", "depth_std_images")
 
@@ -46,9 +54,7 @@ def model_config(config: ConfigDict, dataset: Dataset) -> AViTConfig:
     for name, value in from_data.items():
         if fields.setdefault(name, value) != value:
             raise ValueError(f"config.model.{name} is {fields[name]} and the data say {value}: change one of them")
-    return config_from(
-        preset, **fields, class_names=dataset.class_names, preprocessing=_preprocessing(config, dataset)
-    )
+    return config_from(preset, **fields, class_names=dataset.class_names, preprocessing=_preprocessing(config, dataset))
 
 
 def _preprocessing(config: ConfigDict, dataset: Dataset) -> Preprocessing:
@@ -169,12 +175,12 @@ def format_summary(summary: dict[str, Any]) -> str:
     if "avit" in summary:
         row = summary["avit"]
         lines.append(
-            f"A-ViT uses {row['depth_fraction']:.0%} of its layers; depth deviates by {row['depth_std_tokens']:.2f} layers "
-            f"between the tokens of an image, by {row['depth_std_images']:.2f} between images"
+            f"A-ViT uses {row['depth_fraction']:.0%} of its layers; depth deviates by {row['depth_std_tokens']:.2f} "
+            f"layers between the tokens of an image, by {row['depth_std_images']:.2f} between images"
         )
     lines.append(
-        f"{summary['images']} test images; images/s at batch {summary['batch_size']}, masked execution (halted tokens are "
-        f"still computed); {summary['seconds']:.0f} s in all"
+        f"{summary['images']} test images; images/s at batch {summary['batch_size']}, masked execution (halted "
+        f"tokens are still computed); {summary['seconds']:.0f} s in all"
     )
     return "\n".join(lines)
 
@@ -207,7 +213,7 @@ def format_evaluation(result: Evaluation, config: AViTConfig) -> str:
         f"top-5              {result.top5:.2%}",
         f"loss               {result.loss:.4f} nats",
         f"mean depth         {result.mean_depth:.2f} of {config.depth} layers ({result.depth_fraction:.0%})",
-        f"  deviation        {result.depth_std_tokens:.2f} between tokens, {result.depth_std_images:.2f} between images",
+        f"  deviation        {result.depth_std_tokens:.2f} between tokens, {result.depth_std_images:.2f} of images",
         f"class token depth  {result.class_token_depth:.2f}",
         f"GMACs per image    {result.gmacs:.4f}",
         "depth  tokens",

@@ -5,7 +5,7 @@ from jaxtyping import Array, Float, Int
 
 
 def block_macs(active: Float[Array, "..."], embed_dim: int, mlp_dim: int) -> Float[Array, "..."]:
-    """Multiply-adds of one block with `active` tokens: n * (4 d^2 + 2 d m) in the linear layers, 2 n^2 d in attention."""
+    """Multiply-adds of one block with n active tokens: n * (4 d^2 + 2 d m) linear, 2 n^2 d in attention."""
     return active * (4 * embed_dim**2 + 2 * embed_dim * mlp_dim) + 2 * active**2 * embed_dim
 
 

@@ -13,7 +13,6 @@ from avit_jax.config import AViTConfig
 INIT = nnx.initializers.truncated_normal(0.02, lower=-100.0, upper=100.0)
 
 
-
 @jax.custom_vjp
 def _matmul(x: Float[Array, "... i"], kernel: Float[Array, "i o"]) -> Float[Array, "... o"]:
     return x @ kernel
@@ -85,6 +84,7 @@ class PatchEmbed(nnx.Module):
         )
 
     def __call__(self, images: Float[Array, "b h w c"]) -> Float[Array, "b p d"]:
+        """Patches row by row."""
         batch, height, width, channels = images.shape
         size = self.patch_size
         rows, columns = height // size, width // size
@@ -101,6 +101,7 @@ class Attention(nnx.Module):
         self.proj = linear(config.embed_dim, config.embed_dim, config, rngs)
 
     def __call__(self, x: Float[Array, "b n d"], active: Bool[Array, "b n"] | None) -> Array:
+        """Attention over the active tokens; None: over all."""
         batch, tokens, dim = x.shape
         head_dim = dim // self.num_heads
 
@@ -127,6 +128,7 @@ class Mlp(nnx.Module):
         self.drop = nnx.Dropout(config.drop_rate)
 
     def __call__(self, x: Float[Array, "b n d"], key: PRNGKeyArray | None) -> Array:
+        """Each token by itself; without a key nothing is dropped."""
         hidden = gelu(self.fc1(x))
         return self.fc2(self.drop(hidden, deterministic=key is None, rngs=key))
 

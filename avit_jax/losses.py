@@ -22,6 +22,7 @@ class LossTerms:
 
     @property
     def total(self) -> Float[Array, ""]:
+        """What is minimised."""
         return self.classification + self.ponder + self.prior
 
 
@@ -87,9 +88,7 @@ def log_depth_prior(num_layers: int, kind: str, target_depth: float) -> Float[Ar
     raise ValueError(f"prior {kind!r} is unknown: choose one of {', '.join(PRIORS)}")
 
 
-def prior_loss(
-    layer_halting_mean: Float[Array, " l"], kind: str = "kl", target_depth: float = 9.0
-) -> Float[Array, ""]:
+def prior_loss(layer_halting_mean: Float[Array, " l"], kind: str = "kl", target_depth: float = 9.0) -> Float[Array, ""]:
     """How far the mean halting scores H by layer are from the depth prior p, in nats; q = H / sum(H).
 
     "kl": KL(q || p), as in the paper. "official": sum(p * (log p - log q)) / L with q clipped to 0.01..0.99, counted

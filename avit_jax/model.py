@@ -70,7 +70,7 @@ class AViT(nnx.Module):
         if config.halts:
             state = halting.initial_state(batch, num_tokens, config.num_special, config.embed_dim)
         x, state, scores = self._layers(x, state, key)
-        if state is None:
+        if state is None or scores is None:
             scores = jnp.zeros((config.depth, batch, num_tokens))
             token_depth = jnp.full((batch, num_tokens), config.depth, jnp.int32)
             return self.heads(x[:, : config.num_special], token_depth, token_depth + 1.0, scores)
@@ -103,14 +103,7 @@ class AViT(nnx.Module):
             if state is None:
                 return (block(x, None, rate, layer_key), None), None
             x = block(halting.drop_halted(x, state.active), state.active, rate, layer_key)
-            state, score = halting.advance(
-                state,
-                x,
-                gate_scale=config.gate_scale,
-                gate_center=config.gate_center,
-                halt_epsilon=config.halt_epsilon,
-                is_last=index == config.depth - 1,
-            )
+            state, score = halting.advance(state, x, **config.gate, is_last=index == config.depth - 1)
             return (x, state), score
 
         if config.remat:

@@ -8,21 +8,22 @@ from typing import Any
 # matplotlib writes its font cache to the home folder unless it is told otherwise before the first import.
 os.environ.setdefault("MPLCONFIGDIR", str(Path("runs/.matplotlib").absolute()))
 
-import matplotlib  # noqa: E402
+import matplotlib
 
 matplotlib.use("Agg")
 
-import jax.numpy as jnp  # noqa: E402
-import matplotlib.pyplot as plt  # noqa: E402
-import numpy as np  # noqa: E402
-from jaxtyping import Float, Int, UInt8  # noqa: E402
-from matplotlib.figure import Figure  # noqa: E402
+import matplotlib.pyplot as plt
+import numpy as np
+from jaxtyping import Float, Int, UInt8
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
 
-from avit_jax.config import AViTConfig  # noqa: E402
-from avit_jax.data.sources import Split  # noqa: E402
-from avit_jax.evaluation import Evaluation  # noqa: E402
-from avit_jax.model import AViT  # noqa: E402
-from avit_jax.preprocessing import normalize  # noqa: E402
+from avit_jax.config import AViTConfig
+from avit_jax.data.sources import Split
+from avit_jax.evaluation import Evaluation, predict
+from avit_jax.model import AViT
+from avit_jax.preprocessing import normalize
 
 _COLOURS = "viridis"
 _DENSE, _ADAPTIVE = "#7a7a7a", "#21698a"
@@ -42,9 +43,8 @@ def draw_depth_maps(
     config = model.config
     names = config.class_names or tuple(map(str, range(config.num_classes)))
     figure, axes = plt.subplots(4, columns, figsize=(1.35 * columns + 1.2, 6.6), layout="constrained", squeeze=False)
-    mappable = None
     for row, (title, chosen) in enumerate((("easiest", order[:columns]), ("hardest", order[::-1][:columns]))):
-        output = model(jnp.asarray(normalize(split.images[chosen], config)))
+        output = predict(model, normalize(split.images[chosen], config))
         depths, predicted = np.asarray(output.token_depth), np.asarray(output.logits.argmax(-1))
         for column, index in enumerate(chosen):
             above, below = axes[2 * row][column], axes[2 * row + 1][column]
@@ -55,7 +55,7 @@ def draw_depth_maps(
                 fontsize=9,
                 color="black" if guess == label else "#b00020",
             )
-            mappable = below.imshow(depth_map(depths[column], config), cmap=_COLOURS, vmin=1, vmax=config.depth)
+            below.imshow(depth_map(depths[column], config), cmap=_COLOURS, vmin=1, vmax=config.depth)
             below.set_title(f"{image_depths[index]:.2f}", fontsize=9)
         axes[2 * row][0].set_ylabel(f"{title}\nimages", fontsize=10)
         axes[2 * row + 1][0].set_ylabel("token\ndepth", fontsize=10)
@@ -63,7 +63,8 @@ def draw_depth_maps(
         axis.set_xticks([])
         axis.set_yticks([])
     ticks = sorted({1, *range(2, config.depth + 1, max(1, config.depth // 6)), config.depth})
-    figure.colorbar(mappable, ax=axes, label="layers that computed the token", ticks=ticks, shrink=0.7)
+    scale = ScalarMappable(Normalize(1, config.depth), cmap=_COLOURS)
+    figure.colorbar(scale, ax=axes, label="layers that computed the token", ticks=ticks, shrink=0.7)
     figure.suptitle("Where A-ViT spends its layers: label above, mean depth of the image's tokens below", fontsize=11)
     return _save(figure, path)
 
@@ -100,12 +101,21 @@ def draw_curves(lines: Sequence[dict[str, Any]], path: Path, depth: int) -> Path
             points = [line for line in lines if line["split"] == split]
             factor = 100 if name == "accuracy" else 1
             marker = "o" if split == "val" else None
-            axis.plot([p["step"] for p in points], [p[name] * factor for p in points], color=colour, label=text, marker=marker, markersize=3)
+            axis.plot(
+                [p["step"] for p in points],
+                [p[name] * factor for p in points],
+                color=colour,
+                label=text,
+                marker=marker,
+                markersize=3,
+            )
         axis.set(xlabel="step", ylabel=label)
         axis.grid(alpha=0.3)
     axes[0].legend()
     axes[2].set_ylim(0, depth + 0.5)
-    figure.suptitle("Training (its loss has the weighted ponder and prior terms; validation: cross entropy alone)", fontsize=10)
+    figure.suptitle(
+        "Training (its loss has the weighted ponder and prior terms; validation: cross entropy alone)", fontsize=10
+    )
     return _save(figure, path)
 
 

@@ -1,4 +1,4 @@
-"""From what a person has (uint8 arrays, PIL images) to what the model takes; the settings travel with the checkpoint."""
+"""From what a person has (uint8 arrays, PIL images) to what the model takes."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -60,7 +60,9 @@ def _to_array(image: Any, channels: int) -> np.ndarray:
     else:
         array = np.asarray(image)
         if array.dtype != np.uint8:
-            raise ValueError(f"images are {array.dtype}: give uint8 0..255 (or pass normalised float32 to the model itself)")
+            raise ValueError(
+                f"images are {array.dtype}: give uint8 0..255 (or pass normalised float32 to the model itself)"
+            )
     if array.ndim == 2:
         array = array[..., None]
     if array.ndim != 3 or array.shape[-1] != channels:

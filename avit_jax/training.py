@@ -1,6 +1,5 @@
 """Training: the state, the jitted step, the loop that logs, evaluates and checkpoints."""
 
-import collections
 import dataclasses
 import math
 import time
@@ -43,6 +42,7 @@ class TrainState:
 
     @property
     def eval_params(self) -> nnx.State:
+        """The moving average where there is one."""
         return self.params if self.ema is None else self.ema
 
 
@@ -103,7 +103,7 @@ def make_train_step(
             "classification": terms.classification,
             "ponder": terms.ponder,
             "prior": terms.prior,
-            "gradient_norm": optax.global_norm(grads),
+            "gradient_norm": optax.tree.norm(grads),
             "accuracy": (output.logits.argmax(-1) == batch["label"]).mean(),
             "mean_depth": output.token_depth.mean(),
         }
@@ -136,17 +136,17 @@ def train(config: ConfigDict, dataset: Dataset, model: AViT, workdir: Path, teac
         dataset.train, model.config, batch_size=config.batch_size, seed=config.seed, augment=dict(config.augment)
     )
     checkpoints = RunCheckpoints(workdir / "checkpoints", config.keep_checkpoints)
-    start, seconds = 0, 0.0
+    start, seconds, window = 0, 0.0, []
     if (latest := checkpoints.latest_step()) is not None:
         items, progress, data = checkpoints.restore(latest, _items(state))
         state = jax.device_put(_with_items(state, items, latest), everywhere)
         batches.set_state(data)
-        start, seconds = latest, progress["seconds"]
+        start, seconds, window = latest, progress["seconds"], progress["window"]
         print(f"going on from step {latest} of {steps} in {workdir}")
     with RunLog(workdir, start, learning_rate_schedule(config.optim, steps)) as log:
         loop = _Loop(config, dataset, model, steps, train_step, batches, checkpoints, log)
         try:
-            state, seconds = loop.run(state, start, seconds)
+            state, seconds = loop.run(state, start, seconds, window)
         finally:
             checkpoints.close()
     _show(model, state)
@@ -180,13 +180,14 @@ def _with_items(state: TrainState, items: dict[str, Any], step: int) -> TrainSta
         nnx.replace_by_pure_dict(target, values)
         return target
 
-    paths, treedef = jax.tree_util.tree_flatten_with_path(state.optimizer)
-    leaves = [items["optimizer"][jax.tree_util.keystr(path, simple=True, separator=".")] for path, _ in paths]
+    optimizer = jax.tree_util.tree_map_with_path(
+        lambda path, _: items["optimizer"][jax.tree_util.keystr(path, simple=True, separator=".")], state.optimizer
+    )
     return TrainState(
         step=jnp.asarray(step, jnp.int32),
         params=filled(state.params, items["model"]),
         ema=None if state.ema is None else filled(state.ema, items["ema"]),
-        optimizer=treedef.unflatten(leaves),
+        optimizer=optimizer,
     )
 
 
@@ -201,12 +202,13 @@ class _Loop:
     checkpoints: RunCheckpoints
     log: RunLog
 
-    def run(self, state: TrainState, start: int, seconds: float) -> tuple[TrainState, float]:
+    def run(
+        self, state: TrainState, start: int, seconds: float, window: list[dict[str, float]]
+    ) -> tuple[TrainState, float]:
         began = time.perf_counter() - seconds
-        window: collections.deque[dict[str, float]] = collections.deque(maxlen=self.config.log_every)
         pending: tuple[int, dict[str, Array]] | None = None
         bar = tqdm(total=self.steps, initial=start, unit="step", desc="training", mininterval=1, dynamic_ncols=True)
-        window_began = time.perf_counter()
+        window_began, window_start = time.perf_counter(), start
         with bar:
             for step in range(start + 1, self.steps + 1):
                 state, metrics = self.train_step(state, next(self.batches))
@@ -224,7 +226,7 @@ class _Loop:
                 if logs:
                     elapsed = time.perf_counter() - window_began
                     means = {name: sum(m[name] for m in window) / len(window) for name in window[0]}
-                    means["images_per_second"] = len(window) * self.config.batch_size / elapsed
+                    means["images_per_second"] = (step - window_start) * self.config.batch_size / elapsed
                     self.log.train(step, means)
                     bar.set_postfix(
                         loss=f"{means['loss']:.3f}",
@@ -239,10 +241,11 @@ class _Loop:
                     result = evaluate(self.model, self.dataset.val, self.config.eval_batch_size)
                     self.log.val(step, result)
                 if saves:
-                    progress = {"step": step, "seconds": time.perf_counter() - began}
+                    # With the metrics since the last line: the next line after a resume is the same mean.
+                    progress = {"step": step, "seconds": time.perf_counter() - began, "window": window}
                     self.checkpoints.save(step, _items(state), progress, self.batches.get_state(), self.model.config)
                 if logs:
-                    window_began = time.perf_counter()
+                    window_began, window_start = time.perf_counter(), step
         return state, time.perf_counter() - began
 
 

@@ -1,12 +1,15 @@
 """Small models and data for the tests."""
 
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
+from ml_collections import ConfigDict
 
 from avit_jax import AViT, AViTConfig
+from configs import npz_avit
 
 
 def small_config(**overrides: Any) -> AViTConfig:
@@ -41,3 +44,18 @@ def toy_arrays(count: int = 120, classes: int = 3, size: int = 8, seed: int = 0)
     for image, label in zip(images, labels, strict=True):
         image[label * size // classes : (label + 1) * size // classes] += 150
     return {"images": images.astype(np.uint8), "labels": labels}
+
+
+def tiny_experiment(path: Path, **loss: Any) -> ConfigDict:
+    """An experiment of seconds: 8 x 8 pixels, two layers of width 16, 8 steps of 12 images; path: where its data go."""
+    np.savez(path, **toy_arrays())
+    config = npz_avit.get_config(str(path))
+    config.init_from = ""
+    config.model.update({"patch_size": 4, "embed_dim": 16, "depth": 3, "num_heads": 2, "drop_path_rate": 0.0})
+    config.model.update({"gate_scale": 4.0, "gate_center": 2.0})
+    config.augment.update({"rotate": 0.0, "scale": 0.0, "shear": 0.0, "translate": 1.0})
+    config.optim.update({"learning_rate": 3e-3, "warmup_steps": 2, "ema_decay": 0.5})
+    config.loss.update(loss)
+    config.batch_size, config.eval_batch_size, config.epochs = 12, 16, 8 * 12 / 87
+    config.log_every, config.eval_every, config.checkpoint_every = 2, 4, 3
+    return config

@@ -31,3 +31,10 @@ def model(config: AViTConfig) -> AViT:
 def images(config: AViTConfig) -> jax.Array:
     height, width = config.image_shape
     return jax.random.normal(jax.random.key(1), (3, height, width, config.in_channels))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def compile_each_program_once(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Many tests train the same tiny model: XLA's results are shared between them, in the session's own folder."""
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("xla")))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

@@ -1,6 +1,7 @@
 """The rule against its properties and against a slow loop over single tokens."""
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -23,9 +24,7 @@ def run(values: np.ndarray, special: int = TOKENS, **gate: float) -> tuple[list[
     state = halting.initial_state(BATCH, TOKENS, special, WIDTH)
     states, scores = [], []
     for layer, tokens in enumerate(values):
-        state, score = halting.advance(
-            state, jnp.asarray(tokens), **(GATE | gate), is_last=layer == len(values) - 1
-        )
+        state, score = halting.advance(state, jnp.asarray(tokens), **(GATE | gate), is_last=layer == len(values) - 1)
         states.append(state)
         scores.append(score)
     return states, np.stack(scores)
@@ -79,7 +78,7 @@ def test_depths_lie_between_one_and_the_number_of_layers(values: np.ndarray, cen
 
 def test_halted_stays_halted(values: np.ndarray) -> None:
     states, _ = run(values)
-    for before, after in zip(states, states[1:], strict=False):
+    for before, after in itertools.pairwise(states):
         assert not np.any(np.asarray(after.active) & ~np.asarray(before.active))
 
 

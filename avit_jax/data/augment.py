@@ -12,7 +12,7 @@ from PIL import Image
 
 @dataclasses.dataclass(frozen=True)
 class RandomAffine(grain.transforms.RandomMap):
-    """Rotation, scaling, shear and shift about the image's centre, uniform within the limits; bilinear, black outside."""
+    """Rotation, scaling, shear and shift, uniform within the limits; bilinear, black outside."""
 
     rotate: float = 0.0  # degrees, to either side
     scale: float = 0.0  # fraction: 0.1 means 0.9..1.1
@@ -20,6 +20,7 @@ class RandomAffine(grain.transforms.RandomMap):
     translate: float = 0.0  # pixels, to either side
 
     def random_map(self, element: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
+        """The element with its image changed."""
         angle, scale, shear, dx, dy = rng.uniform(-1, 1, 5)
         return element | {
             "image": affine(
@@ -44,7 +45,9 @@ def affine(
     offset = center - linear @ (center + np.array(translate))
     data = (*linear[0], offset[0], *linear[1], offset[1])
     planes = [
-        np.asarray(Image.fromarray(plane).transform((width, height), Image.Transform.AFFINE, data, Image.Resampling.BILINEAR))
+        np.asarray(
+            Image.fromarray(plane).transform((width, height), Image.Transform.AFFINE, data, Image.Resampling.BILINEAR)
+        )
         for plane in np.moveaxis(image, -1, 0)
     ]
     return np.stack(planes, axis=-1)

@@ -90,7 +90,7 @@ def _npz(path: Path) -> Dataset:
     for found in [labels] + ([test[1]] if test else []):
         if found.min() < 0 or found.max() >= count:
             raise ValueError(
-                f"{path} has labels from {found.min()} to {found.max()} for {count} classes: they must be 0..{count - 1}"
+                f"{path} has labels {found.min()} to {found.max()} for {count} classes: they must be 0..{count - 1}"
             )
     dataset = _stratified(images, labels, class_names)
     if test is not None:
@@ -114,7 +114,9 @@ def _checked(arrays: dict[str, np.ndarray], images: str, labels: str, path: Path
     if x.dtype != np.uint8 or x.ndim not in (3, 4):
         raise ValueError(f"{path}: {images} is {x.dtype} {x.shape}: it must be uint8 [N, H, W] or [N, H, W, C]")
     if y.shape != x.shape[:1] or not np.issubdtype(y.dtype, np.integer):
-        raise ValueError(f"{path}: {labels} is {y.dtype} {y.shape}: it must be whole numbers, one for each of {len(x)} images")
+        raise ValueError(
+            f"{path}: {labels} is {y.dtype} {y.shape}: it must be whole numbers, one for each of {len(x)} images"
+        )
     if not len(x):
         raise ValueError(f"{path}: {images} is empty")
     return x if x.ndim == 4 else x[..., None], y.astype(np.int32)

@@ -1,0 +1,184 @@
+"""Images per second of one training step: dense and A-ViT, remat on and off, and PyTorch eager where it is installed.
+
+    python benchmarks/train_step.py                     the default model (28x28) and A-ViT-Tiny at 224, about 4 minutes
+    python benchmarks/train_step.py --models=mnist --rounds=5
+
+Every variant takes its real step (forward, three losses, backward, clipping, AdamW), in turn, in one run; medians.
+PyTorch: the same architecture and optimiser, dense, eager (pip install -r requirements-peers.txt).
+Writes runs/benchmarks/train_step.json.
+"""
+
+import argparse
+import dataclasses
+import functools
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import jax
+import numpy as np
+from flax import nnx
+
+from avit_jax import PRESETS, AViT, AViTConfig
+from avit_jax.config import config_from
+from avit_jax.mesh import data_mesh, replicated, use_all_cores
+from avit_jax.optim import make_optimizer
+from avit_jax.training import initial_state, make_train_step
+from configs import mnist_avit
+
+MNIST = config_from(
+    None,
+    **{"image_size": 28, "in_channels": 1, "num_classes": 10, "patch_size": 4, "embed_dim": 64, "num_heads": 4},
+    gate_scale=mnist_avit.get_config().model.gate_scale,
+    gate_center=mnist_avit.get_config().model.gate_center,
+)
+MODELS = {"mnist": (MNIST, 100), "tiny224": (PRESETS["avit_tiny_patch16_224"], 16)}
+
+
+def jax_step(config: AViTConfig, batch_size: int) -> Callable[[], None]:
+    """A training step as train.py takes it, ready to be called."""
+    experiment = mnist_avit.get_config()
+    experiment.batch_size = batch_size
+    optimizer = make_optimizer(experiment.optim, 10_000)
+    model = AViT(config, rngs=nnx.Rngs(0))
+    sharding = replicated(data_mesh(batch_size))
+    state = initial_state(model, optimizer, 0.0, sharding)
+    step = make_train_step(nnx.graphdef(model), optimizer, experiment)
+    images, labels = random_batch(config, batch_size)
+    batch = {"image": jax.numpy.asarray(images), "label": jax.numpy.asarray(labels)}
+
+    def run() -> None:
+        nonlocal state
+        state, metrics = step(state, batch)
+        jax.block_until_ready(metrics)
+
+    return run
+
+
+def torch_step(config: AViTConfig, batch_size: int) -> Callable[[], None]:
+    """The dense model in PyTorch, eager, in training mode."""
+    import torch
+    from torch import nn
+    from torch.nn import functional
+
+    width, heads = config.embed_dim, config.num_heads
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm1, self.norm2 = nn.LayerNorm(width, eps=1e-6), nn.LayerNorm(width, eps=1e-6)
+            self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+            self.fc1, self.fc2 = nn.Linear(width, config.mlp_dim), nn.Linear(config.mlp_dim, width)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            b, n, _ = x.shape
+            q, k, v = self.qkv(self.norm1(x)).reshape(b, n, 3, heads, width // heads).permute(2, 0, 3, 1, 4)
+            mixed = functional.scaled_dot_product_attention(q, k, v)
+            x = x + self.proj(mixed.transpose(1, 2).reshape(b, n, width))
+            return x + self.fc2(functional.gelu(self.fc1(self.norm2(x))))
+
+    class ViT(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.proj = nn.Conv2d(config.in_channels, width, config.patch_size, config.patch_size)
+            self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
+            self.pos_embed = nn.Parameter(0.02 * torch.randn(1, config.num_tokens, width))
+            self.blocks = nn.Sequential(*(Block() for _ in range(config.depth)))
+            self.norm, self.head = nn.LayerNorm(width, eps=1e-6), nn.Linear(width, config.num_classes)
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            x = self.proj(images).flatten(2).transpose(1, 2)
+            x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + self.pos_embed
+            return self.head(self.norm(self.blocks(x)[:, 0]))
+
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    model = ViT().train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    images, labels = random_batch(config, batch_size)
+    x, y = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(labels).long()
+
+    def run() -> None:
+        optimizer.zero_grad()
+        functional.cross_entropy(model(x), y, label_smoothing=0.1).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+
+    return run
+
+
+def random_batch(config: AViTConfig, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Images and labels of the right shapes."""
+    rng = np.random.default_rng(0)
+    images = rng.normal(size=(batch_size, *config.image_shape, config.in_channels)).astype(np.float32)
+    return images, rng.integers(0, config.num_classes, batch_size).astype(np.int32)
+
+
+def variants(config: AViTConfig, batch_size: int) -> dict[str, Callable[[], Callable[[], None]]]:
+    """Name -> what builds the step."""
+    dense = dataclasses.replace(config, gate_scale=None, gate_center=None)
+    found: dict[str, Callable[[], Callable[[], None]]] = {}
+    for name, base in (("dense", dense), ("A-ViT", config)):
+        for remat in (True, False):
+            label = f"{name}, remat {'on' if remat else 'off'}"
+            found[label] = functools.partial(jax_step, dataclasses.replace(base, remat=remat), batch_size)
+    try:
+        import torch  # noqa: F401
+
+        found["PyTorch eager, dense"] = functools.partial(torch_step, config, batch_size)
+    except ImportError:
+        print("torch is not installed: no comparison (pip install -r requirements-peers.txt)")
+    return found
+
+
+def measure(config: AViTConfig, batch_size: int, rounds: int) -> dict[str, float]:
+    """Median seconds of a step of each variant, the variants in turn."""
+    steps = {name: build() for name, build in variants(config, batch_size).items()}
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for timed in [False, False] + [True] * rounds:
+        for name, step in steps.items():
+            began = time.perf_counter()
+            step()
+            if timed:
+                times[name].append(time.perf_counter() - began)
+    return {name: statistics.median(seconds) for name, seconds in times.items()}
+
+
+def main() -> None:
+    """Measure, print the table, write the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", default="mnist,tiny224", help="comma-separated: " + ", ".join(MODELS))
+    parser.add_argument("--rounds", type=int, default=9)
+    arguments = parser.parse_args()
+    use_all_cores()
+    machine = (
+        f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores, {jax.default_backend()}, jax {jax.__version__}"
+    )
+    results: dict[str, object] = {"machine": machine, "rounds": arguments.rounds}
+    for name in arguments.models.split(","):
+        config, batch_size = MODELS[name]
+        seconds = measure(config, batch_size, arguments.rounds)
+        reference = seconds.get("PyTorch eager, dense", seconds["dense, remat on"])
+        print(f"\n{name}, batch {batch_size} ({machine})")
+        against = "time / PyTorch" if "PyTorch eager, dense" in seconds else "time / dense"
+        print(f"{'variant':24}{'ms/step':>9}{'images/s':>10}{against:>16}")
+        for variant, value in seconds.items():
+            print(f"{variant:24}{value * 1e3:>9.0f}{batch_size / value:>10.1f}{value / reference:>16.2f}")
+        results[name] = {
+            "batch_size": batch_size,
+            "variants": {k: {"seconds": v, "images_per_second": batch_size / v} for k, v in seconds.items()},
+        }
+    path = Path("runs/benchmarks/train_step.json")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(results, indent=2) + "\n")
+    print(f"\nwritten: {path}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,116 @@
+"""train.py and eval.py as a person runs them, and what they say to bad input."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.builders import toy_arrays
+
+ROOT = Path(__file__).parents[1]
+
+
+def command(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, script, *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+    )
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("toy") / "toy.npz"
+    np.savez(path, class_names=np.array(["top", "middle", "bottom"]), **toy_arrays())
+    return path
+
+
+def small(toy: Path, workdir: Path) -> list[str]:
+    return [
+        f"--config=configs/npz_avit.py:{toy}",
+        f"--workdir={workdir}",
+        "--config.init_from=",
+        "--config.model.embed_dim=16",
+        "--config.model.depth=2",
+        "--config.model.num_heads=2",
+        "--config.batch_size=12",
+        "--config.epochs=1",
+        "--config.optim.warmup_steps=2",
+        "--config.checkpoint_every=3",
+    ]
+
+
+def test_train_evaluate_and_run_again(toy: Path, tmp_path: Path) -> None:
+    workdir = tmp_path / "run"
+    trained = command("train.py", *small(toy, workdir))
+    assert trained.returncode == 0, trained.stderr
+    assert "A-ViT" in trained.stdout
+    assert "picture:" in trained.stdout
+    assert "training: 100%" in trained.stderr
+    summary = json.loads((workdir / "summary.json").read_text())
+    assert 0 <= summary["avit"]["top1"] <= 1
+
+    again = command("train.py", *small(toy, workdir))
+    assert again.returncode == 0, again.stderr
+    table = trained.stdout[: trained.stdout.index("picture:")].strip()
+    assert table in again.stdout, "the saved table is printed"
+    assert "training" not in again.stderr
+
+    evaluated = command("eval.py", *small(toy, workdir)[:1], *small(toy, workdir)[3:6], f"--checkpoint={workdir}")
+    assert evaluated.returncode == 0, evaluated.stderr
+    assert f"top-1              {summary['avit']['top1']:.2%}" in evaluated.stdout
+    for word in ("top-5", "loss", "mean depth", "class token depth", "GMACs per image"):
+        assert word in evaluated.stdout
+
+    other = command("eval.py", *small(toy, workdir)[:1], "--config.model.embed_dim=32", f"--checkpoint={workdir}")
+    assert other.returncode == 1
+    assert one_sentence(other.stderr).startswith("blocks.attn.proj.bias has shape")
+
+
+def one_sentence(stderr: str) -> str:
+    """What a user reads; nothing but one error line, and never a traceback."""
+    assert "Traceback" not in stderr, stderr
+    lines = [line for line in stderr.splitlines() if line.strip()]
+    assert len(lines) == 1, stderr
+    assert lines[0].startswith("error: ")
+    return lines[0].removeprefix("error: ")
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "sentence"),
+    [
+        ("train.py", ["--config=configs/mnist_avti.py"], "no config file 'configs/mnist_avti.py': did you mean 'configs/mnist_avit.py'?"),
+        ("train.py", ["--config.optim.learning_rat=1"], "config.optim has no key 'learning_rat': did you mean 'learning_rate'?"),
+        ("train.py", ["--config.batch_size=many"], "batch_size"),
+        ("train.py", ["--confg=x"], "no option --confg: did you mean 'config'?"),
+        ("train.py", ["mnist_avit"], "'mnist_avit' is not an option"),
+        ("train.py", ["--config.model.patch_size=5"], "image height 28 is not divisible by patch_size 5"),
+        ("train.py", ["--config.model.num_heads=5"], "embed_dim 64 is not divisible by num_heads 5"),
+        ("train.py", ["--config.batch_size=3601"], "config.batch_size 3601 is larger than the 3600 training images"),
+        ("train.py", ["--config.init_from=runs/nothing"], "there is no checkpoint at"),
+        ("train.py", ["--config.data.source=cifar"], "config.data.source 'cifar' is unknown: known: mnist, npz"),
+        ("train.py", ["--config=configs/npz_avit.py:/tmp/none.npz"], "config.data.path '/tmp/none.npz' is not a file"),
+        ("eval.py", ["--checkpoint=runs/nothing"], "runs/nothing: the folder is missing"),
+        ("eval.py", ["--checkpoint=README.md"], "README.md is neither a folder that avit_jax wrote nor a .pth file"),
+    ],
+)  # fmt: skip
+def test_bad_input_gets_one_sentence(tmp_path: Path, script: str, arguments: list[str], sentence: str) -> None:
+    workdir = [f"--workdir={tmp_path / 'run'}"] if script == "train.py" else []
+    done = command(script, *workdir, *arguments)
+    assert done.returncode == 1
+    assert sentence in one_sentence(done.stderr)
+
+
+def test_noresume_refuses_a_run_that_has_begun(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "train_config.json").write_text("{}")
+    done = command("train.py", f"--workdir={tmp_path / 'run'}", "--noresume")
+    assert done.returncode == 1
+    assert "holds a run already: leave --noresume out" in one_sentence(done.stderr)
