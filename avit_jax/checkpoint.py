@@ -91,18 +91,24 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def restore_tree(path: Path, target: Any) -> Any:
-    """The arrays under `path`, restored into the target's structure (arrays or ShapeDtypeStructs in nested dicts).
+    """The arrays under `path`, on the first device, in the target's structure (nested dicts of arrays or their shapes).
 
     Raises ValueError naming the parameter and both shapes where they differ, and the path where it is damaged.
     """
+    # Said, not left to the file: it may come from a machine with other devices.
+    first = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+    def on_first_device(leaf: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=first)
+
     with ocp.StandardCheckpointer() as checkpointer:
         try:
-            found = checkpointer.metadata(path).item_metadata.tree
+            found = ocp.StandardCheckpointHandler().metadata(path).tree
         except Exception as error:  # orbax raises many kinds; all of them mean that the folder is not whole
             raise ValueError(f"the checkpoint {path} is incomplete or damaged: {_first_line(error)}") from error
         _check_shapes(path, found, target)
         try:
-            return checkpointer.restore(path, jax.tree.map(ocp.utils.to_shape_dtype_struct, target))
+            return checkpointer.restore(path, jax.tree.map(on_first_device, target))
         except Exception as error:
             raise ValueError(f"the checkpoint {path} is incomplete or damaged: {_first_line(error)}") from error
 

@@ -18,8 +18,8 @@ from avit_jax.data.sources import Dataset, load_dataset
 from avit_jax.evaluation import Evaluation, evaluate, images_per_second
 from avit_jax.logs import read_metrics
 from avit_jax.model import AViT
-from avit_jax.pictures import draw_curves, draw_depth_histogram, draw_depth_maps
 from avit_jax.preprocessing import normalize
+from avit_jax.report import draw_curves, draw_depth_histogram, draw_depth_maps
 from avit_jax.training import train
 
 # What decides the shapes of the parameters; the gate and the preprocessing are the checkpoint's own.

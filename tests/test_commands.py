@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import avit_jax
 from tests.builders import toy_arrays
 
 ROOT = Path(__file__).parents[1]
@@ -56,6 +57,9 @@ def test_train_evaluate_and_run_again(toy: Path, tmp_path: Path) -> None:
     assert "training: 100%" in trained.stderr
     summary = json.loads((workdir / "summary.json").read_text())
     assert 0 <= summary["avit"]["top1"] <= 1
+
+    # Written by a process in which every core is a device, read by this one, which has a single device.
+    assert avit_jax.load(workdir).config.class_names == ("top", "middle", "bottom")
 
     again = command("train.py", *small(toy, workdir))
     assert again.returncode == 0, again.stderr

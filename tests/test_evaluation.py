@@ -10,8 +10,8 @@ import avit_jax
 from avit_jax import AViT, Preprocessing
 from avit_jax.data.sources import Split
 from avit_jax.evaluation import config_gmacs, evaluate, images_per_second
-from avit_jax.pictures import depth_map, draw_curves, draw_depth_histogram, draw_depth_maps
 from avit_jax.preprocessing import normalize
+from avit_jax.report import depth_map, draw_curves, draw_depth_histogram, draw_depth_maps
 from tests.builders import small_config, spread_gate
 
 
