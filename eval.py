@@ -6,17 +6,17 @@ from absl import flags
 
 from avit_jax.cli import define_config_flag, run_main
 
-CONFIG = define_config_flag(str(Path(__file__).parent / "configs" / "mnist_avit.py"))
+CONFIG = define_config_flag()
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "What to evaluate; runs/<config.name> by default.")
+EMA = flags.DEFINE_bool("ema", False, "Evaluate the moving average of a training checkpoint.")
 
 
 def main() -> None:
     """What the flags ask for."""
     from avit_jax.experiment import evaluate_checkpoint
 
-    config = CONFIG.value
-    print(evaluate_checkpoint(config, CHECKPOINT.value or f"runs/{config.name}"))
+    print(evaluate_checkpoint(CONFIG.value, CHECKPOINT.value or f"runs/{CONFIG.value.name}", ema=EMA.value))
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, Path(__file__).parent / "configs" / "mnist_avit.py")

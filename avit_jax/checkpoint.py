@@ -1,6 +1,6 @@
 """Models and training states on disk, with orbax; every checkpoint says what it is (config.json or a config item)."""
 
-import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,30 +10,33 @@ from flax import nnx
 
 from avit_jax.config import AViTConfig, config_from
 from avit_jax.convert import from_torch_state_dict, read_pth
+from avit_jax.files import read_json, write_json
 from avit_jax.model import AViT
 
 
 def save(model: AViT, path: str | Path) -> None:
     """Write a model as a folder: config.json (architecture, preprocessing, class names) and params/ (orbax).
 
-    Raises ValueError where the folder exists already: nothing is overwritten.
+    The folder appears whole or not at all. Raises ValueError where it exists already: nothing is overwritten.
     """
     path = Path(path).absolute()
     if path.exists():
         raise ValueError(f"{path} exists already: choose another path or remove it")
-    path.mkdir(parents=True)
+    partial = path.with_name(path.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)  # what a killed process left
+    partial.mkdir(parents=True)
     with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(path / "params", nnx.to_pure_dict(nnx.state(model, nnx.Param)))
-    # Last, so that a folder with config.json is a whole one.
-    (path / "config.json").write_text(json.dumps(model.config.to_json(), indent=2) + "\n")
+        checkpointer.save(partial / "params", nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+    write_json(partial / "config.json", model.config.to_json())
+    partial.rename(path)
 
 
 def load(path: str | Path, preset: str | None = None, *, ema: bool = False, **overrides: Any) -> AViT:
-    """A model from what `save` or a training run wrote (the newest step), or from a .pth with timm's names.
+    """A model from a folder that `save` or a training run wrote, or from a .pth with timm's names.
 
-    Folders carry their own configuration: preset does not apply to them, overrides (AViTConfig fields) do. ema: the
-    moving average's weights. Raises ValueError where the path is missing, incomplete, or of another architecture
-    (naming the parameter and both shapes).
+    Of a run's folder: the finished model, else the newest checkpoint. Folders carry their own configuration: preset
+    does not apply to them, overrides (AViTConfig fields) do. ema: the moving average's weights. Raises ValueError where
+    the path is missing, incomplete, or of another architecture (naming the parameter and both shapes).
     """
     path = Path(path).absolute()
     if path.is_file():
@@ -43,13 +46,15 @@ def load(path: str | Path, preset: str | None = None, *, ema: bool = False, **ov
         return from_torch_state_dict(content.get("model", content), preset, **overrides)
     if preset is not None:
         raise ValueError(f"{path} carries its own configuration: leave preset={preset!r} out")
-    parts, params = _locate(path, ema)
-    saved = AViTConfig.from_json(parts)
+    config_file, params = _locate(path, ema)
+    saved = AViTConfig.from_json(read_json(config_file))
     if overrides.get("num_heads", saved.num_heads) != saved.num_heads:
         # The one difference of architecture that no shape shows.
         raise ValueError(
             f"num_heads is {saved.num_heads} in the checkpoint {path} and {overrides['num_heads']} in the model"
         )
+    if overrides.get("num_classes", saved.num_classes) != saved.num_classes:
+        overrides = {"class_names": None} | overrides  # the shapes of the heads will say it
     config = config_from(None, **{name: getattr(saved, name) for name in saved.__dataclass_fields__} | overrides)
     model = nnx.eval_shape(lambda: AViT(config, rngs=nnx.Rngs(0)))
     graphdef, abstract = nnx.split(model)
@@ -57,37 +62,33 @@ def load(path: str | Path, preset: str | None = None, *, ema: bool = False, **ov
     return nnx.merge(graphdef, abstract)
 
 
-def _locate(path: Path, ema: bool) -> tuple[dict[str, Any], Path]:
-    """The configuration and the parameters' folder of a saved model, a run's folder, or its checkpoints folder."""
+def _locate(path: Path, ema: bool) -> tuple[Path, Path]:
+    """The configuration's file and the parameters' folder, in a saved model, a run, its checkpoints, or one of them."""
     if not path.exists():
         raise ValueError(f"there is no checkpoint at {path}: the folder is missing")
-    if (path / "params").exists() or ((path / "config.json").exists() and not (path / "checkpoints").exists()):
+    if (path / "model" / "config.json").exists() and not ema:
+        path = path / "model"
+    if (path / "params").exists() or (path / "config.json").exists():
         if ema:
             raise ValueError(f"{path} holds one set of weights and no moving average: leave ema out")
         for part in ("config.json", "params"):
             if not (path / part).exists():
                 raise ValueError(f"the checkpoint {path} is incomplete: {part} is missing")
-        return _read_json(path / "config.json"), path / "params"
+        return path / "config.json", path / "params"
     steps = checkpoint_steps(path / "checkpoints" if (path / "checkpoints").is_dir() else path)
-    if not steps:
+    step = steps[-1] if steps else path
+    if not steps and not (path / "config").exists():
         raise ValueError(f"{path} holds no finished checkpoint: neither config.json and params/ nor a STEP folder")
-    item = steps[-1] / ("ema" if ema else "model")
+    item = step / ("ema" if ema else "model")
     if not item.exists():
         hint = ": the run kept no moving average" if ema else ""
-        raise ValueError(f"the checkpoint {steps[-1]} is incomplete: {item.name} is missing{hint}")
-    return _read_json(steps[-1] / "config" / "metadata"), item
+        raise ValueError(f"the checkpoint {step} is incomplete: {item.name} is missing{hint}")
+    return step / "config" / "metadata", item
 
 
 def checkpoint_steps(folder: Path) -> list[Path]:
     """The finished checkpoints of a run, oldest first (orbax renames a step's folder to its number at the end)."""
     return sorted((p for p in folder.glob("*") if p.name.isdigit()), key=lambda p: int(p.name))
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"the checkpoint file {path} cannot be read: {error}") from error
 
 
 def restore_tree(path: Path, target: Any) -> Any:
@@ -164,7 +165,7 @@ class RunCheckpoints:
         """(items, progress, data) of a step; items restored into the given ones' structure and shapes."""
         folder = self._folder / str(step)
         restored = {name: restore_tree(folder / name, tree) for name, tree in items.items()}
-        return restored, _read_json(folder / "step" / "metadata"), _read_json(folder / "data" / "metadata")
+        return restored, read_json(folder / "step" / "metadata"), read_json(folder / "data" / "metadata")
 
     def close(self) -> None:
         """Wait until everything is on disk."""

@@ -1,79 +1,110 @@
 """The command line's manners: configs from files, one clear sentence for what is wrong, exit status 1."""
 
+import importlib.util
+import os
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
 from absl import app, flags, logging
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from avit_jax.config import nearest
 from avit_jax.mesh import use_all_cores
 
+_PACKAGE = Path(__file__).parent
 
-def define_config_flag(default: str) -> flags.FlagHolder:
+
+def define_config_flag() -> flags.FlagHolder:
     """--config=FILE with --config.key=value overrides."""
-    return config_flags.DEFINE_config_file("config", default, "Experiment, a file in configs/.", lock_config=True)
+    return config_flags.DEFINE_config_file("config", None, "Experiment, a file in configs/.", lock_config=True)
 
 
-def run_main(main: Callable[[], None]) -> None:
+def run_main(main: Callable[[], None], default_config: Path) -> None:
     """Parse the flags, run, and turn what a user can mend into one sentence and exit status 1."""
+    # matplotlib writes its font cache to the home folder unless it is told otherwise before it is imported.
+    os.environ.setdefault("MPLCONFIGDIR", str(Path("runs/.matplotlib").absolute()))
+
+    def parse(argv: list[str]) -> list[str]:
+        # Not the flag's default: ml_collections would apply the overrides at import, where nobody catches a wrong key.
+        if not any(argument.lstrip("-").split("=")[0] == "config" for argument in argv[1:]):
+            argv = [argv[0], f"--config={default_config}", *argv[1:]]
+        _check_config(argv)
+        try:
+            return flags.FLAGS(argv)
+        except flags.UnrecognizedFlagError as error:
+            own = [name for name in flags.FLAGS if name in ("config", "workdir", "resume", "checkpoint", "ema")]
+            raise SystemExit(_say(f"there is no option --{error.flagname}: {nearest(error.flagname, own)}")) from None
+        except (flags.Error, ValueError, TypeError, AttributeError, KeyError) as error:
+            raise SystemExit(_say(" ".join(str(error).split()))) from None
 
     def guarded(argv: list[str]) -> None:
-        use_all_cores()
-        logging.set_verbosity(logging.WARNING)  # orbax tells every rename at INFO
         if len(argv) > 1:
-            _fail(f"{argv[1]!r} is not an option: write --name=value; --help lists the options")
+            raise SystemExit(_say(f"{argv[1]!r} is not an option: write --name=value; --help lists the options"))
+        logging.set_verbosity(logging.WARNING)  # orbax tells every rename at INFO
+        use_all_cores()
         try:
             main()
-        except (ValueError, FloatingPointError, OSError) as error:
-            _fail(str(error))
+        except (ValueError, FloatingPointError) as error:
+            # Ours are sentences for the user; one from a library's depths is a bug, and keeps its traceback.
+            raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+            if _PACKAGE not in raised_in.parents:
+                raise
+            raise SystemExit(_say(str(error))) from None
+        except OSError as error:
+            raise SystemExit(_say(str(error))) from None
         except KeyboardInterrupt:
-            _fail("stopped; the same command goes on from the last checkpoint")
+            raise SystemExit(
+                _say("stopped; the same command goes on from the last checkpoint, if there is one")
+            ) from None
 
-    app.run(guarded, flags_parser=_parse)
-
-
-def _parse(argv: list[str]) -> list[str]:
-    _check_config_file(argv)
-    try:
-        return flags.FLAGS(argv)
-    except flags.UnrecognizedFlagError as error:
-        own = [name for name in flags.FLAGS if name in ("config", "workdir", "resume", "checkpoint")]
-        _fail(f"there is no option --{error.flagname}: {nearest(error.flagname, own)}")
-    except (flags.Error, ValueError, TypeError, AttributeError, KeyError) as error:
-        _fail(_explain(error, argv))
-    raise AssertionError("_fail does not return")
+    app.run(guarded, flags_parser=parse)
 
 
-def _check_config_file(argv: list[str]) -> None:
+def _check_config(argv: list[str]) -> None:
+    """The config file and every overridden key exist, or the nearest is named."""
     for position, argument in enumerate(argv):
         name, _, value = argument.lstrip("-").partition("=")
-        if name == "config" and argument.startswith("-"):
-            value = value or (argv[position + 1] if position + 1 < len(argv) else "")
-            path = Path(value.split(":")[0])
-            if not path.is_file():
-                known = [str(p) for p in path.parent.glob("*.py")] or [str(p) for p in Path("configs").glob("*.py")]
-                _fail(f"there is no config file {str(path)!r}: {nearest(str(path), known)}")
+        if name != "config" or not argument.startswith("-"):
+            continue
+        value = value or (argv[position + 1] if position + 1 < len(argv) else "")
+        file, _, config_argument = value.partition(":")
+        if not Path(file).is_file():
+            known = [str(path) for path in Path("configs").glob("*.py")]
+            raise SystemExit(_say(f"there is no config file {file!r}: {nearest(file, known)}"))
+        _check_keys(_load_config(file, config_argument), argv)
 
 
-def _explain(error: Exception, argv: list[str]) -> str:
-    """What went wrong with a --config.key=value, naming the nearest key."""
-    config = flags.FLAGS["config"].value if "config" in flags.FLAGS else None
+def _load_config(file: str, argument: str) -> ConfigDict:
+    spec = importlib.util.spec_from_file_location("experiment_config", file)
+    try:
+        if spec is None or spec.loader is None:
+            raise ImportError("it is no Python file")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module.get_config(argument)
+    except Exception as error:  # whatever the user's own file raises
+        message = f"the config file {file!r} fails with {type(error).__name__}: {' '.join(str(error).split())}"
+        raise SystemExit(_say(message)) from None
+
+
+def _check_keys(config: ConfigDict, argv: list[str]) -> None:
     for argument in argv:
         name = argument.lstrip("-").partition("=")[0]
-        if config is None or not name.startswith("config."):
+        if not (argument.startswith("-") and name.startswith("config.")):
             continue
         node, path = config, name.split(".")[1:]
         for depth, key in enumerate(path):
-            known = list(node.keys()) if hasattr(node, "keys") else []
-            if key not in known:
-                where = ".".join(["config", *path[:depth]])
-                return f"{where} has no key {key!r}: {nearest(key, known) if known else 'it is a plain value'}"
+            where = ".".join(["config", *path[:depth]])
+            if not isinstance(node, ConfigDict):
+                raise SystemExit(_say(f"{where} is a value and has no key {key!r}"))
+            if key not in node:
+                raise SystemExit(_say(f"{where} has no key {key!r}: {nearest(key, node.keys())}"))
             node = node[key]
-    return " ".join(str(error).split())
 
 
-def _fail(message: str) -> None:
+def _say(message: str) -> int:
+    """Print the sentence; returns the exit status."""
     print(f"error: {message}", file=sys.stderr)
-    sys.exit(1)
+    return 1

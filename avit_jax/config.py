@@ -2,7 +2,7 @@
 
 import dataclasses
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic")
@@ -20,6 +20,10 @@ class Preprocessing:
     def __post_init__(self) -> None:
         if len(self.mean) != len(self.std):
             raise ValueError(f"mean has {len(self.mean)} channels and std {len(self.std)}: give both the same number")
+        if min(self.std) <= 0:
+            raise ValueError(f"std is {self.std}: every channel must be above 0")
+        if not 0 < self.crop_fraction <= 1:
+            raise ValueError(f"crop_fraction is {self.crop_fraction}: it must be above 0 and at most 1")
         if self.interpolation not in INTERPOLATIONS:
             raise ValueError(f"interpolation {self.interpolation!r} is unknown: choose one of {INTERPOLATIONS}")
 
@@ -31,7 +35,7 @@ class AViTConfig:
     gate_scale None is a plain ViT: no token ever halts. Raises ValueError where the numbers do not fit together.
     """
 
-    image_size: int | tuple[int, int] = 224
+    image_size: int | Sequence[int] = 224  # one side, or (height, width)
     patch_size: int = 16
     in_channels: int = 3
     num_classes: int = 1000
@@ -49,9 +53,12 @@ class AViTConfig:
     dtype: str = "float32"
     remat: bool = False
     preprocessing: Preprocessing = Preprocessing()
-    class_names: tuple[str, ...] | None = None
+    class_names: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
+        for name in ("image_size", "class_names"):
+            if isinstance(getattr(self, name), list):  # from JSON or a config file; a tuple can be hashed
+                object.__setattr__(self, name, tuple(getattr(self, name)))
         for name in ("patch_size", "in_channels", "num_classes", "embed_dim", "depth", "num_heads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
@@ -68,6 +75,8 @@ class AViTConfig:
             raise ValueError(
                 f"gate_scale is {self.gate_scale} and gate_center {self.gate_center}: give both, or None for both"
             )
+        if self.mlp_dim < 1:
+            raise ValueError(f"mlp_ratio is {self.mlp_ratio}: the MLP needs at least one hidden value")
         if not 0 < self.halt_epsilon < 1:
             raise ValueError(f"halt_epsilon is {self.halt_epsilon}: it must lie between 0 and 1")
         for name in ("drop_rate", "drop_path_rate"):
@@ -83,7 +92,10 @@ class AViTConfig:
     @property
     def image_shape(self) -> tuple[int, int]:
         """(height, width) in pixels."""
-        return (self.image_size, self.image_size) if isinstance(self.image_size, int) else self.image_size
+        if isinstance(self.image_size, int):
+            return self.image_size, self.image_size
+        height, width = self.image_size
+        return height, width
 
     @property
     def patch_grid(self) -> tuple[int, int]:
@@ -175,7 +187,4 @@ def config_from(preset: str | None, **overrides: Any) -> AViTConfig:
     for name in overrides:
         if name not in fields:
             raise ValueError(f"AViTConfig has no field {name!r}: {nearest(name, fields)}")
-    for name in ("image_size", "class_names"):
-        if isinstance(overrides.get(name), list):
-            overrides[name] = tuple(overrides[name])
     return dataclasses.replace(PRESETS[preset] if preset else AViTConfig(), **overrides)

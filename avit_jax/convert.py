@@ -68,10 +68,13 @@ def read_pth(path: str | Path) -> dict[str, Any]:
         with zipfile.ZipFile(path) as archive:
             roots = [name.removesuffix("/data.pkl") for name in archive.namelist() if name.endswith("/data.pkl")]
             if len(roots) != 1:
-                raise ValueError(f"{path} is a zip file without one data.pkl: torch.save did not write it")
-            return _TorchUnpickler(archive, roots[0]).load()
-    except (zipfile.BadZipFile, pickle.UnpicklingError, KeyError, EOFError) as error:
+                raise ValueError("it is a zip file without one data.pkl, so torch.save did not write it")
+            content = _TorchUnpickler(archive, roots[0]).load()
+    except Exception as error:  # a damaged pickle raises nearly anything
         raise ValueError(f"{path} is not a checkpoint that can be read: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}: a checkpoint is a mapping of names to tensors")
+    return content
 
 
 def _to_ours(name: str, value: np.ndarray) -> tuple[str, np.ndarray]:
@@ -87,9 +90,17 @@ def _to_ours(name: str, value: np.ndarray) -> tuple[str, np.ndarray]:
 def from_torch_state_dict(state_dict: Mapping[str, np.ndarray], preset: str | None = None, **overrides: Any) -> AViT:
     """A model with the weights of a published A-ViT or DeiT state dict (timm's names).
 
-    Architecture comes from the preset and the overrides (AViTConfig fields). Raises ValueError, listing both sets,
-    where a source key is unused or a target unfilled, and naming the parameter and both shapes where they differ.
+    Architecture comes from the preset and the overrides (AViTConfig fields); without a preset the head count is width
+    / 64 for 192, 384 and 768, else it must be given. Raises ValueError, listing both sets, where a source key is unused
+    or a target unfilled, and naming the parameter and both shapes where they differ.
     """
+    if preset is None:
+        width = overrides.get("embed_dim", AViTConfig.embed_dim)
+        if "num_heads" not in overrides and width not in (192, 384, 768):
+            raise ValueError(f"width {width} does not tell the number of heads: give num_heads or a preset")
+        overrides = {"num_heads": width // 64} | overrides
+        if overrides.get("gate_scale") is None:
+            print("neither preset nor gate_scale is given: this model never halts")
     return _fill(config_from(preset, **overrides), state_dict)
 
 
@@ -101,7 +112,8 @@ def _fill(config: AViTConfig, state_dict: Mapping[str, np.ndarray]) -> AViT:
             ours, value = _to_ours(".".join(["blocks", *parts[2:]]), value)
             found.setdefault(ours, {})[int(parts[1])] = value
         else:
-            ours, found[ours] = _to_ours(name, value)[0], _to_ours(name, value)[1]
+            ours, value = _to_ours(name, value)
+            found[ours] = value
     model = AViT(config, rngs=nnx.Rngs(0))
     targets = {".".join(map(str, path)): param for path, param in nnx.to_flat_state(nnx.state(model, nnx.Param))}
     unused, unfilled = sorted(found.keys() - targets), sorted(targets.keys() - found.keys())

@@ -56,8 +56,8 @@ def _evaluation_step(graphdef: nnx.GraphDef, params: nnx.State, batch: dict[str,
     model = nnx.merge(graphdef, params)
     output, label, weight = model(batch["image"]), batch["label"], batch["weight"]
     own = jnp.take_along_axis(output.logits, label[:, None], axis=1)
-    # Rank among the logits; ties count against the model, so that constant logits score nothing.
-    rank = (output.logits >= own).sum(-1)
+    # Ties and NaN count against the model: a constant or broken one scores nothing.
+    rank = output.logits.shape[-1] - (output.logits < own).sum(-1)
     depth = output.token_depth.astype(jnp.float32)
     layers = jnp.arange(1, model.config.depth + 1)
     return {
@@ -115,7 +115,7 @@ def _forward(graphdef: nnx.GraphDef, params: nnx.State, images: Array) -> AViTOu
 
 
 def predict(model: AViT, images: Float[np.ndarray, "b h w c"]) -> AViTOutput:
-    """The model's output, jit-compiled once for every batch size; masked execution."""
+    """The model's output, jit-compiled; masked execution."""
     return _forward(*nnx.split(model), images)
 
 

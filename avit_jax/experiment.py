@@ -12,10 +12,11 @@ import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
-from avit_jax.checkpoint import load, save
+from avit_jax.checkpoint import checkpoint_steps, load, save
 from avit_jax.config import AViTConfig, Preprocessing, config_from
 from avit_jax.data.sources import Dataset, load_dataset
 from avit_jax.evaluation import Evaluation, evaluate, images_per_second
+from avit_jax.files import read_json, write_json
 from avit_jax.logs import read_metrics
 from avit_jax.model import AViT
 from avit_jax.preprocessing import normalize
@@ -58,11 +59,17 @@ def model_config(config: ConfigDict, dataset: Dataset) -> AViTConfig:
 
 
 def _preprocessing(config: ConfigDict, dataset: Dataset) -> Preprocessing:
-    """The config's mean and std, or those of the training images by channel."""
-    pixels = dataset.train.images.reshape(-1, dataset.train.images.shape[-1]) / np.float32(255)
-    mean = config.data.mean or tuple(round(float(value), 4) for value in pixels.mean(0))
-    std = config.data.std or tuple(round(float(value), 4) or 1.0 for value in pixels.std(0))
-    return Preprocessing(tuple(mean), tuple(std), crop_fraction=1.0)
+    """The config's mean and std, or those of the training images by channel (exact: from histograms of bytes)."""
+    mean, std = tuple(config.data.mean), tuple(config.data.std)
+    if not (mean and std):
+        values = np.arange(256) / 255
+        channels = np.moveaxis(dataset.train.images, -1, 0)
+        shares = [np.bincount(channel.ravel(), minlength=256) / channel.size for channel in channels]
+        means = [float(share @ values) for share in shares]
+        deviations = [float(share @ (values - m) ** 2) ** 0.5 for share, m in zip(shares, means, strict=True)]
+        mean = mean or tuple(round(m, 4) for m in means)
+        std = std or tuple(round(d, 4) or 1.0 for d in deviations)
+    return Preprocessing(mean, std, crop_fraction=1.0)
 
 
 def initial_model(config: ConfigDict, dataset: Dataset) -> AViT:
@@ -73,52 +80,89 @@ def initial_model(config: ConfigDict, dataset: Dataset) -> AViT:
     return load(config.init_from, **{name: getattr(wanted, name) for name in wanted.__dataclass_fields__})
 
 
-def run(config: ConfigDict, workdir: str | Path, *, resume: bool = True) -> dict[str, Any]:
+def run(config: ConfigDict, workdir: str | Path, *, resume: bool = True, began: float | None = None) -> dict[str, Any]:
     """Train, measure dense and A-ViT on the test images, write summary.json and pictures; returns the summary.
 
-    A finished run is not repeated, a stopped one is continued. Raises ValueError where workdir holds a run of another
-    config, or any run while resume is False.
+    A finished run is not repeated, a stopped one is continued. began: time.perf_counter() from which `seconds` counts.
+    Raises ValueError for a config that cannot work, and where workdir holds a run of another config, or any run while
+    resume is False.
     """
-    began = time.perf_counter()
+    began = time.perf_counter() if began is None else began
     workdir = Path(workdir)
-    _claim(config, workdir, resume)
+    _check_values(config)
+    _check_folder(config, workdir, resume)
     summary_path = workdir / "summary.json"
     if summary_path.exists():
-        summary = json.loads(summary_path.read_text())
+        summary = read_json(summary_path)
         print(f"this run is finished; its table, from {summary_path}:")
         print(format_summary(summary))
         return summary
     dataset = load_dataset(config.data.source, config.data.path)
     model = initial_model(config, dataset)
     baseline = load(config.init_from) if config.init_from else None
-    teacher = load(config.teacher) if config.teacher else None
-    loading = time.perf_counter() - began
-    trained = train(config, dataset, model, workdir, teacher)
-    measuring = time.perf_counter()
+    teacher = _teacher(config, model.config)
+    workdir.mkdir(parents=True, exist_ok=True)
+    origin = {"command": shlex.join(["python", *sys.argv]), "versions": _versions(), "config": _resolved(config)}
+    write_json(workdir / "train_config.json", origin)
+    earlier = train(config, dataset, model, workdir, teacher, began=began)
     summary, result = _measure(config, dataset, baseline, model)
     pictures = draw(model, dataset, result, workdir)
     if not (workdir / "model").exists():
         save(model, workdir / "model")
-    summary["seconds"] = loading + trained + time.perf_counter() - measuring
-    # Last: a folder with a summary is a finished run.
-    summary_path.write_text(json.dumps(summary, indent=2) + "\n")
+    summary["seconds"] = earlier + time.perf_counter() - began
+    write_json(summary_path, summary)  # last: a folder with a summary is a finished run
     print(format_summary(summary))
     print("\n".join(["", *(f"picture: {path}" for path in pictures), f"model:   {workdir / 'model'}"]))
     return summary
 
 
-def _claim(config: ConfigDict, workdir: Path, resume: bool) -> None:
-    """Write the resolved config into workdir, or see that the run there has the same one."""
-    path = workdir / "train_config.json"
-    resolved = json.loads(config.to_json())
-    if not path.exists():
-        workdir.mkdir(parents=True, exist_ok=True)
-        origin = {"command": shlex.join(["python", *sys.argv]), "versions": _versions(), "config": resolved}
-        path.write_text(json.dumps(origin, indent=2) + "\n")
+def _check_values(config: ConfigDict) -> None:
+    """Raises ValueError for numbers that no run can work with, naming the key."""
+    limits = {
+        "batch_size": 1,
+        "eval_batch_size": 1,
+        "log_every": 1,
+        "eval_every": 1,
+        "checkpoint_every": 1,
+        "keep_checkpoints": 1,
+        "epochs": 0,
+        "loss.ponder_weight": 0,
+        "loss.prior_weight": 0,
+        "loss.label_smoothing": 0,
+        "optim.learning_rate": 0,
+    }
+    values = _flat(_resolved(config))
+    for name, least in limits.items():
+        if values[name] < least:
+            raise ValueError(f"config.{name} is {values[name]}: it must be at least {least}")
+    if config.loss.label_smoothing >= 1:
+        raise ValueError(f"config.loss.label_smoothing is {config.loss.label_smoothing}: it must be below 1")
+    if (config.loss.distillation == "none") != (not config.teacher):
+        raise ValueError(
+            f"config.teacher is {config.teacher!r} and config.loss.distillation {config.loss.distillation!r}: "
+            "give a teacher and hard or soft, or neither"
+        )
+
+
+def _teacher(config: ConfigDict, student: AViTConfig) -> AViT | None:
+    """The model at config.teacher. Raises ValueError unless it sees the same images and knows the same classes."""
+    if not config.teacher:
+        return None
+    teacher = load(config.teacher)
+    for name in ("image_shape", "in_channels", "num_classes", "preprocessing"):
+        there, here = getattr(teacher.config, name), getattr(student, name)
+        if there != here:
+            raise ValueError(f"the teacher {config.teacher} has {name} {there} and the student {here}: they must agree")
+    return teacher
+
+
+def _check_folder(config: ConfigDict, workdir: Path, resume: bool) -> None:
+    """See that the run in workdir, if one has got to a checkpoint, has this config."""
+    if not (workdir / "summary.json").exists() and not checkpoint_steps(workdir / "checkpoints"):
         return
     if not resume:
         raise ValueError(f"{workdir} holds a run already: leave --noresume out, or give another --workdir")
-    there, here = _flat(json.loads(path.read_text())["config"]), _flat(resolved)
+    there, here = _flat(read_json(workdir / "train_config.json")["config"]), _flat(_resolved(config))
     changed = [name for name in sorted(there.keys() | here.keys()) if there.get(name) != here.get(name)]
     if changed:
         name = changed[0]
@@ -126,6 +170,11 @@ def _claim(config: ConfigDict, workdir: Path, resume: bool) -> None:
             f"{workdir} holds a run with config.{name}={there.get(name)!r}, this one has {here.get(name)!r}: "
             "give another --workdir, or remove that folder"
         )
+
+
+def _resolved(config: ConfigDict) -> dict[str, Any]:
+    """The config as plain JSON."""
+    return json.loads(config.to_json())
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -154,7 +203,7 @@ def _measure(
     batch = normalize(dataset.test.images[:count], model.config)
     speeds = images_per_second([row_model for row_model, _ in rows.values()], batch)
     summary: dict[str, Any] = {"images": len(dataset.test), "batch_size": count}
-    for (name, (_, row)), speed in sorted(zip(rows.items(), speeds, strict=True), reverse=True):
+    for (name, (_, row)), speed in zip(rows.items(), speeds, strict=True):
         summary[name] = {key: getattr(row, key) for key in SUMMARY_KEYS} | {"images_per_second": speed}
         if name == "avit":
             summary[name] |= {key: getattr(row, key) for key in DEPTH_KEYS}
@@ -194,14 +243,17 @@ def draw(model: AViT, dataset: Dataset, result: Evaluation, workdir: Path) -> li
     return pictures
 
 
-def evaluate_checkpoint(config: ConfigDict, path: str | Path) -> str:
-    """Any checkpoint on the test images of config.data; its architecture and gate are its own. Returns the table.
+def evaluate_checkpoint(config: ConfigDict, path: str | Path, *, ema: bool = False) -> str:
+    """Any checkpoint on the test images of config.data; a folder brings its own gate. Returns the table.
 
     Raises ValueError where the checkpoint and config.model differ in shape, or the checkpoint and the data.
     """
+    _check_values(config)
     dataset = load_dataset(config.data.source, config.data.path)
     wanted = model_config(config, dataset)
-    model = load(path, **{name: getattr(wanted, name) for name in SHAPE_FIELDS})
+    # A file knows nothing but weights; a folder knows itself, and is only held against the config's shapes.
+    known = wanted.__dataclass_fields__ if Path(path).is_file() else SHAPE_FIELDS
+    model = load(path, ema=ema, **{name: getattr(wanted, name) for name in known})
     return format_evaluation(evaluate(model, dataset.test, config.eval_batch_size), model.config)
 
 

@@ -18,12 +18,12 @@ class RunLog:
         lines = [line for line in read_metrics(workdir) if line["step"] <= start]
         self._path.write_text("".join(json.dumps(line) + "\n" for line in lines))
         self._file = self._path.open("a")
-        self._tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1 if start else None)
+        self._tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1)
         self._schedule = schedule
 
     def train(self, step: int, means: dict[str, float]) -> None:
         """Means over the steps since the last line."""
-        self._write("train", step, means | {"learning_rate": float(self._schedule(step))})
+        self._write("train", step, means | {"learning_rate": float(self._schedule(step - 1))})
 
     def val(self, step: int, result: Evaluation) -> None:
         """One evaluation on the validation set."""

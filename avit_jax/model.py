@@ -5,8 +5,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray, Shaped
 
 from avit_jax import halting
 from avit_jax.config import AViTConfig, config_from
@@ -50,13 +51,14 @@ class AViT(nnx.Module):
         self.pos_embed = nnx.Param(INIT(rngs.params(), (1, config.num_tokens, config.embed_dim)))
         self.blocks = _stack_blocks(config, rngs)
         self.norm = layer_norm(config, rngs)
-        self.head = linear(config.embed_dim, config.num_classes, config, rngs)
+        # In float32 whatever the matmuls are: bfloat16 would round 1,000 logits into ties.
+        self.head = linear(config.embed_dim, config.num_classes, "float32", rngs)
         if config.distilled:
-            self.head_dist = linear(config.embed_dim, config.num_classes, config, rngs)
+            self.head_dist = linear(config.embed_dim, config.num_classes, "float32", rngs)
         self.drop = nnx.Dropout(config.drop_rate)
 
     def __call__(
-        self, images: Float[Array, "b h w c"], *, deterministic: bool = True, rngs: nnx.Rngs | None = None
+        self, images: Shaped[Array | np.ndarray, "..."], *, deterministic: bool = True, rngs: nnx.Rngs | None = None
     ) -> AViTOutput:
         """Masked execution: fixed shapes, every token computed, halted ones masked."""
         config = self.config
@@ -64,7 +66,7 @@ class AViT(nnx.Module):
         if not deterministic and rngs is None:
             raise ValueError("deterministic=False draws dropout: pass rngs=nnx.Rngs(dropout=key)")
         key = None if deterministic or rngs is None else rngs.dropout()
-        x = self.embed(images, key)
+        x = self.embed(jnp.asarray(images), key)
         batch, num_tokens, _ = x.shape
         state = None
         if config.halts:
@@ -122,13 +124,18 @@ class AViT(nnx.Module):
 
 
 def check_images(images: Any, config: AViTConfig) -> None:
-    """Raises ValueError, with the reason, unless images are floating [B, H, W, C] as the configuration says."""
+    """Raises ValueError, with the reason, unless images are float32 [B, H, W, C] as the configuration says."""
     height, width = config.image_shape
     wanted = f"float32 [batch, {height}, {width}, {config.in_channels}]"
     shape = tuple(images.shape)
     reason = None
-    if not jnp.issubdtype(images.dtype, jnp.floating):
-        reason = f"they are {images.dtype}: use avit_jax.preprocess(images, model.config)"
+    if images.dtype != jnp.float32:
+        by = (
+            "astype('float32')"
+            if jnp.issubdtype(images.dtype, jnp.floating)
+            else "avit_jax.preprocess(images, model.config)"
+        )
+        reason = f"they are {images.dtype}: use {by}"
     elif len(shape) != 4:
         reason = f"their shape is {shape}" + (": add a batch axis" if len(shape) == 3 else "")
     elif shape[1:] == (config.in_channels, height, width):

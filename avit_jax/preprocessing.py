@@ -22,7 +22,7 @@ def preprocess(images: Any, config: AViTConfig) -> Float[np.ndarray, "b h w c"]:
     images: a PIL image or a sequence of them, or uint8 [H, W], [H, W, C] or [B, H, W, C] (grey without C too).
     Raises ValueError for any other type or number of channels.
     """
-    arrays = [_to_array(image, config.in_channels) for image in _as_sequence(images)]
+    arrays = [_to_array(image, config.in_channels) for image in _as_sequence(images, config.in_channels)]
     return normalize(np.stack([_resize_and_crop(array, config) for array in arrays]), config)
 
 
@@ -37,7 +37,7 @@ def normalize(images: UInt8[np.ndarray, "b h w c"], config: AViTConfig) -> Float
     return (images.astype(np.float32) - mean) / std
 
 
-def _as_sequence(images: Any) -> Sequence[Any]:
+def _as_sequence(images: Any, channels: int) -> Sequence[Any]:
     if isinstance(images, Image.Image):
         return [images]
     if isinstance(images, (list, tuple)):
@@ -47,7 +47,7 @@ def _as_sequence(images: Any) -> Sequence[Any]:
     array = np.asarray(images)
     if array.ndim not in (2, 3, 4):
         raise ValueError(f"images have shape {array.shape}: give [H, W], [H, W, C] or [B, H, W, C]")
-    is_one = array.ndim == 2 or (array.ndim == 3 and array.shape[-1] in (1, 3, 4))
+    is_one = array.ndim == 2 or (array.ndim == 3 and array.shape[-1] == channels)
     return [array] if is_one else list(array)
 
 

@@ -1,18 +1,9 @@
 """Pictures of a run: depth maps beside their images, the histogram of depths, the curves of training."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-# matplotlib writes its font cache to the home folder unless it is told otherwise before the first import.
-os.environ.setdefault("MPLCONFIGDIR", str(Path("runs/.matplotlib").absolute()))
-
-import matplotlib
-
-matplotlib.use("Agg")
-
-import matplotlib.pyplot as plt
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 from matplotlib.cm import ScalarMappable
@@ -42,7 +33,8 @@ def draw_depth_maps(
     order = np.argsort(image_depths, kind="stable")
     config = model.config
     names = config.class_names or tuple(map(str, range(config.num_classes)))
-    figure, axes = plt.subplots(4, columns, figsize=(1.35 * columns + 1.2, 6.6), layout="constrained", squeeze=False)
+    figure = Figure(figsize=(1.35 * columns + 1.2, 6.6), layout="constrained")
+    axes = figure.subplots(4, columns, squeeze=False)
     for row, (title, chosen) in enumerate((("easiest", order[:columns]), ("hardest", order[::-1][:columns]))):
         output = predict(model, normalize(split.images[chosen], config))
         depths, predicted = np.asarray(output.token_depth), np.asarray(output.logits.argmax(-1))
@@ -79,7 +71,8 @@ def _show_image(axis: Any, image: UInt8[np.ndarray, "h w c"]) -> None:
 def draw_depth_histogram(result: Evaluation, path: Path) -> Path:
     """The share of tokens that stop at each layer, with the means of the tokens and of the class token."""
     layers = np.arange(1, len(result.depth_histogram) + 1)
-    figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axis = figure.subplots()
     axis.bar(layers, np.asarray(result.depth_histogram) * 100, color=_ADAPTIVE)
     axis.axvline(result.mean_depth, color="black", linestyle="--", label=f"mean depth {result.mean_depth:.2f}")
     axis.axvline(
@@ -93,7 +86,8 @@ def draw_depth_histogram(result: Evaluation, path: Path) -> Path:
 
 def draw_curves(lines: Sequence[dict[str, Any]], path: Path, depth: int) -> Path:
     """Loss, accuracy and mean depth over training, training and validation."""
-    figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
+    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    axes = figure.subplots(1, 3)
     for axis, (name, label) in zip(
         axes, (("loss", "loss (nats)"), ("accuracy", "top-1 (%)"), ("mean_depth", "mean depth (layers)")), strict=True
     ):
@@ -121,5 +115,4 @@ def draw_curves(lines: Sequence[dict[str, Any]], path: Path, depth: int) -> Path
 
 def _save(figure: Figure, path: Path) -> Path:
     figure.savefig(path, dpi=130)
-    plt.close(figure)
     return path

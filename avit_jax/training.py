@@ -120,11 +120,13 @@ def make_train_step(
     return lambda state, batch: jitted(state, batch, teacher_state)
 
 
-def train(config: ConfigDict, dataset: Dataset, model: AViT, workdir: Path, teacher: AViT | None = None) -> float:
+def train(
+    config: ConfigDict, dataset: Dataset, model: AViT, workdir: Path, teacher: AViT | None = None, *, began: float
+) -> float:
     """Train to config.epochs, from the newest checkpoint in workdir where there is one; the model ends up trained.
 
-    Returns the seconds of training so far, stopped runs included. Raises FloatingPointError at a NaN or infinite loss;
-    the last good checkpoint stays.
+    began: time.perf_counter() when this run started. Returns the seconds that earlier, stopped runs took. Raises
+    FloatingPointError at a NaN or infinite loss; the last good checkpoint stays.
     """
     steps = training_steps(config, dataset)
     optimizer = make_optimizer(config.optim, steps)
@@ -136,21 +138,21 @@ def train(config: ConfigDict, dataset: Dataset, model: AViT, workdir: Path, teac
         dataset.train, model.config, batch_size=config.batch_size, seed=config.seed, augment=dict(config.augment)
     )
     checkpoints = RunCheckpoints(workdir / "checkpoints", config.keep_checkpoints)
-    start, seconds, window = 0, 0.0, []
+    start, earlier, window = 0, 0.0, []
     if (latest := checkpoints.latest_step()) is not None:
         items, progress, data = checkpoints.restore(latest, _items(state))
         state = jax.device_put(_with_items(state, items, latest), everywhere)
         batches.set_state(data)
-        start, seconds, window = latest, progress["seconds"], progress["window"]
+        start, earlier, window = latest, progress["seconds"], progress["window"]
         print(f"going on from step {latest} of {steps} in {workdir}")
     with RunLog(workdir, start, learning_rate_schedule(config.optim, steps)) as log:
         loop = _Loop(config, dataset, model, steps, train_step, batches, checkpoints, log)
         try:
-            state, seconds = loop.run(state, start, seconds, window)
+            state = loop.run(state, start, began - earlier, window)
         finally:
             checkpoints.close()
     _show(model, state)
-    return seconds
+    return earlier
 
 
 def _show(model: AViT, state: TrainState) -> None:
@@ -202,10 +204,7 @@ class _Loop:
     checkpoints: RunCheckpoints
     log: RunLog
 
-    def run(
-        self, state: TrainState, start: int, seconds: float, window: list[dict[str, float]]
-    ) -> tuple[TrainState, float]:
-        began = time.perf_counter() - seconds
+    def run(self, state: TrainState, start: int, began: float, window: list[dict[str, float]]) -> TrainState:
         pending: tuple[int, dict[str, Array]] | None = None
         bar = tqdm(total=self.steps, initial=start, unit="step", desc="training", mininterval=1, dynamic_ncols=True)
         window_began, window_start = time.perf_counter(), start
@@ -235,18 +234,20 @@ class _Loop:
                         images_s=f"{means['images_per_second']:.0f}",
                     )
                     window.clear()
+                    window_began, window_start = time.perf_counter(), step
                 bar.update(1)
+                aside = time.perf_counter()
                 if evaluates:
                     _show(self.model, state)
                     result = evaluate(self.model, self.dataset.val, self.config.eval_batch_size)
                     self.log.val(step, result)
                 if saves:
                     # With the metrics since the last line: the next line after a resume is the same mean.
-                    progress = {"step": step, "seconds": time.perf_counter() - began, "window": window}
+                    progress = {"step": step, "seconds": time.perf_counter() - began, "window": list(window)}
                     self.checkpoints.save(step, _items(state), progress, self.batches.get_state(), self.model.config)
-                if logs:
-                    window_began, window_start = time.perf_counter(), step
-        return state, time.perf_counter() - began
+                # images/s is the speed of training alone.
+                window_began += time.perf_counter() - aside
+        return state
 
 
 def _checked(step: int, metrics: dict[str, Array]) -> dict[str, float]:
@@ -256,6 +257,6 @@ def _checked(step: int, metrics: dict[str, Array]) -> dict[str, float]:
         if not math.isfinite(values[term]):
             raise FloatingPointError(
                 f"the {term.replace('_', ' ')} is {values[term]} at step {step}: training stopped, the last good "
-                "checkpoint is kept; lower config.optim.learning_rate or the weights in config.loss"
+                "checkpoint is kept; in another --workdir, lower config.optim.learning_rate or config.loss's weights"
             )
     return values

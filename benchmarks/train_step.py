@@ -12,7 +12,6 @@ import argparse
 import dataclasses
 import functools
 import json
-import os
 import platform
 import statistics
 import sys
@@ -27,18 +26,13 @@ import numpy as np
 from flax import nnx
 
 from avit_jax import PRESETS, AViT, AViTConfig
-from avit_jax.config import config_from
-from avit_jax.mesh import data_mesh, replicated, use_all_cores
+from avit_jax.config import config_from, nearest
+from avit_jax.mesh import available_cores, data_mesh, replicated, use_all_cores
 from avit_jax.optim import make_optimizer
 from avit_jax.training import initial_state, make_train_step
 from configs import mnist_avit
 
-MNIST = config_from(
-    None,
-    **{"image_size": 28, "in_channels": 1, "num_classes": 10, "patch_size": 4, "embed_dim": 64, "num_heads": 4},
-    gate_scale=mnist_avit.get_config().model.gate_scale,
-    gate_center=mnist_avit.get_config().model.gate_center,
-)
+MNIST = config_from(None, image_size=28, in_channels=1, num_classes=10, **mnist_avit.get_config().model)
 MODELS = {"mnist": (MNIST, 100), "tiny224": (PRESETS["avit_tiny_patch16_224"], 16)}
 
 
@@ -98,7 +92,7 @@ def torch_step(config: AViTConfig, batch_size: int) -> Callable[[], None]:
             x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + self.pos_embed
             return self.head(self.norm(self.blocks(x)[:, 0]))
 
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    torch.set_num_threads(available_cores())
     model = ViT().train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     images, labels = random_batch(config, batch_size)
@@ -157,11 +151,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     arguments = parser.parse_args()
     use_all_cores()
-    machine = (
-        f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores, {jax.default_backend()}, jax {jax.__version__}"
-    )
+    machine = f"{platform.machine()}, {available_cores()} cores, {jax.default_backend()}, jax {jax.__version__}"
     results: dict[str, object] = {"machine": machine, "rounds": arguments.rounds}
     for name in arguments.models.split(","):
+        if name not in MODELS:
+            parser.error(f"there is no model {name!r}: {nearest(name, MODELS)}")
         config, batch_size = MODELS[name]
         seconds = measure(config, batch_size, arguments.rounds)
         reference = seconds.get("PyTorch eager, dense", seconds["dense, remat on"])

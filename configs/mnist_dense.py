@@ -1,6 +1,7 @@
 """The static ViT that A-ViT starts from: MNIST digits, 28x28, patch 4, 49 tokens, 12 layers."""
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -14,8 +15,20 @@ def get_config(arg: str = "") -> ConfigDict:
     config.augment = ConfigDict({"rotate": 12.0, "scale": 0.12, "shear": 0.15, "translate": 2.0})
     # Image size, channels, classes and class names come from the data where they are not given.
     config.model = ConfigDict(
-        {"patch_size": 4, "embed_dim": 64, "depth": 12, "num_heads": 4, "drop_path_rate": 0.05, "remat": True},
-        convert_dict=False,
+        {
+            "patch_size": 4,
+            "embed_dim": 64,
+            "depth": 12,
+            "num_heads": 4,
+            "mlp_ratio": 4.0,
+            "drop_rate": 0.0,
+            "drop_path_rate": 0.05,
+            "gate_scale": placeholder(float),  # none: no token ever halts
+            "gate_center": placeholder(float),
+            "halt_epsilon": 0.01,
+            "dtype": "float32",
+            "remat": True,  # faster on a CPU, where writing activations costs more than computing them again
+        }
     )
     config.init_from = ""  # a checkpoint: the weights to start from, and the dense row of the table
     config.teacher = ""  # a checkpoint: the teacher of config.loss.distillation

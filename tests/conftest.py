@@ -3,7 +3,9 @@
 import os
 from pathlib import Path
 
-os.environ.setdefault("MPLCONFIGDIR", str(Path(__file__).parents[1] / "runs" / ".matplotlib"))
+RUNS = Path(__file__).parents[1] / "runs"
+RUNS.mkdir(exist_ok=True)  # pytest's --basetemp lies in it
+os.environ.setdefault("MPLCONFIGDIR", str(RUNS / ".matplotlib"))
 
 from jaxtyping import install_import_hook
 

@@ -50,7 +50,7 @@ def test_nothing_is_overwritten(saved: Path) -> None:
             {"embed_dim": 32},
             r"blocks.attn.proj.bias has shape \(4, 16\) in the checkpoint .* and \(4, 32\) in the model",
         ),
-        ({"num_classes": 7, "class_names": None}, r"head.bias has shape \(5,\) in the checkpoint .* and \(7,\)"),
+        ({"num_classes": 7}, r"head.bias has shape \(5,\) in the checkpoint .* and \(7,\)"),
         ({"depth": 5}, r"has shape \(4, 16\) in the checkpoint .* and \(5, 16\) in the model"),
         ({"image_size": 16}, r"pos_embed has shape \(1, 7, 16\) in the checkpoint .* and \(1, 17, 16\)"),
         ({"distilled": True, "image_size": 4}, r"pos_embed has shape|only in the model"),

@@ -94,12 +94,16 @@ def one_sentence(stderr: str) -> str:
         ("train.py", ["--config.optim.learning_rat=1"], "config.optim has no key 'learning_rat': did you mean 'learning_rate'?"),
         ("train.py", ["--config.batch_size=many"], "batch_size"),
         ("train.py", ["--confg=x"], "no option --confg: did you mean 'config'?"),
+        ("train.py", ["--config=configs/npz_avit.py:x", "--config.model.gate_centre=1"], "config.model has no key 'gate_centre': did you mean 'gate_center'?"),
+        ("train.py", ["--config.model.embed_dim.x=1"], "config.model.embed_dim is a value and has no key 'x'"),
+        ("train.py", ["--config.log_every=0"], "config.log_every is 0: it must be at least 1"),
+        ("train.py", ["--config.loss.distillation=hard"], "give a teacher and hard or soft, or neither"),
         ("train.py", ["mnist_avit"], "'mnist_avit' is not an option"),
         ("train.py", ["--config.model.patch_size=5"], "image height 28 is not divisible by patch_size 5"),
         ("train.py", ["--config.model.num_heads=5"], "embed_dim 64 is not divisible by num_heads 5"),
         ("train.py", ["--config.batch_size=3601"], "config.batch_size 3601 is larger than the 3600 training images"),
         ("train.py", ["--config.init_from=runs/nothing"], "there is no checkpoint at"),
-        ("train.py", ["--config.data.source=cifar"], "config.data.source 'cifar' is unknown: known: mnist, npz"),
+        ("train.py", ["--config.data.source=cifar"], "config.data.source 'cifar' is unknown"),
         ("train.py", ["--config=configs/npz_avit.py:/tmp/none.npz"], "config.data.path '/tmp/none.npz' is not a file"),
         ("eval.py", ["--checkpoint=runs/nothing"], "runs/nothing: the folder is missing"),
         ("eval.py", ["--checkpoint=README.md"], "README.md is neither a folder that avit_jax wrote nor a .pth file"),
@@ -113,8 +117,7 @@ def test_bad_input_gets_one_sentence(tmp_path: Path, script: str, arguments: lis
 
 
 def test_noresume_refuses_a_run_that_has_begun(tmp_path: Path) -> None:
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "train_config.json").write_text("{}")
+    (tmp_path / "run" / "checkpoints" / "36").mkdir(parents=True)
     done = command("train.py", f"--workdir={tmp_path / 'run'}", "--noresume")
     assert done.returncode == 1
     assert "holds a run already: leave --noresume out" in one_sentence(done.stderr)

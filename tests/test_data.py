@@ -143,6 +143,12 @@ def test_npz_without_a_test_set_is_split(tmp_path: Path) -> None:
             r"labels is int64 \(59,\): it must be whole numbers, one for each of 60 images",
         ),
         ({"labels": np.arange(60) % 3 - 1}, "labels -1 to 1 for 2 classes: they must be 0..1"),
+        ({"class_names": np.array(3)}, r"class_names is int64 \(\): it must be a list of strings"),
+        ({"test_labels": np.zeros(3, int)}, "has no array 'test_images'"),
+        (
+            {"test_images": np.zeros((3, 9, 9), np.uint8), "test_labels": np.zeros(3, int)},
+            r"test_images are \(9, 9, 1\) and images \(8, 8, 1\)",
+        ),
         ({"class_names": np.array(["a", "b"])}, "labels 0 to 2 for 2 classes"),
         ({"images": np.zeros((0, 8, 8), np.uint8), "labels": np.zeros(0, int)}, "images is empty"),
         ({"images": np.zeros((6, 8, 8), np.uint8), "labels": np.arange(6) % 3}, "too few images for a test set"),
@@ -160,6 +166,12 @@ def test_sources_and_files_that_are_not_there(tmp_path: Path) -> None:
         load_dataset("mnits")
     with pytest.raises(ValueError, match="is not a file: give an .npz"):
         load_dataset("npz", str(tmp_path / "nothing.npz"))
+    np.savez(tmp_path / "cut.npz", **toy_arrays(60))
+    (tmp_path / "cut.npz").write_bytes((tmp_path / "cut.npz").read_bytes()[:3000])
+    (tmp_path / "empty.npz").touch()
+    for name in ("cut", "empty"):
+        with pytest.raises(ValueError, match=rf"{name}.npz cannot be read as .npz"):
+            load_dataset("npz", str(tmp_path / f"{name}.npz"))
     (tmp_path / "text.npz").write_text("no zip")
     with pytest.raises(ValueError, match=r"text.npz cannot be read as .npz"):
         load_dataset("npz", str(tmp_path / "text.npz"))

@@ -59,6 +59,11 @@ def test_constant_logits_score_nothing(halting_model: AViT, split: Split) -> Non
     assert found.loss == pytest.approx(np.log(7), rel=1e-6)
 
 
+def test_nan_logits_score_nothing(halting_model: AViT, split: Split) -> None:
+    halting_model.head.bias[...] = jnp.full_like(halting_model.head.bias[...], jnp.nan)
+    assert evaluate(halting_model, split, 4).top1 == 0
+
+
 def test_labels_beyond_the_classes_are_refused(halting_model: AViT, split: Split) -> None:
     beyond = Split(split.images, split.labels + 5)
     with pytest.raises(ValueError, match="labels run from 5 to 11, the model has 7 classes"):
@@ -88,6 +93,23 @@ def test_depth_maps_lie_as_the_images_do(distilled: bool) -> None:
     images[0, 8:12, 4:8] = 1  # bottom row, right column
     found = depth_map(np.asarray(model(jnp.asarray(images)).token_depth[0]), config)
     np.testing.assert_array_equal(found, [[2, 2], [2, 2], [2, 4]])
+
+
+def test_the_easiest_and_the_hardest_images_are_shown(
+    halting_model: AViT, split: Split, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from avit_jax import report
+
+    shown: list[list[int]] = []
+
+    def recording(model: AViT, images: np.ndarray) -> object:
+        normalized = normalize(split.images, model.config)
+        shown.append([int(np.flatnonzero((normalized == image).all((1, 2, 3)))[0]) for image in images])
+        return model(images)
+
+    monkeypatch.setattr(report, "predict", recording)
+    draw_depth_maps(halting_model, split, np.arange(11.0)[::-1].copy(), tmp_path / "maps.png", columns=3)
+    assert shown == [[10, 9, 8], [0, 1, 2]]
 
 
 def test_pictures_are_drawn(halting_model: AViT, split: Split, tmp_path: Path) -> None:

@@ -81,6 +81,22 @@ def test_halting_terms_reach_the_parameters_through_a_far_gate() -> None:
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(jax.grad(loss)(params)))
 
 
+@pytest.mark.parametrize("batch", [1, 3])
+def test_halting_terms_are_weighted_means_over_all_images_and_tokens(batch: int) -> None:
+    """Every image counts, the first too, and a batch of one is as good as any (the published code leaves it out)."""
+    rng = np.random.default_rng(0)
+    scores = rng.uniform(0, 0.5, (6, batch, 5)).astype(np.float32)
+    scores[:, 0] *= np.arange(1, 7)[:, None] / 6  # the first image is unlike the others
+    cost = rng.uniform(1, 7, (batch, 5)).astype(np.float32)
+    ponder, prior = losses.halting_losses(
+        jnp.asarray(scores), jnp.asarray(cost), ponder_weight=0.3, prior_weight=0.2, prior="kl", prior_target_depth=4.5
+    )
+    mean = [sum(float(scores[layer, b, n]) for b in range(batch) for n in range(5)) for layer in range(6)]
+    divergence = scipy.stats.entropy(mean, scipy.stats.norm.pdf(np.arange(1, 7), 4.5, 1))
+    np.testing.assert_allclose(ponder, 0.3 * cost.mean(dtype=np.float64), rtol=1e-6)
+    np.testing.assert_allclose(prior, 0.2 * divergence, rtol=1e-5)
+
+
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_classification_of_labels_and_soft_targets(smoothing: float) -> None:
     logits = np.random.default_rng(0).normal(size=(6, 5)).astype(np.float32)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.stats
 from flax import nnx
 
 import avit_jax
@@ -191,6 +192,35 @@ def test_remat_changes_nothing(model: AViT, images: jax.Array) -> None:
         np.testing.assert_allclose(a, b, atol=1e-5 * float(jnp.abs(a).max() + 1e-6))
 
 
+def test_bfloat16_halts_and_has_finite_gradients(model: AViT, images: jax.Array) -> None:
+    graphdef, params = nnx.split(reconfigured(model, dtype="bfloat16"))
+    depth = np.asarray(nnx.merge(graphdef, params)(images).token_depth)
+    assert len(np.unique(depth)) >= 3
+    assert (depth == np.asarray(model(images).token_depth)).mean() > 0.8
+    gradient = jax.grad(lambda p: (nnx.merge(graphdef, p)(images).logits ** 2).sum())(params)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
+
+
+def test_gelu_is_the_exact_one() -> None:
+    x = np.linspace(-6, 6, 97)
+    for dtype, tolerance in ((jnp.float32, 5e-7), (jnp.bfloat16, 0.5**8 * 6)):
+        rounded = np.asarray(jnp.asarray(x, dtype), np.float64)
+        expected = rounded * scipy.stats.norm.cdf(rounded)
+        found = np.asarray(layers.gelu(jnp.asarray(x, dtype)), np.float64)
+        np.testing.assert_allclose(found, expected, atol=tolerance, rtol=0.5**7 if dtype == jnp.bfloat16 else 0)
+        assert np.abs(found - expected)[x < -1.5].max() < tolerance / 10 or dtype == jnp.float32
+
+
+def test_linear_layers_have_the_gradients_of_a_matrix_product() -> None:
+    rng = np.random.default_rng(0)
+    for inputs, outputs in ((3, 7), (7, 3)):
+        x, kernel, g = (rng.normal(size=shape) for shape in ((2, 5, inputs), (inputs, outputs), (2, 5, outputs)))
+        to_jax = [jnp.asarray(v, jnp.float32) for v in (x, kernel, g)]
+        dx, dkernel = jax.grad(lambda x, k, g=to_jax[2]: (layers._matmul(x, k) * g).sum(), (0, 1))(*to_jax[:2])
+        np.testing.assert_allclose(dx, g @ kernel.T, atol=1e-5)
+        np.testing.assert_allclose(dkernel, np.einsum("bni,bno->io", x, g), atol=1e-5)
+
+
 def test_bfloat16_is_close_and_finite(images: jax.Array) -> None:
     model = AViT(small_config(gate_center=8.0), rngs=nnx.Rngs(0))
     exact, rounded = model(images), reconfigured(model, dtype="bfloat16")(images)
@@ -234,16 +264,15 @@ def test_drop_path_grows_with_the_layer(images: jax.Array, monkeypatch: pytest.M
     ("images", "reason"),
     [
         (np.zeros((1, 12, 8, 2), np.uint8), r"uint8: use avit_jax.preprocess"),
+        (np.zeros((1, 12, 8, 2), np.float64), r"float64: use astype"),
         (np.zeros((12, 8, 2), np.float32), r"add a batch axis"),
         (np.zeros((1, 2, 12, 8), np.float32), r"channels first: use images.transpose\(0, 2, 3, 1\)"),
         (np.zeros((1, 16, 8, 2), np.float32), r"\(1, 16, 8, 2\): resize"),
     ],
 )
 def test_other_images_are_refused_with_the_reason(model: AViT, images: np.ndarray, reason: str) -> None:
-    from avit_jax.model import check_images
-
     with pytest.raises(ValueError, match=reason):
-        check_images(images, model.config)
+        model(images)
 
 
 def test_the_model_itself_refuses_another_size(model: AViT) -> None:

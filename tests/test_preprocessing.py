@@ -27,6 +27,8 @@ def test_images_of_the_right_size_are_only_normalised() -> None:
     np.testing.assert_array_equal(preprocess(images[..., 0], GREY), found)
     np.testing.assert_array_equal(preprocess(images[0], GREY), found[:1])
     np.testing.assert_array_equal(preprocess(list(images), GREY), found)
+    many = dataclasses.replace(GREY, in_channels=5, preprocessing=Preprocessing((0.5,) * 5, (0.5,) * 5, 1.0))
+    assert preprocess(np.zeros((28, 28, 5), np.uint8), many).shape == (1, 28, 28, 5)
 
 
 @pytest.mark.parametrize(("height", "width"), [(50, 80), (80, 50), (20, 20), (37, 37)])

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -39,10 +40,11 @@ def load_dataset(source: str, path: str = "") -> Dataset:
 
     Raises ValueError for an unknown source and for files that do not hold what they should.
     """
-    sources = {"mnist": lambda: _mnist(), "npz": lambda: _npz(Path(path))}
-    if source not in sources:
-        raise ValueError(f"config.data.source {source!r} is unknown: {nearest(source, sources)}")
-    return sources[source]()
+    if source == "mnist":
+        return _mnist()
+    if source == "npz":
+        return _npz(Path(path))
+    raise ValueError(f"config.data.source {source!r} is unknown: {nearest(source, ('mnist', 'npz'))}")
 
 
 def _mnist() -> Dataset:
@@ -72,21 +74,25 @@ def _stratified(images: np.ndarray, labels: np.ndarray, class_names: tuple[str, 
 def _npz(path: Path) -> Dataset:
     """images [N, H, W] or [N, H, W, C] uint8, labels [N] whole numbers from 0, class_names (optional).
 
-    With test_images and test_labels beside them those are the test set, and a tenth of each class becomes val.
+    With test_images and test_labels beside them those are the test set; 8 % of each class become val.
     """
     if not path.is_file():
         raise ValueError(f"config.data.path {str(path)!r} is not a file: give an .npz with arrays images and labels")
     try:
         with np.load(path) as file:
             arrays = {name: file[name] for name in file.files}
-    except (ValueError, OSError, AttributeError) as error:
+    except (ValueError, OSError, AttributeError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} cannot be read as .npz: {error}") from error
     names = arrays.get("class_names")
+    if names is not None and (names.ndim != 1 or names.dtype.kind != "U"):
+        raise ValueError(f"{path}: class_names is {names.dtype} {names.shape}: it must be a list of strings")
     images, labels = _checked(arrays, "images", "labels", path)
     count = len(names) if names is not None else int(labels.max()) + 1
     class_names = tuple(str(n) for n in names) if names is not None else tuple(map(str, range(count)))
-    has_test = "test_images" in arrays
+    has_test = "test_images" in arrays or "test_labels" in arrays
     test = _checked(arrays, "test_images", "test_labels", path) if has_test else None
+    if test is not None and test[0].shape[1:] != images.shape[1:]:
+        raise ValueError(f"{path}: test_images are {test[0].shape[1:]} and images {images.shape[1:]}: give one size")
     for found in [labels] + ([test[1]] if test else []):
         if found.min() < 0 or found.max() >= count:
             raise ValueError(
