@@ -203,12 +203,11 @@ def test_bfloat16_halts_and_has_finite_gradients(model: AViT, images: jax.Array)
 
 def test_gelu_is_the_exact_one() -> None:
     x = np.linspace(-6, 6, 97)
-    for dtype, tolerance in ((jnp.float32, 5e-7), (jnp.bfloat16, 0.5**8 * 6)):
+    for dtype, relative in ((jnp.float32, 2e-7), (jnp.bfloat16, 0.5**8)):
         rounded = np.asarray(jnp.asarray(x, dtype), np.float64)
         expected = rounded * scipy.stats.norm.cdf(rounded)
         found = np.asarray(layers.gelu(jnp.asarray(x, dtype)), np.float64)
-        np.testing.assert_allclose(found, expected, atol=tolerance, rtol=0.5**7 if dtype == jnp.bfloat16 else 0)
-        assert np.abs(found - expected)[x < -1.5].max() < tolerance / 10 or dtype == jnp.float32
+        np.testing.assert_allclose(found, expected, rtol=relative, atol=1e-6)  # tanh's differs by 4e-4
 
 
 def test_linear_layers_have_the_gradients_of_a_matrix_product() -> None:

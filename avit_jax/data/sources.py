@@ -79,7 +79,7 @@ def _npz(path: Path) -> Dataset:
     if not path.is_file():
         raise ValueError(f"config.data.path {str(path)!r} is not a file: give an .npz with arrays images and labels")
     try:
-        with np.load(path) as file:
+        with path.open("rb") as stream, np.load(stream) as file:
             arrays = {name: file[name] for name in file.files}
     except (ValueError, OSError, AttributeError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} cannot be read as .npz: {error}") from error
