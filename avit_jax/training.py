@@ -128,15 +128,15 @@ def train(
     began: time.perf_counter() when this run started. Returns the seconds that earlier, stopped runs took. Raises
     FloatingPointError at a NaN or infinite loss; the last good checkpoint stays.
     """
+    batches = training_batches(
+        dataset.train, model.config, batch_size=config.batch_size, seed=config.seed, augment=dict(config.augment)
+    )
     steps = training_steps(config, dataset)
     optimizer = make_optimizer(config.optim, steps)
     graphdef, _ = nnx.split(model)
     everywhere = replicated(data_mesh(config.batch_size))
     state = initial_state(model, optimizer, config.optim.ema_decay, everywhere)
     train_step = make_train_step(graphdef, optimizer, config, teacher)
-    batches = training_batches(
-        dataset.train, model.config, batch_size=config.batch_size, seed=config.seed, augment=dict(config.augment)
-    )
     checkpoints = RunCheckpoints(workdir / "checkpoints", config.keep_checkpoints)
     start, earlier, window = 0, 0.0, []
     if (latest := checkpoints.latest_step()) is not None:
