@@ -132,3 +132,27 @@ def _fill(config: AViTConfig, state_dict: Mapping[str, np.ndarray]) -> AViT:
             raise ValueError(f"{name} has shape {value.shape} in the checkpoint and {param.shape} in the model")
         param[...] = jnp.asarray(value, param.dtype)
     return model
+
+
+# Where a parameter carries the embedding's channels: its last axis, or, where it reads the embedding, the one before.
+_WRITES = ("patch_embed.proj", "cls_token", "dist_token", "pos_embed", "norm", "attn.proj", "mlp.fc2")
+_READS = ("attn.qkv.kernel", "mlp.fc1.kernel", "head.kernel", "head_dist.kernel")
+
+
+def swap_channels(model: AViT, first: int, second: int) -> None:
+    """Exchange two channels of the embedding, in place; a plain ViT's output stays exactly what it was.
+
+    The gate reads channel 0, and a static model has no reason to keep there what should decide who halts: this brings
+    another of its channels there. Raises ValueError for a channel that the embedding does not have.
+    """
+    width = model.config.embed_dim
+    if not (0 <= first < width and 0 <= second < width):
+        raise ValueError(f"channels {first} and {second} are not both within 0..{width - 1}, the embedding's channels")
+    order = np.arange(width)
+    order[[first, second]] = second, first
+    for path, param in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+        name = ".".join(map(str, path))
+        if any(part in name for part in _READS):
+            param[...] = param[...][..., order, :]
+        elif any(part in name for part in _WRITES):
+            param[...] = param[...][..., order]

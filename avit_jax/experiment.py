@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from avit_jax.checkpoint import checkpoint_steps, load, save
 from avit_jax.config import AViTConfig, Preprocessing, config_from
+from avit_jax.convert import swap_channels
 from avit_jax.data.sources import Dataset, load_dataset
 from avit_jax.evaluation import Evaluation, evaluate, images_per_second
 from avit_jax.files import read_json, write_json
@@ -77,7 +78,9 @@ def initial_model(config: ConfigDict, dataset: Dataset) -> AViT:
     wanted = model_config(config, dataset)
     if not config.init_from:
         return AViT(wanted, rngs=nnx.Rngs(config.seed))
-    return load(config.init_from, **{name: getattr(wanted, name) for name in wanted.__dataclass_fields__})
+    model = load(config.init_from, **{name: getattr(wanted, name) for name in wanted.__dataclass_fields__})
+    swap_channels(model, 0, config.gate_channel)
+    return model
 
 
 def run(config: ConfigDict, workdir: str | Path, *, resume: bool = True, began: float | None = None) -> dict[str, Any]:

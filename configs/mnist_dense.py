@@ -1,4 +1,9 @@
-"""The static ViT that A-ViT starts from: MNIST digits, 28x28, patch 4, 49 tokens, 12 layers."""
+"""The static ViT that A-ViT starts from: MNIST digits, 28x28, patch 4, 49 tokens, 12 layers.
+
+    python train.py --config=configs/mnist_dense.py             half an hour on 2 CPU cores
+
+Expected: 98.0 % on the 1,000 test images (99 % on the 400 of validation). Its result is checkpoints/mnist_dense.
+"""
 
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
@@ -31,6 +36,7 @@ def get_config(arg: str = "") -> ConfigDict:
         }
     )
     config.init_from = ""  # a checkpoint: the weights to start from, and the dense row of the table
+    config.gate_channel = 0  # the channel of init_from that becomes channel 0, which the gate reads
     config.teacher = ""  # a checkpoint: the teacher of config.loss.distillation
     config.loss = ConfigDict(
         {

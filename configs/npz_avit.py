@@ -14,5 +14,6 @@ def get_config(arg: str = "") -> ConfigDict:
     config.data.source = "npz"
     config.data.path = arg
     config.data.mean = config.data.std = ()  # measured on the training images
-    config.init_from = f"runs/{Path(arg).stem}_dense/model"
+    config.gate_channel = 0  # mnist_avit's choice belongs to that checkpoint
+    config.init_from = config.teacher = f"runs/{Path(arg).stem}_dense/model"
     return config

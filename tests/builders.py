@@ -50,7 +50,8 @@ def tiny_experiment(path: Path, **loss: Any) -> ConfigDict:
     """An experiment of seconds: 8 x 8 pixels, two layers of width 16, 8 steps of 12 images; path: where its data go."""
     np.savez(path, **toy_arrays())
     config = npz_avit.get_config(str(path))
-    config.init_from = ""
+    config.init_from = config.teacher = ""
+    config.loss.update({"distillation": "none", "label_smoothing": 0.1})
     config.model.update({"patch_size": 4, "embed_dim": 16, "depth": 3, "num_heads": 2, "drop_path_rate": 0.0})
     config.model.update({"gate_scale": 4.0, "gate_center": 2.0})
     config.augment.update({"rotate": 0.0, "scale": 0.0, "shear": 0.0, "translate": 1.0})

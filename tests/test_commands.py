@@ -38,6 +38,8 @@ def small(toy: Path, workdir: Path) -> list[str]:
         f"--config=configs/npz_avit.py:{toy}",
         f"--workdir={workdir}",
         "--config.init_from=",
+        "--config.teacher=",
+        "--config.loss.distillation=none",
         "--config.model.embed_dim=16",
         "--config.model.depth=2",
         "--config.model.num_heads=2",
@@ -67,13 +69,19 @@ def test_train_evaluate_and_run_again(toy: Path, tmp_path: Path) -> None:
     assert table in again.stdout, "the saved table is printed"
     assert "training" not in again.stderr
 
-    evaluated = command("eval.py", *small(toy, workdir)[:1], *small(toy, workdir)[3:6], f"--checkpoint={workdir}")
+    evaluated = command("eval.py", *small(toy, workdir)[:1], *small(toy, workdir)[2:8], f"--checkpoint={workdir}")
     assert evaluated.returncode == 0, evaluated.stderr
     assert f"top-1              {summary['avit']['top1']:.2%}" in evaluated.stdout
     for word in ("top-5", "loss", "mean depth", "class token depth", "GMACs per image"):
         assert word in evaluated.stdout
 
-    other = command("eval.py", *small(toy, workdir)[:1], "--config.model.embed_dim=32", f"--checkpoint={workdir}")
+    other = command(
+        "eval.py",
+        *small(toy, workdir)[:1],
+        *small(toy, workdir)[2:5],
+        "--config.model.embed_dim=32",
+        f"--checkpoint={workdir}",
+    )
     assert other.returncode == 1
     assert one_sentence(other.stderr).startswith("blocks.attn.proj.bias has shape")
 
@@ -97,7 +105,7 @@ def one_sentence(stderr: str) -> str:
         ("train.py", ["--config=configs/npz_avit.py:x", "--config.model.gate_centre=1"], "config.model has no key 'gate_centre': did you mean 'gate_center'?"),
         ("train.py", ["--config.model.embed_dim.x=1"], "config.model.embed_dim is a value and has no key 'x'"),
         ("train.py", ["--config.log_every=0"], "config.log_every is 0: it must be at least 1"),
-        ("train.py", ["--config.loss.distillation=hard"], "give a teacher and hard or soft, or neither"),
+        ("train.py", ["--config.loss.distillation=none"], "give a teacher and hard or soft, or neither"),
         ("train.py", ["mnist_avit"], "'mnist_avit' is not an option"),
         ("train.py", ["--config.model.patch_size=5"], "image height 28 is not divisible by patch_size 5"),
         ("train.py", ["--config.model.num_heads=5"], "embed_dim 64 is not divisible by num_heads 5"),
