@@ -27,13 +27,14 @@ def get_config(arg: str = "") -> ConfigDict:
     config = mnist_dense.get_config(arg)
     config.name = "mnist_avit"
     config.init_from = config.teacher = "checkpoints/mnist_dense"
-    config.gate_channel = 14
+    config.gate_channel = 0
     config.model.gate_scale = 5.0
     config.model.gate_center = 10.0
-    config.loss.update({"distillation": "soft", "distillation_weight": 0.7, "label_smoothing": 0.0})
-    config.loss.update({"ponder_weight": 0.003, "prior_weight": 0.015, "prior_target_depth": 6.0})
-    config.optim.update({"learning_rate": 1e-3, "warmup_steps": 36})
-    config.epochs = 14.0
+    config.loss.update({"distillation": "soft", "distillation_weight": 0.9, "distillation_temperature": 2.0})
+    config.loss.label_smoothing = 0.0
+    config.loss.update({"ponder_weight": 0.002, "prior_weight": 0.015, "prior_target_depth": 6.9})
+    config.optim.update({"learning_rate": 1e-3, "warmup_steps": 36, "ema_decay": 0.98})
+    config.epochs = 17.0
     config.eval_every = 36
     config.checkpoint_every = 180
     return config
