@@ -9,8 +9,8 @@ They were chosen on the 400 validation images.
 
 - gate_channel 14: in the static model's channel 0 strokes lie 4 above the background, so that strokes would halt first,
   and training would begin by undoing that. In channel 14 it is the background that lies higher, in layers 2 to 9.
-- gate 5 / 10, the paper's own: a token stops where its channel 0 is near 2, about what the channel reaches by itself, so
-  that the gate has a gradient from the first step. At the published code's 10 / 30 it would have none: sigmoid(-30).
+- gate 5 / 10, the paper's own: a token stops where its channel 0 is near 2, about what the channel reaches by itself,
+  so that the gate has a gradient from the first step. At the published code's 10 / 30 it has none: sigmoid(-30).
 - the static model is also the teacher (temperature 2): in minutes of training on 3,600 digits its answers teach more
   than labels. The moving average steadies the last steps.
 - ponder_weight 0.002: at 0.003 the depth fell below 6 and accuracy went with it.
