@@ -40,6 +40,7 @@ def jax_step(config: AViTConfig, batch_size: int) -> Callable[[], None]:
     """A training step as train.py takes it, ready to be called."""
     experiment = mnist_avit.get_config()
     experiment.batch_size = batch_size
+    experiment.loss.distillation = "none"  # a teacher's forward pass is no part of the comparison
     optimizer = make_optimizer(experiment.optim, 10_000)
     model = AViT(config, rngs=nnx.Rngs(0))
     sharding = replicated(data_mesh(batch_size))
