@@ -14,10 +14,10 @@ from ml_collections import ConfigDict
 
 from avit_jax.checkpoint import checkpoint_steps, load, save
 from avit_jax.config import AViTConfig, Preprocessing, config_from
-from avit_jax.convert import swap_channels
 from avit_jax.data.sources import Dataset, load_dataset
 from avit_jax.evaluation import Evaluation, evaluate, images_per_second
 from avit_jax.files import read_json, write_json
+from avit_jax.gate_start import start_gate
 from avit_jax.logs import read_metrics
 from avit_jax.model import AViT
 from avit_jax.preprocessing import normalize
@@ -74,12 +74,19 @@ def _preprocessing(config: ConfigDict, dataset: Dataset) -> Preprocessing:
 
 
 def initial_model(config: ConfigDict, dataset: Dataset) -> AViT:
-    """A model with random weights from config.seed, or with those of config.init_from and this config's gate."""
+    """A model with random weights from config.seed, or with those of config.init_from and this config's gate.
+
+    With config.gate_start.images the gate starts from so many training images (gate_start.start_gate).
+    """
     wanted = model_config(config, dataset)
     if not config.init_from:
         return AViT(wanted, rngs=nnx.Rngs(config.seed))
     model = load(config.init_from, **{name: getattr(wanted, name) for name in wanted.__dataclass_fields__})
-    swap_channels(model, 0, config.gate_channel)
+    if config.gate_start.images:
+        # Evenly over the set, which may be sorted by class.
+        chosen = np.linspace(0, len(dataset.train) - 1, min(config.gate_start.images, len(dataset.train))).astype(int)
+        images = normalize(dataset.train.images[chosen], model.config)
+        start_gate(model, images, target_depth=config.gate_start.target_depth, deviation=config.gate_start.deviation)
     return model
 
 

@@ -90,13 +90,17 @@ class PatchEmbed(nnx.Module):
             rngs=rngs,
         )
 
-    def __call__(self, images: Float[Array, "b h w c"]) -> Float[Array, "b p d"]:
-        """Patches row by row."""
+    def patches(self, images: Float[Array, "b h w c"]) -> Float[Array, "b p v"]:
+        """The pixels of each patch, patches row by row."""
         batch, height, width, channels = images.shape
         size = self.patch_size
         rows, columns = height // size, width // size
         patches = images.reshape(batch, rows, size, columns, size, channels).transpose(0, 1, 3, 2, 4, 5)
-        return self.proj(patches.reshape(batch, rows * columns, size * size * channels))
+        return patches.reshape(batch, rows * columns, size * size * channels)
+
+    def __call__(self, images: Float[Array, "b h w c"]) -> Float[Array, "b p d"]:
+        """Patches row by row, embedded."""
+        return self.proj(self.patches(images))
 
 
 class Attention(nnx.Module):
@@ -107,16 +111,18 @@ class Attention(nnx.Module):
         self.qkv = linear(config.embed_dim, 3 * config.embed_dim, config.dtype, rngs, use_bias=config.qkv_bias)
         self.proj = linear(config.embed_dim, config.embed_dim, config.dtype, rngs)
 
+    def query_key_value(self, x: Float[Array, "b n d"]) -> tuple[Array, Array, Array]:
+        """[B, H, N, d] each: plain batched matmuls, twice as fast on a CPU as [B, N, H, d]."""
+        batch, tokens, dim = x.shape
+        shape = (batch, tokens, self.num_heads, dim // self.num_heads)
+        query, key, value = (y.reshape(shape).transpose(0, 2, 1, 3) for y in jnp.split(self.qkv(x), 3, axis=-1))
+        return query, key, value
+
     def __call__(self, x: Float[Array, "b n d"], active: Bool[Array, "b n"] | None) -> Array:
         """Attention over the active tokens; None: over all."""
         batch, tokens, dim = x.shape
-        head_dim = dim // self.num_heads
-
-        def heads(y: Array) -> Array:  # [B, H, N, d]: plain batched matmuls, twice as fast on a CPU as [B, N, H, d]
-            return y.reshape(batch, tokens, self.num_heads, head_dim).transpose(0, 2, 1, 3)
-
-        query, key, value = map(heads, jnp.split(self.qkv(x), 3, axis=-1))
-        scores = jnp.matmul(query * head_dim**-0.5, key.swapaxes(-1, -2), preferred_element_type=jnp.float32)
+        query, key, value = self.query_key_value(x)
+        scores = jnp.matmul(query * query.shape[-1] ** -0.5, key.swapaxes(-1, -2), preferred_element_type=jnp.float32)
         if active is not None:
             # Finite, so that an image without any active token gives no NaN.
             scores = jnp.where(active[:, None, None, :], scores, jnp.finfo(jnp.float32).min)

@@ -36,7 +36,8 @@ def get_config(arg: str = "") -> ConfigDict:
         }
     )
     config.init_from = ""  # a checkpoint: the weights to start from, and the dense row of the table
-    config.gate_channel = 0  # the channel of init_from that becomes channel 0, which the gate reads
+    # How tokens of init_from halt before training: from so many images, 0 for as its channel 0 has it (gate_start.py).
+    config.gate_start = ConfigDict({"images": 0, "target_depth": 0.0, "deviation": 0.0})
     config.teacher = ""  # a checkpoint: the teacher of config.loss.distillation
     config.loss = ConfigDict(
         {

@@ -14,6 +14,5 @@ def get_config(arg: str = "") -> ConfigDict:
     config.data.source = "npz"
     config.data.path = arg
     config.data.mean = config.data.std = ()  # measured on the training images
-    config.gate_channel = 0  # mnist_avit's choice belongs to that checkpoint
     config.init_from = config.teacher = f"runs/{Path(arg).stem}_dense/model"
     return config

@@ -1,0 +1,106 @@
+"""The gate's start: an exact symmetry of the static model, and depths that follow what the class token looks at."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from avit_jax import AViT, AViTConfig
+from avit_jax.gate_start import free_channel_0, start_gate
+from tests.builders import small_config, spread_gate
+
+
+def static_model(*, distilled: bool = False) -> AViT:
+    """No two channels of any parameter alike."""
+    model = spread_gate(small_config(distilled=distilled, gate_scale=None, gate_center=None))
+    for path, param in nnx.to_flat_state(nnx.state(model)):
+        param[...] += 0.1 * jax.random.normal(jax.random.key(len(str(path))), param.shape)
+    return model
+
+
+def with_gate(model: AViT, **gate: float | None) -> AViT:
+    other = AViT(dataclasses.replace(model.config, **gate), rngs=nnx.Rngs(0))
+    nnx.update(other, jax.tree.map(lambda x: x + 0, nnx.state(model)))
+    return other
+
+
+def residual_stream(model: AViT, images: np.ndarray) -> list[np.ndarray]:
+    x = model.embed(jnp.asarray(images))
+    stream = [np.asarray(x)]
+    graphdef, stacked = nnx.split(model.blocks)
+    for layer in range(model.config.depth):
+        x = nnx.merge(graphdef, jax.tree.map(lambda p, layer=layer: p[layer], stacked))(x)
+        stream.append(np.asarray(x))
+    return stream
+
+
+def some_images(config: AViTConfig, count: int = 32) -> np.ndarray:
+    return np.random.default_rng(0).normal(size=(count, *config.image_shape, config.in_channels)).astype(np.float32)
+
+
+@pytest.mark.parametrize("distilled", [False, True])
+def test_freeing_channel_0_leaves_the_static_model_as_it_was(distilled: bool) -> None:
+    model = static_model(distilled=distilled)
+    images = some_images(model.config)
+    before, stream_before = model(images), residual_stream(model, images)
+    free_channel_0(model)
+    np.testing.assert_allclose(model(images).head_logits, before.head_logits, atol=5e-5)
+    for x, was in zip(residual_stream(model, images), stream_before, strict=True):
+        np.testing.assert_array_equal(x[..., 0], 0)
+        np.testing.assert_allclose(x, was - was[..., :1], atol=1e-4)
+
+
+@pytest.mark.parametrize("gate", [(5.0, 10.0), (10.0, 30.0), (10.0, 75.0)])
+@pytest.mark.parametrize("distilled", [False, True])
+def test_the_start_changes_who_halts_and_nothing_else(gate: tuple[float, float], distilled: bool) -> None:
+    static = static_model(distilled=distilled)
+    images = some_images(static.config)
+    model = with_gate(static, gate_scale=gate[0], gate_center=gate[1])
+    start_gate(model, images, target_depth=3.0, deviation=0.8)
+    output = model(images)
+    # 32 * 6 patches on whole layers: the mean can be set in steps of a patch or so.
+    assert abs(float(output.token_depth.mean()) - 3.0) < 0.05
+    assert len(np.unique(output.token_depth[:, static.config.num_special :])) >= 3
+    np.testing.assert_array_equal(output.token_depth[:, : static.config.num_special], static.config.depth)
+    ungated = with_gate(model, gate_scale=None, gate_center=None)
+    np.testing.assert_allclose(ungated(images).logits, static(images).logits, atol=2e-4)
+
+
+def test_what_the_class_token_looks_at_goes_deeper() -> None:
+    static = static_model()
+    images = some_images(static.config, 200)
+    received = []
+    graphdef, stacked = nnx.split(static.blocks)
+    for layer, x in enumerate(residual_stream(static, images)[:-1]):
+        block = nnx.merge(graphdef, jax.tree.map(lambda p, layer=layer: p[layer], stacked))
+        qkv = np.asarray(block.attn.qkv(block.norm1(x))).reshape(200, 7, 3, 2, 8)
+        scores = np.einsum("bhd,bnhd->bhn", qkv[:, 0, 0], qkv[:, :, 1]) / 8**0.5
+        weights = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
+        received.append(weights[:, :, 1:].mean(1))
+    attention = np.mean(received, axis=0)
+    model = with_gate(static, gate_scale=5.0, gate_center=10.0)
+    start_gate(model, images, target_depth=3.0, deviation=1.0)
+    logit = np.log(model(images).halting_scores[0, :, 1:]) - np.log1p(-model(images).halting_scores[0, :, 1:])
+    np.testing.assert_allclose(logit.std(), 1.0, rtol=0.01)
+    # A linear map of pixels and position, so not all of it; position alone would be left with no more than 0.
+    within = attention - attention.mean(0)
+    assert np.corrcoef(within.ravel(), (logit - logit.mean(0)).ravel())[0, 1] < -0.3
+    assert np.corrcoef(attention.mean(0), logit.mean(0))[0, 1] < -0.99
+
+
+def test_images_that_are_all_alike_are_no_trouble() -> None:
+    model = with_gate(static_model(), gate_scale=5.0, gate_center=10.0)
+    start_gate(model, np.zeros((4, 12, 8, 2), np.float32), target_depth=2.5, deviation=0.5)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(nnx.state(model)))
+
+
+def test_a_gate_that_cannot_be_started_says_why() -> None:
+    static = static_model()
+    with pytest.raises(ValueError, match="never halts has no gate"):
+        start_gate(static, some_images(static.config), target_depth=3.0, deviation=0.5)
+    gated = with_gate(static, gate_scale=5.0, gate_center=10.0)
+    with pytest.raises(ValueError, match="target_depth is 9.0: it must lie between 1 and the model's 4 layers"):
+        start_gate(gated, some_images(static.config), target_depth=9.0, deviation=0.5)
