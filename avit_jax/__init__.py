@@ -2,7 +2,7 @@
 
 from avit_jax.checkpoint import load, save
 from avit_jax.config import PRESETS, AViTConfig, Preprocessing
-from avit_jax.convert import from_torch_state_dict
+from avit_jax.convert import from_torch_state_dict, save_torch, to_torch_state_dict
 from avit_jax.model import AViT, AViTOutput, create
 from avit_jax.preprocessing import preprocess
 
@@ -17,4 +17,6 @@ __all__ = [
     "load",
     "preprocess",
     "save",
+    "save_torch",
+    "to_torch_state_dict",
 ]

@@ -1,5 +1,6 @@
 """Models and training states on disk, with orbax; every checkpoint says what it is (config.json or a config item)."""
 
+import dataclasses
 import shutil
 from pathlib import Path
 from typing import Any
@@ -7,9 +8,11 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 from flax import nnx
+from flax.traverse_util import flatten_dict
 
-from avit_jax.config import AViTConfig, config_from
-from avit_jax.convert import from_torch_state_dict, read_pth
+from avit_jax.config import AViTConfig
+from avit_jax.convert import Conversion, convert, fit, override
+from avit_jax.convert.weight_files import read_weight_file
 from avit_jax.files import read_json, write_json
 from avit_jax.model import AViT
 
@@ -32,18 +35,29 @@ def save(model: AViT, path: str | Path) -> None:
 
 
 def load(path: str | Path, preset: str | None = None, *, ema: bool = False, **overrides: Any) -> AViT:
-    """A model from a folder that `save` or a training run wrote, or from a .pth with timm's names.
+    """A model from a folder that `save` or a training run wrote, or from a .pth, .safetensors or .npz file.
 
-    Of a run's folder: the finished model, else the newest checkpoint. Folders carry their own configuration: preset
-    does not apply to them, overrides (AViTConfig fields) do. ema: the moving average's weights. Raises ValueError where
-    the path is missing, incomplete, or of another architecture (naming the parameter and both shapes).
+    Of a run's folder: the finished model, else the newest checkpoint. Folders, and files that save_torch wrote, carry
+    their own configuration; preset and overrides (AViTConfig fields) say the rest. ema: the moving average's weights.
+    Position embeddings are resized to another image_size, the head is new for another num_classes; either is printed.
+    Raises ValueError where the path is missing, damaged, or of another architecture (naming the parameter and shapes).
     """
+    conversion = load_conversion(path, preset, ema=ema, **overrides)
+    for note in conversion.notes:
+        print(f"{path}: {note}")
+    return conversion.model
+
+
+def load_conversion(path: str | Path, preset: str | None = None, *, ema: bool = False, **overrides: Any) -> Conversion:
+    """What load does, with the account of it."""
     path = Path(path).absolute()
     if path.is_file():
-        if path.suffix not in (".pth", ".pt", ".bin"):
-            raise ValueError(f"{path} is neither a folder that avit_jax wrote nor a .pth file")
-        content = read_pth(path)
-        return from_torch_state_dict(content.get("model", content), preset, **overrides)
+        file = read_weight_file(path, ema=ema)
+        try:
+            conversion = convert(file.state, preset, saved=file.config, **overrides)  # file.state is empty after it
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+        return dataclasses.replace(conversion, notes=file.notes + conversion.notes)
     if preset is not None:
         raise ValueError(f"{path} carries its own configuration: leave preset={preset!r} out")
     config_file, params = _locate(path, ema)
@@ -53,13 +67,13 @@ def load(path: str | Path, preset: str | None = None, *, ema: bool = False, **ov
         raise ValueError(
             f"num_heads is {saved.num_heads} in the checkpoint {path} and {overrides['num_heads']} in the model"
         )
-    if overrides.get("num_classes", saved.num_classes) != saved.num_classes:
-        overrides = {"class_names": None} | overrides  # the shapes of the heads will say it
-    config = config_from(None, **{name: getattr(saved, name) for name in saved.__dataclass_fields__} | overrides)
-    model = nnx.eval_shape(lambda: AViT(config, rngs=nnx.Rngs(0)))
-    graphdef, abstract = nnx.split(model)
-    nnx.replace_by_pure_dict(abstract, restore_tree(params, nnx.to_pure_dict(abstract)))
-    return nnx.merge(graphdef, abstract)
+    config = override(saved, overrides)
+    abstract = nnx.state(nnx.eval_shape(lambda: AViT(saved, rngs=nnx.Rngs(0))))
+    parameters = flatten_dict(restore_tree(params, nnx.to_pure_dict(abstract)), sep=".")
+    try:
+        return fit(parameters, config, saved, overrides.keys())
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def _locate(path: Path, ema: bool) -> tuple[Path, Path]:

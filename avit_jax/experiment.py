@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from avit_jax.checkpoint import checkpoint_steps, load, save
 from avit_jax.config import AViTConfig, Preprocessing, config_from
+from avit_jax.convert.weight_files import read_config
 from avit_jax.data.sources import Dataset, load_dataset
 from avit_jax.evaluation import Evaluation, evaluate, images_per_second
 from avit_jax.files import read_json, write_json
@@ -109,7 +110,7 @@ def run(config: ConfigDict, workdir: str | Path, *, resume: bool = True, began: 
         return summary
     dataset = load_dataset(config.data.source, config.data.path)
     model = initial_model(config, dataset)
-    baseline = load(config.init_from) if config.init_from else None
+    baseline = _baseline(config, model.config)
     teacher = _teacher(config, model.config)
     workdir.mkdir(parents=True, exist_ok=True)
     origin = {"command": shlex.join(["python", *sys.argv]), "versions": _versions(), "config": _resolved(config)}
@@ -154,11 +155,28 @@ def _check_values(config: ConfigDict) -> None:
         )
 
 
+def _baseline(config: ConfigDict, wanted: AViTConfig) -> AViT | None:
+    """config.init_from as it is, for the table's other row; None where it knows other classes or another image size."""
+    if not config.init_from:
+        return None
+    model = load(config.init_from, **_own_fields(config.init_from, wanted))
+    same = ("num_classes", "image_shape")
+    return model if all(getattr(model.config, name) == getattr(wanted, name) for name in same) else None
+
+
+def _own_fields(path: str | Path, wanted: AViTConfig) -> dict[str, Any]:
+    """What a checkpoint cannot tell of itself: of a foreign file all but classes, gate and image size."""
+    if not Path(path).is_file() or read_config(Path(path)):
+        return {}
+    own = ("num_classes", "class_names", "gate_scale", "gate_center", "image_size")
+    return {name: value for name, value in vars(wanted).items() if name not in own} | {"gate_scale": None}
+
+
 def _teacher(config: ConfigDict, student: AViTConfig) -> AViT | None:
     """The model at config.teacher. Raises ValueError unless it sees the same images and knows the same classes."""
     if not config.teacher:
         return None
-    teacher = load(config.teacher)
+    teacher = load(config.teacher, **_own_fields(config.teacher, student))
     for name in ("image_shape", "in_channels", "num_classes", "preprocessing"):
         there, here = getattr(teacher.config, name), getattr(student, name)
         if there != here:
@@ -261,9 +279,17 @@ def evaluate_checkpoint(config: ConfigDict, path: str | Path, *, ema: bool = Fal
     _check_values(config)
     dataset = load_dataset(config.data.source, config.data.path)
     wanted = model_config(config, dataset)
-    # A file knows nothing but weights; a folder knows itself, and is only held against the config's shapes.
-    known = wanted.__dataclass_fields__ if Path(path).is_file() else SHAPE_FIELDS
-    model = load(path, ema=ema, **{name: getattr(wanted, name) for name in known})
+    # A foreign file knows nothing but weights; ours knows itself, and is only held against the config's shapes.
+    foreign = Path(path).is_file() and read_config(Path(path)) is None
+    known = list(wanted.__dataclass_fields__) if foreign else SHAPE_FIELDS
+    # Not the classes: asking for them would make a new head where the checkpoint has other ones.
+    fields = {name: getattr(wanted, name) for name in known if name not in ("num_classes", "class_names")}
+    model = load(path, ema=ema, **fields)
+    if model.config.num_classes != wanted.num_classes:
+        raise ValueError(
+            f"the checkpoint {path} has {model.config.num_classes} classes and the data {wanted.num_classes}: "
+            "evaluate it on the data it was trained for, or train a new head with config.init_from"
+        )
     return format_evaluation(evaluate(model, dataset.test, config.eval_batch_size), model.config)
 
 

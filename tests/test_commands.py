@@ -114,7 +114,7 @@ def one_sentence(stderr: str) -> str:
         ("train.py", ["--config.data.source=cifar"], "config.data.source 'cifar' is unknown"),
         ("train.py", ["--config=configs/npz_avit.py:/tmp/none.npz"], "config.data.path '/tmp/none.npz' is not a file"),
         ("eval.py", ["--checkpoint=runs/nothing"], "runs/nothing: the folder is missing"),
-        ("eval.py", ["--checkpoint=README.md"], "README.md is neither a folder that avit_jax wrote nor a .pth file"),
+        ("eval.py", ["--checkpoint=README.md"], "README.md cannot be read as a checkpoint: it is neither a zip file, nor a pickle, nor safetensors"),
     ],
 )  # fmt: skip
 def test_bad_input_gets_one_sentence(tmp_path: Path, script: str, arguments: list[str], sentence: str) -> None:

@@ -11,7 +11,6 @@ from flax import nnx
 
 import avit_jax
 from avit_jax import AViT, AViTConfig, halting, layers
-from avit_jax.convert import swap_channels
 from avit_jax.layers import Block, drop_path
 from tests.builders import small_config, spread_gate
 
@@ -173,26 +172,6 @@ def test_a_later_layer_that_nobody_reaches_has_no_gradient(model: AViT, images: 
     gradient = jax.grad(lambda p: (nnx.merge(graphdef, p)(images).logits ** 2).sum())(params)
     kernel = np.asarray(gradient["blocks"]["mlp"]["fc1"]["kernel"][...])
     assert kernel[0].any() and not kernel[1:].any()
-
-
-@pytest.mark.parametrize("distilled", [False, True])
-def test_swapping_channels_leaves_the_plain_model_as_it_was(distilled: bool, images: jax.Array) -> None:
-    config = small_config(distilled=distilled, gate_scale=None, gate_center=None)
-    plain, swapped = spread_gate(config), spread_gate(config)
-    for path, param in nnx.to_flat_state(nnx.state(plain)):  # no parameter may be symmetric in its channels
-        param[...] += 0.1 * jax.random.normal(jax.random.key(len(str(path))), param.shape)
-    nnx.update(swapped, jax.tree.map(jnp.copy, nnx.state(plain)))
-    swap_channels(swapped, 0, 5)
-    np.testing.assert_allclose(swapped(images).head_logits, plain(images).head_logits, atol=2e-5)
-    before, after = plain.embed(images), swapped.embed(images)
-    np.testing.assert_array_equal(after[..., 0], before[..., 5])
-    np.testing.assert_array_equal(after[..., 5], before[..., 0])
-    np.testing.assert_array_equal(after[..., 6:], before[..., 6:])
-    swap_channels(swapped, 5, 0)
-    for a, b in zip(jax.tree.leaves(nnx.state(plain)), jax.tree.leaves(nnx.state(swapped)), strict=True):
-        np.testing.assert_array_equal(a, b)
-    with pytest.raises(ValueError, match=r"channels 0 and 16 are not both within 0..15"):
-        swap_channels(swapped, 0, 16)
 
 
 def test_images_do_not_see_each_other(model: AViT, images: jax.Array) -> None:

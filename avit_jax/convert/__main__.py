@@ -1,0 +1,79 @@
+"""python -m avit_jax.convert IN OUT: checkpoints from and to PyTorch, with a table of what became of what."""
+
+import argparse
+import re
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import jax
+from flax import nnx
+
+from avit_jax.checkpoint import load_conversion, save
+from avit_jax.convert.state_dict import Conversion, save_torch, torch_name
+
+TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Convert; returns the exit status, 1 with one sentence on stderr for what the user can mend."""
+    parser = argparse.ArgumentParser(prog="python -m avit_jax.convert", description=__doc__)
+    parser.add_argument("source", metavar="IN", help=".pth, .safetensors, .npz, or a folder that avit_jax wrote")
+    parser.add_argument("target", metavar="OUT", help=".pth or .safetensors for PyTorch; else a folder for avit_jax")
+    parser.add_argument("--preset", help="such as avit_tiny_patch16_224: architecture and gate")
+    parser.add_argument("--num-classes", type=int, help="another number than the checkpoint's: a new head")
+    parser.add_argument("--image-size", type=_image_size, help="224 or HEIGHTxWIDTH: positions are resized")
+    parser.add_argument("--num-heads", type=int, help="where neither preset nor width tells it")
+    parser.add_argument("--gate-scale", type=float, help="with --gate-center: an A-ViT; no checkpoint tells them")
+    parser.add_argument("--gate-center", type=float)
+    parser.add_argument("--ema", action="store_true", help="the moving average's weights")
+    options = vars(parser.parse_args(arguments))
+    source, target = options.pop("source"), Path(options.pop("target"))
+    preset, ema = options.pop("preset"), options.pop("ema")
+    overrides: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+    try:
+        if not Path(source).exists():
+            raise ValueError(f"there is no checkpoint at {source}")
+        if target.exists():
+            raise ValueError(f"{target} exists already: choose another path or remove it")
+        with warnings.catch_warnings():
+            warnings.simplefilter("always")
+            warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+            conversion = load_conversion(source, preset, ema=ema, **overrides)
+        (save_torch if target.suffix in TORCH_SUFFIXES else save)(conversion.model, target)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(format_conversion(conversion))
+    print(f"written: {target}")
+    return 0
+
+
+def _image_size(text: str) -> int | tuple[int, int]:
+    match = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor HEIGHTxWIDTH")
+    return (int(match[1]), int(match[2])) if match[2] else int(match[1])
+
+
+def format_conversion(conversion: Conversion) -> str:
+    """A row for every parameter: our name and shape (blocks stacked), PyTorch's name, what was done."""
+    rows = [("avit_jax", "shape", "PyTorch", "")]
+    total = 0
+    for path, param in nnx.to_flat_state(nnx.state(conversion.model, nnx.Param)):
+        name = ".".join(map(str, path))
+        total += param.size
+        theirs = torch_name(name).replace("blocks.", "blocks.*.", 1)
+        rows.append((name, "x".join(map(str, param.shape)), theirs, conversion.changed.get(name, "")))
+    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    config = conversion.model.config
+    gate = f"gate {config.gate_scale:g} / {config.gate_center:g}" if config.halts else "no gate"
+    summary = f"{total:,} parameters in {len(rows) - 1} arrays; layout: {conversion.layout}; {gate}"
+    return "\n".join([*lines, summary, *conversion.notes])
+
+
+if __name__ == "__main__":
+    jax.config.update("jax_platforms", "cpu")  # moving files needs no accelerator
+    sys.exit(main())

@@ -1,0 +1,34 @@
+"""Position embeddings at another resolution, as PyTorch's bicubic interpolation has it."""
+
+import numpy as np
+from jaxtyping import Array, Float
+
+
+def resize_positions(
+    positions: Float[np.ndarray | Array, "1 n d"], num_special: int, source: tuple[int, int], target: tuple[int, int]
+) -> Float[np.ndarray, "1 m d"]:
+    """Positions of a grid of patches (rows, columns) resized to another; the special tokens' rows stay as they are.
+
+    Bicubic convolution with a = -0.75, half-pixel centres (align_corners=False), no antialiasing, borders repeated:
+    torch.nn.functional.interpolate(mode="bicubic"). jax.image.resize has a = -0.5.
+    """
+    values: np.ndarray = np.asarray(positions)
+    special, patches = values[:, :num_special], values[0, num_special:]
+    grid = patches.reshape(*source, -1).astype(np.float64)
+    rows, columns = (_cubic_weights(s, t) for s, t in zip(source, target, strict=True))
+    resized = np.einsum("ar,bc,rcd->abd", rows, columns, grid, optimize=True)
+    return np.concatenate([special, resized.reshape(1, -1, grid.shape[-1]).astype(values.dtype)], axis=1)
+
+
+def _cubic_weights(source: int, target: int) -> Float[np.ndarray, "t s"]:
+    """Row t holds the weights of the source positions that position t of the target is made of."""
+    centre = (np.arange(target) + 0.5) * (source / target) - 0.5
+    first = np.floor(centre).astype(int)
+    weights = np.zeros((target, source))
+    for offset in (-1, 0, 1, 2):
+        x = np.abs(centre - first - offset)
+        near = (-0.75 + 2) * x**3 - (-0.75 + 3) * x**2 + 1
+        far = -0.75 * (x**3 - 5 * x**2 + 8 * x - 4)
+        # Repeated borders: several taps may fall on the same position.
+        np.add.at(weights, (np.arange(target), np.clip(first + offset, 0, source - 1)), np.where(x <= 1, near, far))
+    return weights
