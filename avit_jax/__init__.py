@@ -4,6 +4,8 @@ from avit_jax.checkpoint import load, save
 from avit_jax.config import PRESETS, AViTConfig, Preprocessing
 from avit_jax.convert import from_torch_state_dict, save_torch, to_torch_state_dict
 from avit_jax.model import AViT, AViTOutput, create
+from avit_jax.packed import PackedModel, compile_packed
+from avit_jax.plan import PackedPlan
 from avit_jax.preprocessing import preprocess
 
 __all__ = [
@@ -11,7 +13,10 @@ __all__ = [
     "AViT",
     "AViTConfig",
     "AViTOutput",
+    "PackedModel",
+    "PackedPlan",
     "Preprocessing",
+    "compile_packed",
     "create",
     "from_torch_state_dict",
     "load",

@@ -120,8 +120,24 @@ class Attention(nnx.Module):
 
     def __call__(self, x: Float[Array, "b n d"], active: Bool[Array, "b n"] | None) -> Array:
         """Attention over the active tokens; None: over all."""
-        batch, tokens, dim = x.shape
-        query, key, value = self.query_key_value(x)
+        return self._mixed(*self.query_key_value(x), active)
+
+    def read(self, x: Float[Array, "b n d"], active: Bool[Array, "b n"], queries: int) -> Float[Array, "b q d"]:
+        """What the first `queries` tokens get; of the others no more than key and value is computed."""
+        batch, _, dim = x.shape
+        kernel, bias = self.qkv.kernel[...], self.qkv.bias[...] if self.qkv.bias is not None else None
+        x = x.astype(self.qkv.dtype)
+
+        def heads(rows: Array, columns: slice, count: int) -> Array:
+            y = rows @ kernel[:, columns].astype(x.dtype)
+            y = y if bias is None else y + bias[columns].astype(x.dtype)
+            return y.reshape(batch, rows.shape[1], count, self.num_heads, -1).transpose(2, 0, 3, 1, 4)
+
+        (query,) = heads(x[:, :queries], slice(dim), 1)
+        key, value = heads(x, slice(dim, None), 2)
+        return self._mixed(query, key, value, active)
+
+    def _mixed(self, query: Array, key: Array, value: Array, active: Bool[Array, "b n"] | None) -> Array:
         scores = jnp.matmul(query * query.shape[-1] ** -0.5, key.swapaxes(-1, -2), preferred_element_type=jnp.float32)
         if active is not None:
             # Finite, so that an image without any active token gives no NaN.
@@ -129,7 +145,8 @@ class Attention(nnx.Module):
         weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
         total = weights.sum(-1, keepdims=True)
         mixed = jnp.matmul(weights.astype(value.dtype), value, preferred_element_type=jnp.float32) / total
-        return self.proj(mixed.transpose(0, 2, 1, 3).reshape(batch, tokens, dim))
+        batch, _, queries, _ = mixed.shape
+        return self.proj(mixed.transpose(0, 2, 1, 3).reshape(batch, queries, -1))
 
 
 class Mlp(nnx.Module):
@@ -180,3 +197,8 @@ class Block(nnx.Module):
 
         x = x + regularise(self.attn(self.norm1(x), active).astype(x.dtype), keys[0], keys[1])
         return x + regularise(self.mlp(self.norm2(x), keys[2]).astype(x.dtype), keys[3], keys[4])
+
+    def read(self, x: Float[Array, "b n d"], active: Bool[Array, "b n"], queries: int) -> Float[Array, "b q d"]:
+        """The first `queries` tokens after this layer, nothing dropped; the others are keys and values alone."""
+        first = x[:, :queries] + self.attn.read(self.norm1(x), active, queries).astype(x.dtype)
+        return first + self.mlp(self.norm2(first), None).astype(x.dtype)

@@ -60,41 +60,12 @@ def jax_step(config: AViTConfig, batch_size: int) -> Callable[[], None]:
 def torch_step(config: AViTConfig, batch_size: int) -> Callable[[], None]:
     """The dense model in PyTorch, eager, in training mode."""
     import torch
-    from torch import nn
     from torch.nn import functional
 
-    width, heads = config.embed_dim, config.num_heads
-
-    class Block(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.norm1, self.norm2 = nn.LayerNorm(width, eps=1e-6), nn.LayerNorm(width, eps=1e-6)
-            self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
-            self.fc1, self.fc2 = nn.Linear(width, config.mlp_dim), nn.Linear(config.mlp_dim, width)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            b, n, _ = x.shape
-            q, k, v = self.qkv(self.norm1(x)).reshape(b, n, 3, heads, width // heads).permute(2, 0, 3, 1, 4)
-            mixed = functional.scaled_dot_product_attention(q, k, v)
-            x = x + self.proj(mixed.transpose(1, 2).reshape(b, n, width))
-            return x + self.fc2(functional.gelu(self.fc1(self.norm2(x))))
-
-    class ViT(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.proj = nn.Conv2d(config.in_channels, width, config.patch_size, config.patch_size)
-            self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
-            self.pos_embed = nn.Parameter(0.02 * torch.randn(1, config.num_tokens, width))
-            self.blocks = nn.Sequential(*(Block() for _ in range(config.depth)))
-            self.norm, self.head = nn.LayerNorm(width, eps=1e-6), nn.Linear(width, config.num_classes)
-
-        def forward(self, images: torch.Tensor) -> torch.Tensor:
-            x = self.proj(images).flatten(2).transpose(1, 2)
-            x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + self.pos_embed
-            return self.head(self.norm(self.blocks(x)[:, 0]))
+    from benchmarks.torch_vit import torch_vit
 
     torch.set_num_threads(available_cores())
-    model = ViT().train()
+    model = torch_vit(config).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     images, labels = random_batch(config, batch_size)
     x, y = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(labels).long()

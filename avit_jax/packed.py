@@ -1,0 +1,270 @@
+"""Packed execution: halted tokens are gone, in one jitted program with static shapes and no trip to the host.
+
+In every layer each image's active tokens are moved to the front, images are sorted by how many they have, and groups
+of images run through the smallest of a few static capacities that holds them.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Bool, Float, Int, Shaped
+
+from avit_jax import halting
+from avit_jax.layers import Block
+from avit_jax.model import AViT, AViTOutput, check_images
+from avit_jax.plan import PackedPlan, default_plan
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Packed:
+    """The batch between two layers; images sorted by load, each image's tokens that still count first."""
+
+    tokens: Float[Array, "b n d"]  # whatever lies behind the active ones is never read
+    state: halting.HaltingState  # in the same order
+    index: Int[Array, "b n"]  # where each slot's token lies in its image
+    image: Int[Array, " b"]  # where each row's image lies in the batch
+
+
+def _load(state: halting.HaltingState) -> tuple[Bool[Array, "b n"], Int[Array, " b"]]:
+    """Slots that must be computed, and their number: active tokens, and special ones while their image has any."""
+    special = jnp.arange(state.active.shape[1]) < state.output.shape[1]
+    needed = (state.active | special) & state.active.any(1, keepdims=True)
+    return needed, needed.sum(1)
+
+
+def _by_token(state: halting.HaltingState, rows: Array, slots: Array) -> halting.HaltingState:
+    """The state of other rows, their slots in another order; special tokens stay in front."""
+    ordered = {
+        field.name: jnp.take_along_axis(getattr(state, field.name)[rows], slots, axis=1)
+        for field in dataclasses.fields(state)
+        if field.name != "output"
+    }
+    return halting.HaltingState(output=state.output[rows], **ordered)
+
+
+def _run_layer(
+    packed: _Packed, plan: PackedPlan, compute: Callable[[Array, Array], Array], width: int
+) -> tuple[Array, _Packed]:
+    """Tokens after `compute`, [B, width, D], and what they belong to: sorted, packed, group by group.
+
+    compute(tokens [g, c, D], active [g, c]) gives the first rows of the group's tokens after the layer.
+    """
+    needed, load = _load(packed.state)
+    rows = jnp.argsort(load)
+    slots = jnp.argsort(~needed[rows], axis=1, stable=True)
+    state = _by_token(packed.state, rows, slots)
+    index = jnp.take_along_axis(packed.index[rows], slots, axis=1)
+    batch, _, dim = packed.tokens.shape
+    capacities = jnp.asarray(plan.capacities)
+
+    def branch(capacity: int) -> Callable[..., Array]:
+        def run(rows: Array, slots: Array, active: Array) -> Array:
+            if capacity == 0:
+                return jnp.zeros((plan.group_size, width, dim), packed.tokens.dtype)
+            # The gather is in here: it moves no more than this capacity's tokens.
+            tokens = packed.tokens[rows[:, None], slots[:, :capacity]]
+            active = active[:, :capacity]
+            result = compute(halting.drop_halted(tokens, active), active)[:, :width]
+            return jnp.pad(result, ((0, 0), (0, width - result.shape[1]), (0, 0)))
+
+        return run
+
+    branches = [branch(0), *(branch(capacity) for capacity in plan.capacities)]
+
+    def group(inputs: tuple[Array, ...]) -> Array:
+        rows, slots, active, load = inputs
+        most = load.max()
+        choice = jnp.where(most == 0, 0, 1 + jnp.searchsorted(capacities, most))
+        return jax.lax.switch(choice, branches, rows, slots, active)
+
+    grouped = jax.tree.map(
+        lambda x: x.reshape(-1, plan.group_size, *x.shape[1:]), (rows, slots, state.active, load[rows])
+    )
+    tokens = jax.lax.map(group, grouped).reshape(batch, width, dim)
+    return tokens, _Packed(packed.tokens, state, index, packed.image[rows])
+
+
+def _exit_images(state: halting.HaltingState) -> halting.HaltingState:
+    """Drop what is left of the images whose special tokens have all halted: the logits read nothing else."""
+    going = state.active[:, : state.output.shape[1]].any(1, keepdims=True)
+    dropped = state.active & ~going
+    return dataclasses.replace(
+        state,
+        active=state.active & going,
+        # They weigh what is left of them, as where a token stops by itself.
+        ponder_cost=state.ponder_cost + jnp.where(dropped, state.remainder, 0),
+    )
+
+
+def _forward(
+    model: AViT, images: Float[Array, "b h w c"], count: Int[Array, ""], plan: PackedPlan, image_exit: bool
+) -> AViTOutput:
+    """The model's output for the first `count` images; the rest are empty and cost nothing."""
+    config = model.config
+    x = model.embed(images)
+    batch, num_tokens, dim = x.shape
+    missing = -batch % plan.group_size
+    x = jnp.pad(x, ((0, missing), (0, 0), (0, 0)))
+    rows = batch + missing
+    state = halting.initial_state(rows, num_tokens, config.num_special, dim)
+    state = dataclasses.replace(state, active=jnp.broadcast_to((jnp.arange(rows) < count)[:, None], (rows, num_tokens)))
+    index = jnp.broadcast_to(jnp.arange(num_tokens), (rows, num_tokens))
+    packed = _Packed(x, state, index, jnp.arange(rows))
+    blocks, stacked = nnx.split(model.blocks)
+
+    def advanced(packed: _Packed, tokens: Array, last: bool) -> tuple[_Packed, Array]:
+        state = packed.state
+        if config.halts:
+            state, scores = halting.advance(state, tokens, **config.gate, is_last=last)
+            if image_exit and not last:
+                state = _exit_images(state)
+        else:
+            depth = state.token_depth + state.active
+            special = jnp.where(last, tokens[:, : config.num_special], 0)
+            state = dataclasses.replace(state, token_depth=depth, ponder_cost=depth + 1.0, output=special)
+            scores = jnp.zeros(state.active.shape)
+        return dataclasses.replace(packed, tokens=tokens, state=state), scores
+
+    def layer(packed: _Packed, params: Any) -> tuple[_Packed, tuple[Array, Array, Array]]:
+        block: Block = nnx.merge(blocks, params)
+        tokens, packed = _run_layer(packed, plan, block, num_tokens)
+        packed, scores = advanced(packed, tokens, last=False)
+        return packed, (scores, packed.index, packed.image)
+
+    def take(part: Any) -> Any:
+        return jax.tree.map(part, stacked)
+
+    packed, traces = jax.lax.scan(layer, packed, take(lambda p: p[:-1]))
+    last: Block = nnx.merge(blocks, take(lambda p: p[-1]))
+    if image_exit:
+        read = functools.partial(last.read, queries=config.num_special)
+        tokens, packed = _run_layer(packed, plan, read, config.num_special)
+        tokens = jnp.pad(tokens, ((0, 0), (0, num_tokens - config.num_special), (0, 0)))
+        packed, scores = advanced(packed, tokens, last=True)
+        # Nothing is known of the other tokens' last channel 0.
+        scores = jnp.where(jnp.arange(num_tokens) < config.num_special, scores, 0)
+    else:
+        tokens, packed = _run_layer(packed, plan, last, num_tokens)
+        packed, scores = advanced(packed, tokens, last=True)
+    scores, index, image = (
+        jnp.concatenate([trace, end[None]])
+        for trace, end in zip(traces, (scores, packed.index, packed.image), strict=True)
+    )
+    return _unpacked(model, packed, scores, index, image, batch)
+
+
+def _unpacked(model: AViT, packed: _Packed, scores: Array, index: Array, image: Array, batch: int) -> AViTOutput:
+    """The output in the order of the images and their tokens."""
+    state = packed.state
+
+    def restored(values: Array, index: Array, image: Array) -> Array:
+        return jnp.zeros_like(values).at[image[:, None], index].set(values, unique_indices=True)[:batch]
+
+    special = jnp.zeros_like(state.output).at[packed.image].set(state.output, unique_indices=True)[:batch]
+    return model.heads(
+        special,
+        restored(state.token_depth, packed.index, packed.image),
+        restored(state.ponder_cost, packed.index, packed.image),
+        jax.vmap(restored)(scores, index, image),
+    )
+
+
+class PackedModel:
+    """A model compiled for packed execution of up to `batch_size` images, which it is called with."""
+
+    def __init__(self, model: AViT, batch_size: int, plan: PackedPlan, image_exit: bool, mesh: Mesh | None) -> None:
+        self.config = model.config
+        self.batch_size = batch_size
+        self.plan = plan
+        graphdef, params = nnx.split(model)
+        self._params = jax.device_put(params, NamedSharding(mesh, PartitionSpec())) if mesh is not None else params
+        self._images = NamedSharding(mesh, PartitionSpec("data")) if mesh is not None else None
+        self.jitted = jax.jit(_program(graphdef, plan, image_exit, mesh))
+        devices = 1 if mesh is None else mesh.shape["data"]
+        self._rows = -(-batch_size // devices) * devices
+        shape = (self._rows, *self.config.image_shape, self.config.in_channels)
+        abstract = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=self._images)
+        self.abstract_arguments = (self._params, abstract, jnp.int32(batch_size))  # for lower and jax.export
+        self.compiled = self.jitted.lower(*self.abstract_arguments).compile()
+
+    def __call__(self, images: Shaped[Array | np.ndarray, "..."]) -> AViTOutput:
+        """The output for each image. Raises ValueError for other images than the model takes, or too many of them."""
+        check_images(images, self.config)
+        count = len(images)
+        if count > self.batch_size:
+            raise ValueError(
+                f"{count} images for a program compiled for {self.batch_size}: compile_packed(model, {count})"
+            )
+        if count < self._rows:
+            pad = np.pad if isinstance(images, np.ndarray) else jnp.pad
+            images = pad(images, ((0, self._rows - count), (0, 0), (0, 0), (0, 0)))
+        if self._images is not None:
+            images = jax.device_put(images, self._images)
+        output = self.compiled(self._params, images, jnp.int32(count))
+        if count == self._rows:
+            return output
+        return AViTOutput(
+            output.logits[:count],
+            output.head_logits[:, :count],
+            output.token_depth[:count],
+            output.ponder_cost[:count],
+            output.halting_scores[:, :count],
+        )
+
+
+def _program(
+    graphdef: nnx.GraphDef, plan: PackedPlan, image_exit: bool, mesh: Mesh | None
+) -> Callable[[Any, Array, Array], AViTOutput]:
+    def local(params: Any, images: Array, count: Array) -> AViTOutput:
+        return _forward(nnx.merge(graphdef, params), images, count, plan, image_exit)
+
+    if mesh is None:
+        return local
+
+    def shard(params: Any, images: Array, count: Array) -> AViTOutput:
+        first = jax.lax.axis_index("data") * len(images)
+        return local(params, images, jnp.clip(count - first, 0, len(images)))
+
+    rows, layers = PartitionSpec("data"), PartitionSpec(None, "data")
+    return jax.shard_map(
+        shard,
+        mesh=mesh,
+        in_specs=(PartitionSpec(), rows, PartitionSpec()),
+        out_specs=AViTOutput(rows, layers, rows, rows, layers),  # type: ignore[arg-type]  # a tree of specs
+        check_vma=False,
+    )
+
+
+def compile_packed(
+    model: AViT,
+    batch_size: int,
+    plan: PackedPlan | None = None,
+    *,
+    image_exit: bool = True,
+    mesh: Mesh | None = None,
+) -> PackedModel:
+    """Compile packed execution: the same predictions as model(images), halted tokens cost nothing.
+
+    The result takes up to batch_size images and gives as many rows. With image_exit an image ends when its special
+    tokens have halted: logits stay, token_depth counts the layers computed, the last layer's scores are those of the
+    special tokens alone; without it depths, ponder costs and scores are those of masked execution. mesh: with an axis
+    `data`, over which the batch is split; each device packs its own images. plan: see plan_packed; speed alone.
+    Raises ValueError for a plan of another model, or a batch size below 1.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}: it must be at least 1")
+    devices = 1 if mesh is None else mesh.shape["data"]
+    plan = plan or default_plan(model.config, -(-batch_size // devices), jax.default_backend())
+    if plan.num_tokens != model.config.num_tokens:
+        raise ValueError(
+            f"the plan is for {plan.num_tokens} tokens and the model has {model.config.num_tokens}: plan anew"
+        )
+    return PackedModel(model, batch_size, plan, image_exit, mesh)

@@ -1,0 +1,60 @@
+"""A-ViT whose depths an image draws: any depth profile can be had with random weights.
+
+Channel 0 of the patch embedding is the patch's mean, blocks add 1 to it and nothing else does; with the gate at 0.5 a
+patch of mean 1 - d stops at layer d.
+"""
+
+import jax
+import numpy as np
+from flax import nnx
+
+from avit_jax import AViT, AViTConfig
+
+
+def drawn_model(config: AViTConfig, class_depth: int, seed: int = 0) -> AViT:
+    """Random weights; the class token stops at class_depth. The configuration's gate must be 40 / 20."""
+    model = AViT(config, rngs=nnx.Rngs(seed))
+    for path, param in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+        if any(part in path for part in ("patch_embed", "cls_token", "pos_embed", "proj", "fc2")):
+            param[...] = param[...].at[..., 0].set(0.0)
+    kernel, bias = model.patch_embed.proj.kernel, model.blocks.mlp.fc2.bias
+    assert bias is not None
+    kernel[...] = kernel[...].at[:, 0].set(1 / kernel.shape[0])
+    bias[...] = bias[...].at[:, 0].set(1.0)
+    model.cls_token[...] = model.cls_token[...].at[..., 0].set(1.0 - class_depth)
+    return model
+
+
+def drawn_depths(
+    config: AViTConfig, count: int, mean: float, token_spread: float, image_spread: float, class_depth: int, seed: int = 0
+) -> np.ndarray:
+    """[count, patches] layers: images vary about the mean, tokens about their image; all tokens' mean is `mean`."""
+    rng = np.random.default_rng(seed)
+    patches = config.num_tokens - 1
+    offsets = rng.normal(0, image_spread, (count, 1)) + rng.normal(0, token_spread, (count, patches))
+    wanted = (mean * config.num_tokens - class_depth) / patches
+    low, high = -2.0 * config.depth, 2.0 * config.depth
+    for _ in range(50):  # clipping moves the mean: it is searched for
+        middle = (low + high) / 2
+        depths = np.clip(np.rint(middle + offsets), 1, config.depth)
+        low, high = (middle, high) if depths.mean() < wanted else (low, middle)
+    return depths
+
+
+def drawn_images(config: AViTConfig, depths: np.ndarray, seed: int = 0) -> np.ndarray:
+    """float32 images whose patches stop at these layers; noise of mean 0 in every patch besides."""
+    rows, columns = config.patch_grid
+    size, channels = config.patch_size, config.in_channels
+    patches = np.random.default_rng(seed).standard_normal(
+        (len(depths), rows, columns, size, size, channels), dtype=np.float32
+    )
+    patches += (1 - depths).reshape(len(depths), rows, columns, 1, 1, 1) - patches.mean((3, 4, 5), keepdims=True)
+    images = patches.transpose(0, 1, 3, 2, 4, 5).reshape(len(depths), *config.image_shape, channels)
+    return np.ascontiguousarray(images, np.float32)
+
+
+def dense_parts(model: AViT) -> AViT:
+    """The same weights, the gate off."""
+    config = AViTConfig(**(vars(model.config) | {"gate_scale": None, "gate_center": None}))
+    graphdef = nnx.graphdef(nnx.eval_shape(lambda: AViT(config, rngs=nnx.Rngs(0))))
+    return nnx.merge(graphdef, jax.tree.map(lambda x: x, nnx.state(model, nnx.Param)))

@@ -1,0 +1,223 @@
+"""Packed execution: the masked model's answers, whatever halts, whatever the plan."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import avit_jax
+from avit_jax import AViT, AViTConfig, PackedPlan, compile_packed
+from tests.builders import small_config, spread_gate
+
+DATA = Path(__file__).parent / "data"
+PLANS = [(1, (7,)), (2, (2, 4, 7)), (3, (1, 3, 6, 7)), (5, (7,)), (8, (5, 7))]
+
+
+def drawn_model(config: AViTConfig) -> AViT:
+    """Channel 0 is the patch's mean plus the layer: an image draws the depths of its own patches; class token: layer 3.
+
+    A patch of mean 1 - d stops at layer d.
+    """
+    model = spread_gate(dataclasses.replace(config, gate_scale=40.0, gate_center=20.0))
+    for name, param in nnx.to_flat_state(nnx.state(model)):
+        if any(part in name for part in ("patch_embed", "cls_token", "dist_token", "pos_embed", "proj", "fc2")):
+            param[...] = param[...].at[..., 0].set(0.0)
+    model.patch_embed.proj.kernel[...] = model.patch_embed.proj.kernel[...].at[:, 0].set(1 / 32)
+    model.blocks.mlp.fc2.bias[...] = model.blocks.mlp.fc2.bias[...].at[:, 0].set(1.0)
+    model.cls_token[...] = model.cls_token[...].at[..., 0].set(-2.0)
+    if config.distilled:
+        model.dist_token[...] = model.dist_token[...].at[..., 0].set(-1.0)
+    return model
+
+
+def drawn_images(depths: np.ndarray) -> np.ndarray:
+    """Images whose six patches stop at these layers; the rest of their content is noise of mean 0 in every patch."""
+    rng = np.random.default_rng(0)
+    patches = rng.normal(size=(len(depths), 3, 2, 4, 4, 2))
+    patches += (1 - depths).reshape(-1, 3, 2, 1, 1, 1) - patches.mean((3, 4, 5), keepdims=True)
+    return patches.transpose(0, 1, 3, 2, 4, 5).reshape(-1, 12, 8, 2).astype(np.float32)
+
+
+def assert_same(masked: avit_jax.AViTOutput, packed: avit_jax.AViTOutput) -> None:
+    scale = max(1.0, float(np.abs(masked.logits).max()))
+    np.testing.assert_allclose(packed.head_logits, masked.head_logits, atol=1e-5 * scale)
+    np.testing.assert_allclose(packed.logits, masked.logits, atol=1e-5 * scale)
+    np.testing.assert_array_equal(packed.token_depth, masked.token_depth)
+    np.testing.assert_allclose(packed.ponder_cost, masked.ponder_cost, atol=1e-5)
+    np.testing.assert_allclose(packed.halting_scores, masked.halting_scores, atol=1e-5)
+
+
+def assert_exited(masked: avit_jax.AViTOutput, packed: avit_jax.AViTOutput, num_special: int) -> None:
+    """What image exit leaves: the same logits, and depths up to the layer where the last special token stopped."""
+    scale = max(1.0, float(np.abs(masked.logits).max()))
+    np.testing.assert_allclose(packed.head_logits, masked.head_logits, atol=1e-5 * scale)
+    end = np.asarray(masked.token_depth[:, :num_special]).max(1, keepdims=True)
+    np.testing.assert_array_equal(packed.token_depth, np.minimum(masked.token_depth, end))
+    layers = np.arange(1, len(masked.halting_scores) + 1)[:, None, None]
+    scores = np.where(layers <= end, masked.halting_scores, 0)
+    scores[-1, :, num_special:] = 0  # not computed there
+    np.testing.assert_allclose(packed.halting_scores, scores, atol=1e-5)
+    cut = np.asarray(masked.token_depth) > end
+    cost = np.where(cut, packed.token_depth + 1 - scores.sum(0), masked.ponder_cost)
+    np.testing.assert_allclose(packed.ponder_cost, cost, atol=1e-5)
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("distilled", [False, True])
+def test_random_weights(distilled: bool, plan: tuple[int, tuple[int, ...]]) -> None:
+    model = spread_gate(small_config(distilled=distilled))
+    images = np.random.default_rng(3).normal(size=(5, 12, 8, 2)).astype(np.float32)
+    capacities = tuple(c + distilled for c in plan[1])
+    plan_ = PackedPlan(model.config.num_tokens, plan[0], capacities)
+    masked = model(images)
+    assert len(np.unique(masked.token_depth)) >= 3
+    assert_same(masked, compile_packed(model, 5, plan_, image_exit=False)(images))
+    assert_exited(masked, compile_packed(model, 5, plan_)(images), model.config.num_special)
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("micro-10-30", {"num_heads": 3, "gate_scale": 10.0, "gate_center": 30.0}),
+        ("micro-5-50", {"num_heads": 2, "gate_scale": 5.0, "gate_center": 50.0}),
+        ("micro-distilled-10-75", {"num_heads": 3, "gate_scale": 10.0, "gate_center": 75.0}),
+    ],
+)
+def test_goldens(name: str, fields: dict[str, float]) -> None:
+    recorded = np.load(DATA / f"{name}.npz")
+    model = avit_jax.load(DATA / f"{name}.pth", **fields)
+    packed = compile_packed(model, len(recorded["images"]), image_exit=False)(recorded["images"])
+    np.testing.assert_allclose(packed.logits, recorded["logits"], atol=1e-5)
+    np.testing.assert_array_equal(packed.token_depth, recorded["token_depth"])
+    np.testing.assert_allclose(packed.ponder_cost, recorded["ponder"], atol=1e-5)
+    np.testing.assert_allclose(packed.halting_scores, recorded["halting_scores"], atol=1e-5)
+    exited = compile_packed(model, len(recorded["images"]))(recorded["images"])
+    np.testing.assert_allclose(exited.logits, recorded["logits"], atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def drawn() -> dict[bool, tuple[AViT, list[avit_jax.PackedModel]]]:
+    models = {distilled: drawn_model(small_config(distilled=distilled)) for distilled in (False, True)}
+    return {
+        distilled: (
+            model,
+            [
+                compile_packed(
+                    model,
+                    4,
+                    PackedPlan(model.config.num_tokens, 2, (3, model.config.num_tokens)),
+                    image_exit=image_exit,
+                )
+                for image_exit in (False, True)
+            ],
+        )
+        for distilled, model in models.items()
+    }
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    distilled=st.booleans(),
+    depths=st.lists(st.lists(st.integers(1, 4), min_size=6, max_size=6), min_size=1, max_size=4),
+)
+def test_any_pattern_of_halting(
+    drawn: dict[bool, tuple[AViT, list[avit_jax.PackedModel]]], distilled: bool, depths: list[list[int]]
+) -> None:
+    model, (whole, exiting) = drawn[distilled]
+    images = drawn_images(np.array(depths))
+    masked = model(images)
+    np.testing.assert_array_equal(masked.token_depth[:, model.config.num_special :], depths)
+    assert_same(masked, whole(images))
+    assert_exited(masked, exiting(images), model.config.num_special)
+
+
+@pytest.mark.parametrize("center", [-60.0, 60.0])
+@pytest.mark.parametrize("image_exit", [False, True])
+def test_all_halt_at_once_or_none_ever(center: float, image_exit: bool, images: jax.Array) -> None:
+    model = spread_gate(small_config(gate_center=center))
+    masked, packed = model(images), compile_packed(model, 3, image_exit=image_exit)(images)
+    np.testing.assert_array_equal(masked.token_depth, 1 if center < 0 else 4)
+    if image_exit:
+        assert_exited(masked, packed, 1)
+    else:
+        assert_same(masked, packed)
+
+
+def test_a_model_without_a_gate(images: jax.Array) -> None:
+    model = spread_gate(small_config(gate_scale=None, gate_center=None))
+    assert_same(model(images), compile_packed(model, 3, image_exit=False)(images))
+    assert_same(model(images), compile_packed(model, 3)(images))
+
+
+def test_fewer_images_than_the_batch_and_more(model: AViT, images: jax.Array) -> None:
+    packed = compile_packed(model, 4, image_exit=False)
+    for count in (1, 2, 3):
+        assert_same(model(images[:count]), packed(np.asarray(images[:count])))
+    with pytest.raises(ValueError, match="5 images for a program compiled for 4"):
+        packed(jnp.concatenate([images, images[:2]]))
+    with pytest.raises(ValueError, match="they are uint8: use avit_jax.preprocess"):
+        packed(np.zeros((1, 12, 8, 2), np.uint8))
+
+
+def test_what_lies_in_padding_does_not_matter(model: AViT, images: jax.Array) -> None:
+    """An image of NaN beside others changes nothing of theirs."""
+    packed = compile_packed(model, 3, image_exit=False)
+    clean = packed(images)
+    spoilt = packed(images.at[1].set(jnp.nan))
+    np.testing.assert_array_equal(clean.logits[::2], spoilt.logits[::2])
+
+
+def test_bfloat16_is_close() -> None:
+    model = spread_gate(small_config(dtype="bfloat16"))
+    images = np.random.default_rng(0).normal(size=(6, 12, 8, 2)).astype(np.float32)
+    masked, packed = model(images), compile_packed(model, 6, image_exit=False)(images)
+    same = (np.asarray(masked.token_depth) == packed.token_depth).all(1)
+    assert same.mean() > 0.5
+    np.testing.assert_allclose(packed.logits[same], masked.logits[same], atol=0.05 * np.abs(masked.logits).max())
+
+
+def test_trained_weights() -> None:
+    model = avit_jax.load("checkpoints/mnist_dense", gate_scale=5.0, gate_center=10.0)
+    images = np.random.default_rng(0).normal(size=(8, 28, 28, 1)).astype(np.float32)
+    masked, packed = model(images), compile_packed(model, 8)(images)
+    scale = float(np.abs(masked.logits).max())
+    np.testing.assert_allclose(packed.logits, masked.logits, atol=1e-5 * scale)
+    np.testing.assert_array_equal(packed.logits.argmax(1), masked.logits.argmax(1))
+
+
+def test_weights_are_arguments_of_the_program(model: AViT) -> None:
+    packed = compile_packed(model, 2)
+    assert packed.compiled.memory_analysis().argument_size_in_bytes > sum(
+        leaf.nbytes for leaf in jax.tree.leaves(nnx.state(model))
+    )
+
+
+def test_it_lowers_for_cuda(model: AViT) -> None:
+    packed = compile_packed(model, 2)
+    exported = jax.export.export(packed.jitted, platforms=["cuda"])(*packed.abstract_arguments)
+    assert exported.platforms == ("cuda",)
+
+
+def test_plans_are_printed_saved_and_checked(tmp_path: Path, model: AViT) -> None:
+    plan = PackedPlan(7, 2, (3, 7))
+    plan.save(tmp_path / "plan.json")
+    assert PackedPlan.load(tmp_path / "plan.json") == plan
+    assert str(plan) == "groups of 2 images, capacities 3, 7 tokens"
+    with pytest.raises(ValueError, match="they must rise from 1 or more to the 7 tokens"):
+        PackedPlan(7, 2, (3, 5))
+    with pytest.raises(ValueError, match="group_size is 0"):
+        PackedPlan(7, 0, (7,))
+    with pytest.raises(ValueError, match="the plan is for 9 tokens and the model has 7"):
+        compile_packed(model, 2, PackedPlan(9, 1, (9,)))
+    with pytest.raises(ValueError, match="batch_size is 0"):
+        compile_packed(model, 0)
+    (tmp_path / "bad.json").write_text(json.dumps({"num_tokens": 7}))
+    with pytest.raises(ValueError, match="bad.json is no plan of packed execution"):
+        PackedPlan.load(tmp_path / "bad.json")
