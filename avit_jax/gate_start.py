@@ -45,7 +45,9 @@ def start_gate(
     if config.gate_scale is None or config.gate_center is None:
         raise ValueError("a model that never halts has no gate to start: give it gate_scale and gate_center")
     if not 1 < target_depth < config.depth:
-        raise ValueError(f"target_depth is {target_depth}: it must lie between 1 and the model's {config.depth} layers")
+        raise ValueError(
+            f"target_depth (config.gate_start) is {target_depth}: it must lie between 1 and the {config.depth} layers"
+        )
     patches = np.asarray(model.patch_embed.patches(jnp.asarray(images)), np.float64)
     pixels, positions = _fit(patches, _attention_to_patches(model, images))
     fit = patches @ pixels + positions

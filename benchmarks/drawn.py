@@ -26,7 +26,13 @@ def drawn_model(config: AViTConfig, class_depth: int, seed: int = 0) -> AViT:
 
 
 def drawn_depths(
-    config: AViTConfig, count: int, mean: float, token_spread: float, image_spread: float, class_depth: int, seed: int = 0
+    config: AViTConfig,
+    count: int,
+    mean: float,
+    token_spread: float,
+    image_spread: float,
+    class_depth: int,
+    seed: int = 0,
 ) -> np.ndarray:
     """[count, patches] layers: images vary about the mean, tokens about their image; all tokens' mean is `mean`."""
     rng = np.random.default_rng(seed)

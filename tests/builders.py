@@ -54,6 +54,7 @@ def tiny_experiment(path: Path, **loss: Any) -> ConfigDict:
     config.loss.update({"distillation": "none", "label_smoothing": 0.1})
     config.model.update({"patch_size": 4, "embed_dim": 16, "depth": 3, "num_heads": 2, "drop_path_rate": 0.0})
     config.model.update({"gate_scale": 4.0, "gate_center": 2.0})
+    config.gate_start.update({"target_depth": 2.0, "deviation": 0.5})
     config.augment.update({"rotate": 0.0, "scale": 0.0, "shear": 0.0, "translate": 1.0})
     config.optim.update({"learning_rate": 3e-3, "warmup_steps": 2, "ema_decay": 0.5})
     config.loss.update(loss)

@@ -83,7 +83,7 @@ def test_train_evaluate_and_run_again(toy: Path, tmp_path: Path) -> None:
         f"--checkpoint={workdir}",
     )
     assert other.returncode == 1
-    assert one_sentence(other.stderr).startswith("blocks.attn.proj.bias has shape")
+    assert "run: blocks.attn.proj.bias has shape (2, 16) in the checkpoint and (" in one_sentence(other.stderr)
 
 
 def one_sentence(stderr: str) -> str:

@@ -84,7 +84,7 @@ def test_what_the_class_token_looks_at_goes_deeper() -> None:
     model = with_gate(static, gate_scale=5.0, gate_center=10.0)
     start_gate(model, images, target_depth=3.0, deviation=1.0)
     logit = np.log(model(images).halting_scores[0, :, 1:]) - np.log1p(-model(images).halting_scores[0, :, 1:])
-    np.testing.assert_allclose(logit.std(), 1.0, rtol=0.01)
+    np.testing.assert_allclose(logit.std(), 2.0, rtol=0.01)  # slope * deviation
     # A linear map of pixels and position, so not all of it; position alone would be left with no more than 0.
     within = attention - attention.mean(0)
     assert np.corrcoef(within.ravel(), (logit - logit.mean(0)).ravel())[0, 1] < -0.3
@@ -102,5 +102,7 @@ def test_a_gate_that_cannot_be_started_says_why() -> None:
     with pytest.raises(ValueError, match="never halts has no gate"):
         start_gate(static, some_images(static.config), target_depth=3.0, deviation=0.5)
     gated = with_gate(static, gate_scale=5.0, gate_center=10.0)
-    with pytest.raises(ValueError, match="target_depth is 9.0: it must lie between 1 and the model's 4 layers"):
+    with pytest.raises(
+        ValueError, match=r"target_depth \(config.gate_start\) is 9.0: it must lie between 1 and the 4 layers"
+    ):
         start_gate(gated, some_images(static.config), target_depth=9.0, deviation=0.5)
