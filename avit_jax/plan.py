@@ -49,5 +49,5 @@ def capacities_every(step: int, config: AViTConfig) -> tuple[int, ...]:
 def default_plan(config: AViTConfig, batch_size: int, platform: str) -> PackedPlan:
     """A plan that is good without a sample of images."""
     step = 32 if platform == "tpu" else 16
-    group_size = min(batch_size, 4 if platform == "cpu" else max(1, batch_size // 8))
+    group_size = min(batch_size, 2 if platform == "cpu" else max(1, batch_size // 8))
     return PackedPlan(config.num_tokens, group_size, capacities_every(step, config))

@@ -1,0 +1,237 @@
+"""Images per second of inference: dense, masked, packed, and PyTorch eager where it is installed.
+
+    python benchmarks/throughput.py                               everything, about 25 minutes on 2 cores
+    python benchmarks/throughput.py --models=tiny --profiles=published --batches=16,64 --rounds=3
+
+Weights are random and images draw the depths (benchmarks/drawn.py): profiles of the published budgets (mean depth 0.60
+of 12 for Tiny, 0.78 for Small, token spread 2 layers, image spread 0.8, class token two layers deeper than the mean),
+the same with image spreads 0 and 2, a sweep of the mean depth, and nothing halting. All variants of a model in one
+process, in turn, medians; arrays on the devices, outputs awaited. Writes runs/benchmarks/throughput.json.
+"""
+
+import argparse
+import dataclasses
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from avit_jax import PRESETS, AViT, PackedPlan, compile_packed
+from avit_jax.evaluation import config_gmacs
+from avit_jax.mesh import available_cores, batch_sharding, data_mesh, replicated, use_all_cores
+from benchmarks.drawn import dense_parts, drawn_depths, drawn_images, drawn_model
+
+MODELS = {"tiny": ("avit_tiny_patch16_224", 0.60), "small": ("avit_small_patch16_224", 0.78)}
+TOKEN_SPREAD = 2.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Profile:
+    """How deep the tokens of a model go: mean depth as a fraction, deviation between images in layers."""
+
+    name: str
+    fraction: float
+    image_spread: float = 0.8
+
+
+def profiles(fraction: float) -> dict[str, list[Profile]]:
+    """The profiles of a model with this published budget, by the name of their group."""
+    return {
+        "published": [Profile("published", fraction)],
+        "spreads": [Profile("spread 0", fraction, 0.0), Profile("spread 2", fraction, 2.0)],
+        "sweep": [Profile(f"depth {share}", share) for share in (0.25, 0.5, 0.75)],
+        "whole": [Profile("nothing halts", 1.0, 0.0)],
+    }
+
+
+@dataclasses.dataclass
+class Variant:
+    """Something that takes a batch; `run` returns when the outputs are there."""
+
+    name: str
+    batch: int
+    run: Callable[[], Any]
+    compile_seconds: float = 0.0
+    memory: int = 0  # bytes: arguments, outputs and temporaries
+    seconds: list[float] = dataclasses.field(default_factory=list)
+
+    @property
+    def images_per_second(self) -> float:
+        """Of the median run."""
+        return self.batch / statistics.median(self.seconds)
+
+
+def compiled_variant(name: str, model: AViT, images: np.ndarray, mesh: Mesh, last_layer: bool) -> Variant:
+    """Masked execution (dense without a gate); with last_layer only what the logits read is computed there."""
+    graphdef, params = nnx.split(model)
+
+    def forward(params: Any, images: jax.Array) -> jax.Array:
+        model = nnx.merge(graphdef, params)
+        if not last_layer:
+            return model(images).logits
+        blocks, stacked = nnx.split(model.blocks)
+        first = jax.tree.map(lambda p: p[:-1], stacked)
+        x, _ = jax.lax.scan(lambda x, p: (nnx.merge(blocks, p)(x), None), model.embed(images), first)
+        last = nnx.merge(blocks, jax.tree.map(lambda p: p[-1], stacked))
+        special = last.read(x, jnp.ones(x.shape[:2], bool), 1)
+        return model.heads(special, *(jnp.zeros(x.shape[:2]),) * 2, jnp.zeros((1, *x.shape[:2]))).logits
+
+    placed = jax.device_put(params, replicated(mesh)), jax.device_put(images, batch_sharding(mesh))
+    began = time.perf_counter()
+    program = jax.jit(forward).lower(*placed).compile()
+    took = time.perf_counter() - began
+    return Variant(name, len(images), lambda: jax.block_until_ready(program(*placed)), took, _memory(program))
+
+
+def packed_variant(model: AViT, images: np.ndarray, mesh: Mesh, plan: PackedPlan | None = None) -> Variant:
+    """Packed execution with image exit."""
+    began = time.perf_counter()
+    packed = compile_packed(model, len(images), plan, mesh=mesh)
+    took = time.perf_counter() - began
+    placed = jax.device_put(images, batch_sharding(mesh))
+    return Variant("packed", len(images), lambda: jax.block_until_ready(packed(placed)), took, _memory(packed.compiled))
+
+
+def torch_variant(model: AViT, images: np.ndarray) -> Variant:
+    """PyTorch eager, dense, the same architecture."""
+    import torch
+
+    from benchmarks.torch_vit import torch_vit
+
+    torch.set_num_threads(available_cores())
+    peer = torch_vit(model.config).eval()
+    x = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
+
+    def run() -> None:
+        with torch.inference_mode():
+            peer(x)
+
+    return Variant("PyTorch eager", len(images), run)
+
+
+def _memory(program: Any) -> int:
+    found = program.memory_analysis()
+    return int(found.argument_size_in_bytes + found.output_size_in_bytes + found.temp_size_in_bytes)
+
+
+def measure(variants: list[Variant], rounds: int) -> None:
+    """Warm every variant up, then time them in turn."""
+    for timed in [False] + [True] * rounds:
+        for variant in variants:
+            began = time.perf_counter()
+            variant.run()
+            if timed:
+                variant.seconds.append(time.perf_counter() - began)
+
+
+def benchmark(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """The rows of one model: every profile, every batch size."""
+    preset, fraction = MODELS[name]
+    config = dataclasses.replace(PRESETS[preset], gate_scale=40.0, gate_center=20.0)
+    rows: list[dict[str, Any]] = []
+    with_torch = _has_torch() and not options.no_torch
+    for group, members in profiles(fraction).items():
+        if group not in options.profiles:
+            continue
+        for profile in members:
+            class_depth = min(config.depth, round(profile.fraction * config.depth) + 2)
+            model = drawn_model(config, class_depth)
+            depths = drawn_depths(
+                config, 256, profile.fraction * config.depth, TOKEN_SPREAD, profile.image_spread, class_depth
+            )
+            if group == "whole":
+                depths = np.full_like(depths, config.depth)
+            variants = []
+            full = group == "published"
+            for batch in options.batches if full else options.batches[-1:]:
+                images = drawn_images(config, depths[:batch])
+                mesh = data_mesh(batch)
+                dense = dense_parts(model)
+                variants.append(compiled_variant("dense", dense, images, mesh, False))
+                variants.append(packed_variant(model, images, mesh))
+                if full:
+                    variants.append(compiled_variant("dense, last layer short", dense, images, mesh, True))
+                    variants.append(compiled_variant("masked", model, images, mesh, False))
+                    if with_torch:
+                        variants.append(torch_variant(model, images))
+            measure(variants, options.rounds)
+            whole = float(config_gmacs(jnp.full((1, config.num_tokens), config.depth), config)[0])
+            all_depths = np.concatenate([np.full((len(depths), 1), class_depth), depths], axis=1)
+            best_dense = max(v.images_per_second for v in variants if v.name == "dense")
+            for variant in variants:
+                shown = all_depths[: variant.batch].astype(int)
+                gmacs = float(np.mean(config_gmacs(jnp.asarray(shown), config)))
+                work = gmacs / whole if variant.name == "packed" else 1.0
+                ratio = variant.images_per_second / best_dense
+                rows.append(
+                    {
+                        "model": name,
+                        "profile": profile.name,
+                        "variant": variant.name,
+                        "batch": variant.batch,
+                        "images_per_second": variant.images_per_second,
+                        "ratio_to_dense": ratio,
+                        "work_ratio": work,
+                        "efficiency": ratio * work,
+                        "mean_depth": float(shown.mean()),
+                        "megabytes": variant.memory / 1e6,
+                        "compile_seconds": variant.compile_seconds,
+                    }
+                )
+                print(format_row(rows[-1]), flush=True)
+    return rows
+
+
+def _has_torch() -> bool:
+    try:
+        import torch  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+HEADER = f"{'model':6}{'profile':15}{'variant':25}{'batch':>5}{'img/s':>8}{'/dense':>8}{'work':>7}{'effic.':>7}{'MB':>7}{'comp.s':>8}"  # noqa: E501
+
+
+def format_row(row: dict[str, Any]) -> str:
+    """One line of the table."""
+    return (
+        f"{row['model']:6}{row['profile']:15}{row['variant']:25}{row['batch']:5}{row['images_per_second']:8.1f}"
+        f"{row['ratio_to_dense']:8.2f}{row['work_ratio']:7.2f}{row['efficiency']:7.2f}{row['megabytes']:7.0f}"
+        f"{row['compile_seconds']:8.1f}"
+    )
+
+
+def main() -> None:
+    """Print the table, write the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", default="tiny,small", type=lambda text: text.split(","))
+    parser.add_argument("--profiles", default="published,spreads,sweep,whole", type=lambda text: text.split(","))
+    parser.add_argument("--batches", default="1,8,16,32,64,128", type=lambda text: [int(b) for b in text.split(",")])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--no-torch", action="store_true")
+    options = parser.parse_args()
+    use_all_cores()
+    where = f"{platform.machine()}, {available_cores()} cores, {jax.default_backend()}, jax {jax.__version__}"
+    print(f"{where}; /dense: against dense at its best batch\n{HEADER}")
+    rows = [row for name in options.models for row in benchmark(name, options)]
+    out = Path("runs/benchmarks/throughput.json")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps({"machine": where, "rows": rows}, indent=2) + "\n")
+    print(f"\nwritten: {out}")
+
+
+if __name__ == "__main__":
+    main()
