@@ -5,7 +5,7 @@ from avit_jax.config import PRESETS, AViTConfig, Preprocessing
 from avit_jax.convert import from_torch_state_dict, save_torch, to_torch_state_dict
 from avit_jax.model import AViT, AViTOutput, create
 from avit_jax.packed import PackedModel, compile_packed
-from avit_jax.plan import PackedPlan
+from avit_jax.plan import PackedPlan, plan_packed
 from avit_jax.preprocessing import preprocess
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "create",
     "from_torch_state_dict",
     "load",
+    "plan_packed",
     "preprocess",
     "save",
     "save_torch",

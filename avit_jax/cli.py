@@ -34,7 +34,11 @@ def run_main(main: Callable[[], None], default_config: Path) -> None:
         try:
             return flags.FLAGS(argv)
         except flags.UnrecognizedFlagError as error:
-            own = [name for name in flags.FLAGS if name in ("config", "workdir", "resume", "checkpoint", "ema")]
+            own = [
+                name
+                for name in flags.FLAGS
+                if name in ("config", "workdir", "resume", "checkpoint", "ema", "execution")
+            ]
             raise SystemExit(_say(f"there is no option --{error.flagname}: {nearest(error.flagname, own)}")) from None
         except (flags.Error, ValueError, TypeError, AttributeError, KeyError) as error:
             raise SystemExit(_say(" ".join(str(error).split()))) from None

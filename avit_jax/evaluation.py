@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,10 @@ from avit_jax.data.pipeline import evaluation_batches
 from avit_jax.data.sources import Split
 from avit_jax.flops import image_gmacs
 from avit_jax.model import AViT, AViTOutput
+from avit_jax.packed import compile_packed
+from avit_jax.plan import executed_gmacs, layer_loads
+
+EXECUTIONS = ("masked", "packed")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +39,8 @@ class Evaluation:
     depth_histogram: tuple[float, ...]  # fraction of tokens that stopped at layer 1..L
     class_token_depth: float
     gmacs: float  # 10^9 multiply-adds per image, from the depths
+    executed_depth: float  # layers computed for a token on average, by this execution
+    executed_gmacs: float  # 10^9 multiply-adds per image that were performed, padding included
     image_depths: Float[np.ndarray, " n"]  # mean depth of each image, in the data's order
 
 
@@ -52,47 +58,66 @@ def config_gmacs(token_depth: Int[Array, "b n"], config: AViTConfig) -> Float[Ar
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _evaluation_step(graphdef: nnx.GraphDef, params: nnx.State, batch: dict[str, Array]) -> dict[str, Array]:
-    model = nnx.merge(graphdef, params)
-    output, label, weight = model(batch["image"]), batch["label"], batch["weight"]
+def _figures(config: AViTConfig, output: AViTOutput, batch: dict[str, Array]) -> dict[str, Array]:
+    """Sums over a batch, by each image's weight."""
+    label, weight = batch["label"], batch["weight"]
     own = jnp.take_along_axis(output.logits, label[:, None], axis=1)
     # Ties and NaN count against the model: a constant or broken one scores nothing.
     rank = output.logits.shape[-1] - (output.logits < own).sum(-1)
     depth = output.token_depth.astype(jnp.float32)
-    layers = jnp.arange(1, model.config.depth + 1)
+    layers = jnp.arange(1, config.depth + 1)
     return {
         "top1": weight @ (rank <= 1),
         "top5": weight @ (rank <= 5),
         "loss": weight @ optax.softmax_cross_entropy_with_integer_labels(output.logits, label),
         "histogram": weight @ (output.token_depth[:, :, None] == layers).mean(1),
         "class_token_depth": weight @ depth[:, 0],
-        "gmacs": weight @ config_gmacs(output.token_depth, model.config),
+        "gmacs": weight @ config_gmacs(output.token_depth, config),
         "std_tokens": weight @ depth.std(1),
         "image_depths": depth.mean(1),
     }
 
 
-def evaluate(model: AViT, split: Split, batch_size: int) -> Evaluation:
-    """Masked execution over a data set, jit-compiled; the short last batch is padded, the padding weighs nothing.
+def evaluate(model: AViT, split: Split, batch_size: int, execution: str = "masked") -> Evaluation:
+    """The model over a data set, jit-compiled; the short last batch is padded, the padding weighs nothing.
 
-    Raises ValueError where a label lies outside the model's classes.
+    execution: "masked" or "packed"; the figures are the rule's and the same for both, except for what was executed
+    (packed: with image exit, as compile_packed does by default). A model that never halts is always executed whole.
+    Raises ValueError where a label lies outside the model's classes, and for another execution.
     """
+    if execution not in EXECUTIONS:
+        raise ValueError(f"execution {execution!r} is unknown: choose one of {', '.join(EXECUTIONS)}")
+    packed = None
+    if execution == "packed" and model.config.halts:
+        packed = compile_packed(model, batch_size, image_exit=False)
     if split.labels.min() < 0 or split.labels.max() >= model.config.num_classes:
         raise ValueError(
             f"labels run from {split.labels.min()} to {split.labels.max()}, the model has {model.config.num_classes} "
             "classes: 0..num_classes - 1 is allowed"
         )
-    graphdef, params = nnx.split(model)
+    program = packed or masked_program(model)
     sums: dict[str, np.ndarray] = {}
-    image_depths = []
+    image_depths, loads = [], []
     for batch in evaluation_batches(split, model.config, batch_size):
-        result = jax.device_get(_evaluation_step(graphdef, params, batch))
+        output = program(batch["image"])
+        result = jax.device_get(_figures(model.config, output, batch))
         image_depths.append(result.pop("image_depths")[batch["weight"] > 0])
+        if packed:
+            own = np.where(batch["weight"][:, None] > 0, output.token_depth, 0)
+            loads.append(layer_loads(own, model.config.num_special, model.config.depth, image_exit=True))
         for name, value in result.items():
             sums[name] = sums.get(name, 0) + np.asarray(value, np.float64)
     means = {name: value / len(split) for name, value in sums.items()}
     depths = np.concatenate(image_depths)
     mean_depth = float(depths.mean(dtype=np.float64))
+    whole = np.full((1, model.config.num_tokens), model.config.depth, np.int32)
+    executed_depth = float(model.config.depth)
+    performed = float(config_gmacs(jnp.asarray(whole), model.config)[0])
+    if packed:
+        stacked = np.stack(loads)
+        executed_depth = stacked.sum() / (len(split) * model.config.num_tokens)
+        # Padding images are empty: the mean is over real ones.
+        performed = executed_gmacs(stacked, packed.plan, model.config, len(split))
     return Evaluation(
         images=len(split),
         top1=float(means["top1"]),
@@ -105,6 +130,8 @@ def evaluate(model: AViT, split: Split, batch_size: int) -> Evaluation:
         depth_histogram=tuple(means["histogram"].tolist()),
         class_token_depth=float(means["class_token_depth"]),
         gmacs=float(means["gmacs"]),
+        executed_depth=executed_depth,
+        executed_gmacs=performed,
         image_depths=depths,
     )
 
@@ -114,23 +141,31 @@ def _forward(graphdef: nnx.GraphDef, params: nnx.State, images: Array) -> AViTOu
     return nnx.merge(graphdef, params)(images)
 
 
+def masked_program(model: AViT) -> Callable[[Array | np.ndarray], AViTOutput]:
+    """The model as it stands, jit-compiled; masked execution."""
+    return functools.partial(_forward, *nnx.split(model))
+
+
 def predict(model: AViT, images: Float[np.ndarray, "b h w c"]) -> AViTOutput:
     """The model's output, jit-compiled; masked execution."""
-    return _forward(*nnx.split(model), images)
+    return masked_program(model)(images)
 
 
-def images_per_second(models: Sequence[AViT], images: Float[np.ndarray, "b h w c"], rounds: int = 7) -> list[float]:
-    """Throughput of each model on the same batch: median of `rounds` (at least 5) warm runs, the models in turn.
+def images_per_second(
+    programs: Sequence[Callable[[Array | np.ndarray], AViTOutput]],
+    images: Float[np.ndarray, "b h w c"],
+    rounds: int = 7,
+) -> list[float]:
+    """Throughput of each program on the same batch: median of `rounds` (at least 5) warm runs, the programs in turn.
 
-    The batch lies on the device, outputs are awaited; masked execution.
+    The batch lies on the device, outputs are awaited.
     """
     batch = jax.device_put(images)
-    parts = [nnx.split(model) for model in models]
-    times: list[list[float]] = [[] for _ in models]
+    times: list[list[float]] = [[] for _ in programs]
     for timed in [False] + [True] * max(rounds, 5):
-        for (graphdef, params), seconds in zip(parts, times, strict=True):
+        for program, seconds in zip(programs, times, strict=True):
             began = time.perf_counter()
-            jax.block_until_ready(_forward(graphdef, params, batch))
+            jax.block_until_ready(program(batch))
             if timed:
                 seconds.append(time.perf_counter() - began)
     return [len(images) / statistics.median(seconds) for seconds in times]

@@ -16,11 +16,12 @@ from avit_jax.checkpoint import checkpoint_steps, load, save
 from avit_jax.config import AViTConfig, Preprocessing, config_from
 from avit_jax.convert.weight_files import read_config
 from avit_jax.data.sources import Dataset, load_dataset
-from avit_jax.evaluation import Evaluation, evaluate, images_per_second
+from avit_jax.evaluation import Evaluation, evaluate, images_per_second, masked_program
 from avit_jax.files import read_json, write_json
 from avit_jax.gate_start import start_gate
 from avit_jax.logs import read_metrics
 from avit_jax.model import AViT
+from avit_jax.packed import compile_packed
 from avit_jax.preprocessing import normalize
 from avit_jax.report import draw_curves, draw_depth_histogram, draw_depth_maps
 from avit_jax.training import train
@@ -220,21 +221,26 @@ def _measure(
     config: ConfigDict, dataset: Dataset, baseline: AViT | None, model: AViT
 ) -> tuple[dict[str, Any], Evaluation]:
     """The rows of the table, on the test images; speeds of both models interleaved, on one batch."""
-    result = evaluate(model, dataset.test, config.eval_batch_size)
+    result = evaluate(model, dataset.test, config.eval_batch_size, "packed")
     rows = {"avit" if model.config.halts else "dense": (model, result)}
     if baseline is not None and baseline.config.halts != model.config.halts:
         rows["avit" if baseline.config.halts else "dense"] = (
             baseline,
-            evaluate(baseline, dataset.test, config.eval_batch_size),
+            evaluate(baseline, dataset.test, config.eval_batch_size, "packed"),
         )
     count = min(config.eval_batch_size, len(dataset.test))
     batch = normalize(dataset.test.images[:count], model.config)
-    speeds = images_per_second([row_model for row_model, _ in rows.values()], batch)
+    programs = [
+        compile_packed(row_model, count) if row_model.config.halts else masked_program(row_model)
+        for row_model, _ in rows.values()
+    ]
+    speeds = images_per_second(programs, batch)
     summary: dict[str, Any] = {"images": len(dataset.test), "batch_size": count}
     for (name, (_, row)), speed in zip(rows.items(), speeds, strict=True):
         summary[name] = {key: getattr(row, key) for key in SUMMARY_KEYS} | {"images_per_second": speed}
         if name == "avit":
             summary[name] |= {key: getattr(row, key) for key in DEPTH_KEYS}
+            summary[name]["execution"] = "packed"
     return summary, result
 
 
@@ -256,8 +262,8 @@ def format_summary(summary: dict[str, Any]) -> str:
             f"layers between the tokens of an image, by {row['depth_std_images']:.2f} between images"
         )
     lines.append(
-        f"{summary['images']} test images; images/s at batch {summary['batch_size']}, masked execution (halted "
-        f"tokens are still computed); {summary['seconds']:.0f} s in all"
+        f"{summary['images']} test images; images/s at batch {summary['batch_size']}, packed execution (halted "
+        f"tokens are gone); {summary['seconds']:.0f} s in all"
     )
     return "\n".join(lines)
 
@@ -271,7 +277,7 @@ def draw(model: AViT, dataset: Dataset, result: Evaluation, workdir: Path) -> li
     return pictures
 
 
-def evaluate_checkpoint(config: ConfigDict, path: str | Path, *, ema: bool = False) -> str:
+def evaluate_checkpoint(config: ConfigDict, path: str | Path, *, ema: bool = False, execution: str = "packed") -> str:
     """Any checkpoint on the test images of config.data; a folder brings its own gate. Returns the table.
 
     Raises ValueError where the checkpoint and config.model differ in shape, or the checkpoint and the data.
@@ -290,7 +296,7 @@ def evaluate_checkpoint(config: ConfigDict, path: str | Path, *, ema: bool = Fal
             f"the checkpoint {path} has {model.config.num_classes} classes and the data {wanted.num_classes}: "
             "evaluate it on the data it was trained for, or train a new head with config.init_from"
         )
-    return format_evaluation(evaluate(model, dataset.test, config.eval_batch_size), model.config)
+    return format_evaluation(evaluate(model, dataset.test, config.eval_batch_size, execution), model.config)
 
 
 def format_evaluation(result: Evaluation, config: AViTConfig) -> str:
@@ -304,6 +310,7 @@ def format_evaluation(result: Evaluation, config: AViTConfig) -> str:
         f"  deviation        {result.depth_std_tokens:.2f} between tokens, {result.depth_std_images:.2f} of images",
         f"class token depth  {result.class_token_depth:.2f}",
         f"GMACs per image    {result.gmacs:.4f}",
+        f"  executed         {result.executed_gmacs:.4f}, mean depth {result.executed_depth:.2f}",
         "depth  tokens",
     ]
     most = max(result.depth_histogram)

@@ -1,12 +1,24 @@
 """Work, counted in multiply-adds from the depths at which tokens stopped (arXiv 2112.07658; papers call it FLOPs)."""
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 
-def block_macs(active: Float[Array, "..."], embed_dim: int, mlp_dim: int) -> Float[Array, "..."]:
+def block_macs(
+    active: Float[Array | np.ndarray, "..."], embed_dim: int, mlp_dim: int
+) -> Float[Array | np.ndarray, "..."]:
     """Multiply-adds of one block with n active tokens: n * (4 d^2 + 2 d m) linear, 2 n^2 d in attention."""
     return active * (4 * embed_dim**2 + 2 * embed_dim * mlp_dim) + 2 * active**2 * embed_dim
+
+
+def last_block_macs(
+    active: Float[Array | np.ndarray, "..."], num_special: int, embed_dim: int, mlp_dim: int
+) -> Float[Array | np.ndarray, "..."]:
+    """Multiply-adds of the last block where only special tokens are read: the n active ones are keys and values."""
+    keys_and_values = active * 2 * embed_dim**2
+    special = 2 * embed_dim**2 + 2 * embed_dim * mlp_dim + 2 * active * embed_dim
+    return keys_and_values + num_special * special * (active > 0)
 
 
 def image_gmacs(

@@ -1,10 +1,22 @@
 """Plans of packed execution: how many images run together, and for how many tokens programs are compiled."""
 
 import dataclasses
+import math
+import statistics
+import time
 from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
 
 from avit_jax.config import AViTConfig
 from avit_jax.files import read_json, write_json
+from avit_jax.flops import block_macs, last_block_macs
+from avit_jax.model import AViT
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +60,95 @@ def capacities_every(step: int, config: AViTConfig) -> tuple[int, ...]:
 
 def default_plan(config: AViTConfig, batch_size: int, platform: str) -> PackedPlan:
     """A plan that is good without a sample of images."""
-    step = 32 if platform == "tpu" else 16
-    group_size = min(batch_size, 2 if platform == "cpu" else max(1, batch_size // 8))
-    return PackedPlan(config.num_tokens, group_size, capacities_every(step, config))
+    if platform == "cpu":  # groups of about 400 rows fill a core's matmul and stay in its cache
+        group_size = 2 ** max(0, math.ceil(math.log2(384 / config.num_tokens)))
+        step = 16 if config.num_tokens > 128 else 8
+    else:
+        group_size, step = -(-batch_size // 8), 32
+    return PackedPlan(config.num_tokens, min(batch_size, group_size), capacities_every(step, config))
+
+
+def plan_packed(model: AViT, images: Float[Array | np.ndarray, "b h w c"], batch_size: int) -> PackedPlan:
+    """The plan with which this device runs a sample of images fastest: groups and capacities by measured cost.
+
+    Times one block for several group sizes and numbers of tokens, and adds up what each plan would run for batches of
+    batch_size of these images, image exit included. Of plans within 1 % of the best the one with the fewest capacities
+    is taken: it compiles fastest. Raises ValueError where there are fewer images than batch_size.
+    """
+    config = model.config
+    if not 1 <= batch_size <= len(images):
+        raise ValueError(f"batch_size is {batch_size} and the sample has {len(images)} images: give at least a batch")
+    loads = _loads(model, images, batch_size)
+    steps = (64, 128) if jax.default_backend() == "tpu" else (8, 16, 32)
+    sizes = [2**k for k in range(9) if 2**k <= batch_size]
+    plans = []
+    for group_size in sizes:
+        measured, milliseconds = _block_milliseconds(model, group_size)
+        for step in steps:
+            plan = PackedPlan(config.num_tokens, group_size, capacities_every(step, config))
+            tokens = padded_loads(loads, plan)
+            cost = np.where(tokens > 0, np.interp(tokens, measured, milliseconds), 0).sum()
+            plans.append((cost, plan))
+    best = min(cost for cost, _ in plans)
+    near = [(len(plan.capacities), cost, plan) for cost, plan in plans if cost <= 1.01 * best]
+    return min(near, key=lambda candidate: candidate[:2])[2]
+
+
+def padded_loads(loads: Int[np.ndarray, "batches l b"], plan: PackedPlan) -> Int[np.ndarray, "batches l groups"]:
+    """The capacity with which each group of a plan runs, from the tokens that each image needs in each layer."""
+    batches, depth, batch = loads.shape
+    missing = -batch % plan.group_size
+    ordered = np.sort(np.pad(loads, ((0, 0), (0, 0), (missing, 0))), axis=-1)
+    fullest = ordered.reshape(batches, depth, -1, plan.group_size).max(-1)
+    capacities = np.array([0, *plan.capacities])
+    return capacities[np.searchsorted(capacities, fullest)]
+
+
+def layer_loads(token_depth: Int[np.ndarray, "b n"], num_special: int, depth: int, image_exit: bool) -> np.ndarray:
+    """[depth, images]: the tokens that packed execution computes in each layer, from the depths of masked execution."""
+    end = token_depth[:, :num_special].max(1, keepdims=True)
+    executed = np.minimum(token_depth, end) if image_exit else token_depth
+    layers = np.arange(1, depth + 1)[:, None, None]
+    active = executed >= layers
+    # Special tokens keep their slots while their image has any token left.
+    active[:, :, :num_special] |= active.any(2, keepdims=True)
+    return active.sum(2)
+
+
+def executed_gmacs(loads: Int[np.ndarray, "batches l b"], plan: PackedPlan, config: AViTConfig, images: int) -> float:
+    """10^9 multiply-adds for each of `images` that packed execution performs, padding to capacities included."""
+    tokens = padded_loads(loads, plan).astype(np.float64)
+    first = np.asarray(block_macs(tokens[:, :-1], config.embed_dim, config.mlp_dim)).sum()
+    last = np.asarray(last_block_macs(tokens[:, -1], config.num_special, config.embed_dim, config.mlp_dim)).sum()
+    embedding = (config.num_tokens - config.num_special) * config.patch_size**2 * config.in_channels * config.embed_dim
+    heads = config.num_special * config.embed_dim * config.num_classes
+    return float((first + last) * plan.group_size / images + embedding + heads) / 1e9
+
+
+def _loads(model: AViT, images: Any, batch_size: int) -> np.ndarray:
+    graphdef, params = nnx.split(model)
+    depths = jax.jit(lambda params, images: nnx.merge(graphdef, params)(images).token_depth)
+    batches = []
+    for start in range(0, len(images) - batch_size + 1, batch_size):
+        token_depth = np.asarray(depths(params, images[start : start + batch_size]))
+        batches.append(layer_loads(token_depth, model.config.num_special, model.config.depth, image_exit=True))
+    return np.stack(batches)
+
+
+def _block_milliseconds(model: AViT, group_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers of tokens and the measured time of a block with a group of them; medians of 5."""
+    blocks, stacked = nnx.split(model.blocks)
+    params = jax.tree.map(lambda p: p[0], stacked)
+    run = jax.jit(lambda params, x: nnx.merge(blocks, params)(x, jnp.ones(x.shape[:2], bool)))
+    tokens = np.unique(np.linspace(1, model.config.num_tokens, 7).round().astype(int))
+    milliseconds = []
+    for count in tokens:
+        x = jnp.ones((group_size, count, model.config.embed_dim))
+        seconds = []
+        for timed in [False] + [True] * 5:
+            began = time.perf_counter()
+            jax.block_until_ready(run(params, x))
+            if timed:
+                seconds.append(time.perf_counter() - began)
+        milliseconds.append(1e3 * statistics.median(seconds))
+    return tokens, np.array(milliseconds)

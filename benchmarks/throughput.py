@@ -12,6 +12,7 @@ process, in turn, medians; arrays on the devices, outputs awaited. Writes runs/b
 import argparse
 import dataclasses
 import json
+import os
 import platform
 import statistics
 import sys
@@ -169,6 +170,7 @@ def benchmark(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
             measure(variants, options.rounds)
             whole = float(config_gmacs(jnp.full((1, config.num_tokens), config.depth), config)[0])
             all_depths = np.concatenate([np.full((len(depths), 1), class_depth), depths], axis=1)
+            at_batch = {v.batch: v.images_per_second for v in variants if v.name == "dense"}
             best_dense = max(v.images_per_second for v in variants if v.name == "dense")
             for variant in variants:
                 shown = all_depths[: variant.batch].astype(int)
@@ -183,6 +185,7 @@ def benchmark(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
                         "batch": variant.batch,
                         "images_per_second": variant.images_per_second,
                         "ratio_to_dense": ratio,
+                        "ratio_to_batch": variant.images_per_second / at_batch[variant.batch],
                         "work_ratio": work,
                         "efficiency": ratio * work,
                         "mean_depth": float(shown.mean()),
@@ -202,16 +205,37 @@ def _has_torch() -> bool:
     return True
 
 
-HEADER = f"{'model':6}{'profile':15}{'variant':25}{'batch':>5}{'img/s':>8}{'/dense':>8}{'work':>7}{'effic.':>7}{'MB':>7}{'comp.s':>8}"  # noqa: E501
+HEADER = f"{'model':6}{'profile':15}{'variant':25}{'batch':>5}{'img/s':>8}{'/dense':>8}{'/same b.':>9}{'work':>7}{'effic.':>7}{'MB':>7}{'comp.s':>8}"  # noqa: E501
 
 
 def format_row(row: dict[str, Any]) -> str:
     """One line of the table."""
     return (
         f"{row['model']:6}{row['profile']:15}{row['variant']:25}{row['batch']:5}{row['images_per_second']:8.1f}"
-        f"{row['ratio_to_dense']:8.2f}{row['work_ratio']:7.2f}{row['efficiency']:7.2f}{row['megabytes']:7.0f}"
+        f"{row['ratio_to_dense']:8.2f}{row['ratio_to_batch']:9.2f}{row['work_ratio']:7.2f}{row['efficiency']:7.2f}{row['megabytes']:7.0f}"
         f"{row['compile_seconds']:8.1f}"
     )
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """Images per second against mean depth, each model against its dense execution."""
+    os.environ.setdefault("MPLCONFIGDIR", str(Path("runs/.matplotlib").absolute()))
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    for name in dict.fromkeys(row["model"] for row in rows):
+        own = [row for row in rows if row["model"] == name and row["variant"] == "packed" and row["batch"] > 1]
+        batch = max(row["batch"] for row in own)
+        points = sorted((row["mean_depth"], row["ratio_to_batch"]) for row in own if row["batch"] == batch)
+        axes.plot(*zip(*points, strict=True), "o-", label=f"A-ViT-{name.capitalize()}, packed, batch {batch}")
+    axes.axhline(1, color="grey", linewidth=1, label="dense, same batch")
+    axes.set(xlabel="mean token depth (of 12 layers)", ylabel="images/s, relative to dense", ylim=(0, None))
+    axes.legend()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
 
 
 def main() -> None:
@@ -225,12 +249,15 @@ def main() -> None:
     options = parser.parse_args()
     use_all_cores()
     where = f"{platform.machine()}, {available_cores()} cores, {jax.default_backend()}, jax {jax.__version__}"
-    print(f"{where}; /dense: against dense at its best batch\n{HEADER}")
+    print(f"{where}; /dense: against dense at its best batch, /same b.: at the same batch\n{HEADER}")
     rows = [row for name in options.models for row in benchmark(name, options)]
     out = Path("runs/benchmarks/throughput.json")
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps({"machine": where, "rows": rows}, indent=2) + "\n")
     print(f"\nwritten: {out}")
+    if any(row["variant"] == "packed" and row["batch"] > 1 for row in rows):
+        draw(rows, out.with_suffix(".png"))
+        print(f"picture: {out.with_suffix('.png')}")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import pytest
 import avit_jax
 from avit_jax import AViT, Preprocessing
 from avit_jax.data.sources import Split
-from avit_jax.evaluation import config_gmacs, evaluate, images_per_second
+from avit_jax.evaluation import config_gmacs, evaluate, images_per_second, masked_program
 from avit_jax.preprocessing import normalize
 from avit_jax.report import depth_map, draw_curves, draw_depth_histogram, draw_depth_maps
 from tests.builders import small_config, spread_gate
@@ -52,6 +52,21 @@ def test_figures_are_those_of_the_whole_set_whatever_the_batch(
     assert found.depth_std_tokens > 0.2, "the sample must vary"
 
 
+def test_packed_execution_has_the_same_figures_and_says_what_it_did(halting_model: AViT, split: Split) -> None:
+    masked, packed = evaluate(halting_model, split, 4), evaluate(halting_model, split, 4, "packed")
+    for name in ("top1", "top5", "mean_depth", "depth_std_tokens", "depth_histogram", "class_token_depth", "gmacs"):
+        assert getattr(packed, name) == pytest.approx(getattr(masked, name), rel=1e-6), name
+    assert packed.loss == pytest.approx(masked.loss, rel=1e-5)
+    assert masked.executed_depth == halting_model.config.depth
+    exited = avit_jax.compile_packed(halting_model, 11)(normalize(split.images, halting_model.config))
+    slots = np.asarray(exited.token_depth).astype(float)
+    slots[:, 0] = slots.max(1)  # a special token keeps its place while its image has others
+    assert packed.executed_depth == pytest.approx(slots.mean())
+    assert packed.executed_gmacs < masked.executed_gmacs
+    with pytest.raises(ValueError, match="execution 'fast' is unknown: choose one of masked, packed"):
+        evaluate(halting_model, split, 4, "fast")
+
+
 def test_constant_logits_score_nothing(halting_model: AViT, split: Split) -> None:
     halting_model.head.kernel[...] = jnp.zeros_like(halting_model.head.kernel[...])
     found = evaluate(halting_model, split, 4)
@@ -72,7 +87,7 @@ def test_labels_beyond_the_classes_are_refused(halting_model: AViT, split: Split
 
 def test_speeds_are_positive_and_one_for_each_model(halting_model: AViT, split: Split) -> None:
     images = normalize(split.images, halting_model.config)
-    speeds = images_per_second([halting_model, halting_model], images, rounds=5)
+    speeds = images_per_second([masked_program(halting_model)] * 2, images, rounds=5)
     assert len(speeds) == 2
     assert all(speed > 0 for speed in speeds)
 

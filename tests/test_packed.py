@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -13,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import avit_jax
-from avit_jax import AViT, AViTConfig, PackedPlan, compile_packed
+from avit_jax import AViT, AViTConfig, PackedPlan, compile_packed, plan_packed
 from tests.builders import small_config, spread_gate
 
 DATA = Path(__file__).parent / "data"
@@ -221,3 +224,22 @@ def test_plans_are_printed_saved_and_checked(tmp_path: Path, model: AViT) -> Non
     (tmp_path / "bad.json").write_text(json.dumps({"num_tokens": 7}))
     with pytest.raises(ValueError, match="bad.json is no plan of packed execution"):
         PackedPlan.load(tmp_path / "bad.json")
+
+
+def test_a_planned_model_gives_the_same_answers(model: AViT) -> None:
+    images = np.random.default_rng(0).normal(size=(8, 12, 8, 2)).astype(np.float32)
+    plan = plan_packed(model, images, 4)
+    assert plan.num_tokens == 7
+    assert plan.group_size in (1, 2, 4)
+    assert_same(model(images[:4]), compile_packed(model, 4, plan, image_exit=False)(images[:4]))
+    with pytest.raises(ValueError, match="batch_size is 9 and the sample has 8 images: give at least a batch"):
+        plan_packed(model, images, 9)
+
+
+def test_eight_devices_pack_their_own_images() -> None:
+    """In a process of its own, because the number of devices is fixed when JAX starts."""
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    script = Path(__file__).with_name("packed_on_devices.py")
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "8 devices agree" in done.stdout
