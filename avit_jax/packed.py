@@ -187,7 +187,7 @@ class PackedModel:
         graphdef, params = nnx.split(model)
         self._params = jax.device_put(params, NamedSharding(mesh, PartitionSpec())) if mesh is not None else params
         self._images = NamedSharding(mesh, PartitionSpec("data")) if mesh is not None else None
-        self.jitted = jax.jit(_program(graphdef, plan, image_exit, mesh))
+        self.jitted = jax.jit(packed_program(graphdef, plan, image_exit, mesh))
         devices = 1 if mesh is None else mesh.shape["data"]
         self._rows = -(-batch_size // devices) * devices
         shape = (self._rows, *self.config.image_shape, self.config.in_channels)
@@ -220,9 +220,11 @@ class PackedModel:
         )
 
 
-def _program(
+def packed_program(
     graphdef: nnx.GraphDef, plan: PackedPlan, image_exit: bool, mesh: Mesh | None
 ) -> Callable[[Any, Array, Array], AViTOutput]:
+    """What compile_packed compiles: (params, images, how many of them count) -> output; for lowering elsewhere."""
+
     def local(params: Any, images: Array, count: Array) -> AViTOutput:
         return _forward(nnx.merge(graphdef, params), images, count, plan, image_exit)
 

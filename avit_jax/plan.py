@@ -62,10 +62,15 @@ def default_plan(config: AViTConfig, batch_size: int, platform: str) -> PackedPl
     """A plan that is good without a sample of images."""
     if platform == "cpu":  # groups of about 400 rows fill a core's matmul and stay in its cache
         group_size = 2 ** max(0, math.ceil(math.log2(384 / config.num_tokens)))
-        step = 16 if config.num_tokens > 128 else 8
+        capacities = capacities_every(16 if config.num_tokens > 128 else 8, config)
+    elif platform == "tpu":
+        group_size = -(-batch_size // 8)
+        # A compiled v5e block costs the same for 64 to 128 tokens, and falls below 48 (benchmarks/packed_tpu.py).
+        few = [capacity for capacity in (16, 32, 48) if capacity < config.num_tokens]
+        capacities = (*few, *capacities_every(128, config))
     else:
-        group_size, step = -(-batch_size // 8), 32
-    return PackedPlan(config.num_tokens, min(batch_size, group_size), capacities_every(step, config))
+        group_size, capacities = -(-batch_size // 8), capacities_every(32, config)
+    return PackedPlan(config.num_tokens, min(batch_size, group_size), capacities)
 
 
 def plan_packed(model: AViT, images: Float[Array | np.ndarray, "b h w c"], batch_size: int) -> PackedPlan:

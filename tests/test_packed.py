@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 import avit_jax
 from avit_jax import AViT, AViTConfig, PackedPlan, compile_packed, plan_packed
+from avit_jax.plan import default_plan
 from tests.builders import small_config, spread_gate
 
 DATA = Path(__file__).parent / "data"
@@ -243,3 +244,13 @@ def test_eight_devices_pack_their_own_images() -> None:
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
     assert "8 devices agree" in done.stdout
+
+
+@pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
+@pytest.mark.parametrize("preset", ["avit_tiny_patch16_224", "avit_small_distilled_patch16_384"])
+@pytest.mark.parametrize("batch_size", [1, 3, 256])
+def test_default_plans_are_plans_for_any_model_and_batch(platform: str, preset: str, batch_size: int) -> None:
+    plan = default_plan(avit_jax.PRESETS[preset], batch_size, platform)
+    assert plan.num_tokens == avit_jax.PRESETS[preset].num_tokens
+    assert 1 <= plan.group_size <= batch_size
+    assert default_plan(small_config(), batch_size, platform).capacities[-1] == 7
