@@ -11,12 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from avit_jax.config import AViTConfig
 from avit_jax.data.pipeline import evaluation_batches
 from avit_jax.data.sources import Split
 from avit_jax.flops import image_gmacs
+from avit_jax.mesh import batch_sharding, replicated
 from avit_jax.model import AViT, AViTOutput
 from avit_jax.packed import compile_packed
 from avit_jax.plan import executed_gmacs, layer_loads
@@ -141,9 +143,10 @@ def _forward(graphdef: nnx.GraphDef, params: nnx.State, images: Array) -> AViTOu
     return nnx.merge(graphdef, params)(images)
 
 
-def masked_program(model: AViT) -> Callable[[Array | np.ndarray], AViTOutput]:
-    """The model as it stands, jit-compiled; masked execution."""
-    return functools.partial(_forward, *nnx.split(model))
+def masked_program(model: AViT, mesh: Mesh | None = None) -> Callable[[Array | np.ndarray], AViTOutput]:
+    """The model as it stands, jit-compiled; masked execution, on all devices of the mesh where one is given."""
+    graphdef, params = nnx.split(model)
+    return functools.partial(_forward, graphdef, jax.device_put(params, replicated(mesh)) if mesh else params)
 
 
 def predict(model: AViT, images: Float[np.ndarray, "b h w c"]) -> AViTOutput:
@@ -154,13 +157,14 @@ def predict(model: AViT, images: Float[np.ndarray, "b h w c"]) -> AViTOutput:
 def images_per_second(
     programs: Sequence[Callable[[Array | np.ndarray], AViTOutput]],
     images: Float[np.ndarray, "b h w c"],
+    mesh: Mesh,
     rounds: int = 7,
 ) -> list[float]:
     """Throughput of each program on the same batch: median of `rounds` (at least 5) warm runs, the programs in turn.
 
-    The batch lies on the device, outputs are awaited.
+    The batch lies on the mesh's devices, split over them; outputs are awaited.
     """
-    batch = jax.device_put(images)
+    batch = jax.device_put(images, batch_sharding(mesh))
     times: list[list[float]] = [[] for _ in programs]
     for timed in [False] + [True] * max(rounds, 5):
         for program, seconds in zip(programs, times, strict=True):

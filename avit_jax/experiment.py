@@ -20,6 +20,7 @@ from avit_jax.evaluation import Evaluation, evaluate, images_per_second, masked_
 from avit_jax.files import read_json, write_json
 from avit_jax.gate_start import start_gate
 from avit_jax.logs import read_metrics
+from avit_jax.mesh import data_mesh
 from avit_jax.model import AViT
 from avit_jax.packed import compile_packed
 from avit_jax.preprocessing import normalize
@@ -230,11 +231,12 @@ def _measure(
         )
     count = min(config.eval_batch_size, len(dataset.test))
     batch = normalize(dataset.test.images[:count], model.config)
+    mesh = data_mesh(count)
     programs = [
-        compile_packed(row_model, count) if row_model.config.halts else masked_program(row_model)
+        compile_packed(row_model, count, mesh=mesh) if row_model.config.halts else masked_program(row_model, mesh)
         for row_model, _ in rows.values()
     ]
-    speeds = images_per_second(programs, batch)
+    speeds = images_per_second(programs, batch, mesh)
     summary: dict[str, Any] = {"images": len(dataset.test), "batch_size": count}
     for (name, (_, row)), speed in zip(rows.items(), speeds, strict=True):
         summary[name] = {key: getattr(row, key) for key in SUMMARY_KEYS} | {"images_per_second": speed}

@@ -133,17 +133,17 @@ def _forward(
             scores = jnp.zeros(state.active.shape)
         return dataclasses.replace(packed, tokens=tokens, state=state), scores
 
-    def layer(packed: _Packed, params: Any) -> tuple[_Packed, tuple[Array, Array, Array]]:
-        block: Block = nnx.merge(blocks, params)
-        tokens, packed = _run_layer(packed, plan, block, num_tokens)
+    def block_at(layer: Any) -> Block:
+        # One layer's slice at a time: stacked[:-1] would copy nearly all weights in every call.
+        return nnx.merge(blocks, jax.tree.map(lambda p: p[layer], stacked))
+
+    def layer(packed: _Packed, index: Array) -> tuple[_Packed, tuple[Array, Array, Array]]:
+        tokens, packed = _run_layer(packed, plan, block_at(index), num_tokens)
         packed, scores = advanced(packed, tokens, last=False)
         return packed, (scores, packed.index, packed.image)
 
-    def take(part: Any) -> Any:
-        return jax.tree.map(part, stacked)
-
-    packed, traces = jax.lax.scan(layer, packed, take(lambda p: p[:-1]))
-    last: Block = nnx.merge(blocks, take(lambda p: p[-1]))
+    packed, traces = jax.lax.scan(layer, packed, jnp.arange(config.depth - 1))
+    last = block_at(config.depth - 1)
     if image_exit:
         read = functools.partial(last.read, queries=config.num_special)
         tokens, packed = _run_layer(packed, plan, read, config.num_special)
@@ -231,18 +231,22 @@ def packed_program(
     if mesh is None:
         return local
 
-    def shard(params: Any, images: Array, count: Array) -> AViTOutput:
-        first = jax.lax.axis_index("data") * len(images)
-        return local(params, images, jnp.clip(count - first, 0, len(images)))
+    names = [field.name for field in dataclasses.fields(AViTOutput)]
 
-    rows, layers = PartitionSpec("data"), PartitionSpec(None, "data")
-    return jax.shard_map(
+    def shard(params: Any, images: Array, count: Array) -> tuple[Array, ...]:
+        first = jax.lax.axis_index("data") * len(images)
+        output = local(params, images, jnp.clip(count - first, 0, len(images)))
+        return tuple(getattr(output, name) for name in names)
+
+    rows, second = PartitionSpec("data"), PartitionSpec(None, "data")
+    sharded = jax.shard_map(
         shard,
         mesh=mesh,
         in_specs=(PartitionSpec(), rows, PartitionSpec()),
-        out_specs=AViTOutput(rows, layers, rows, rows, layers),  # type: ignore[arg-type]  # a tree of specs
+        out_specs=tuple(second if name in ("head_logits", "halting_scores") else rows for name in names),
         check_vma=False,
     )
+    return lambda params, images, count: AViTOutput(**dict(zip(names, sharded(params, images, count), strict=True)))
 
 
 def compile_packed(

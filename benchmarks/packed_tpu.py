@@ -52,7 +52,7 @@ def main() -> None:
     for capacity in capacities_every(16, config):
         x = jax.ShapeDtypeStruct((plan.group_size, capacity, config.embed_dim), jnp.float32)
         run = jax.jit(lambda params, x: nnx.merge(blocks, params)(x, jnp.ones(x.shape[:2], bool)))
-        cost = run.lower(on_chip(first), on_chip(x)).compile().cost_analysis()
+        cost: Any = run.lower(on_chip(first), on_chip(x)).compile().cost_analysis()
         row = {
             "capacity": capacity,
             "optimal_seconds": cost.get("optimal_seconds"),
@@ -67,7 +67,7 @@ def main() -> None:
     ):
         began = time.perf_counter()
         compiled = jax.jit(program).lower(on_chip(params), on_chip(images), on_chip(count)).compile()
-        memory = compiled.memory_analysis()
+        memory: Any = compiled.memory_analysis()
         megabytes = (memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes) / 1e6
         result[name] = {"compile_seconds": time.perf_counter() - began, "megabytes": megabytes}
         print(name, result[name], flush=True)

@@ -31,6 +31,7 @@ from jax.sharding import Mesh
 
 from avit_jax import PRESETS, AViT, PackedPlan, compile_packed
 from avit_jax.evaluation import config_gmacs
+from avit_jax.layers import Block
 from avit_jax.mesh import available_cores, batch_sharding, data_mesh, replicated, use_all_cores
 from benchmarks.drawn import dense_parts, drawn_depths, drawn_images, drawn_model
 
@@ -83,9 +84,13 @@ def compiled_variant(name: str, model: AViT, images: np.ndarray, mesh: Mesh, las
         if not last_layer:
             return model(images).logits
         blocks, stacked = nnx.split(model.blocks)
-        first = jax.tree.map(lambda p: p[:-1], stacked)
-        x, _ = jax.lax.scan(lambda x, p: (nnx.merge(blocks, p)(x), None), model.embed(images), first)
-        last = nnx.merge(blocks, jax.tree.map(lambda p: p[-1], stacked))
+
+        def block_at(layer: Any) -> Block:
+            return nnx.merge(blocks, jax.tree.map(lambda p: p[layer], stacked))
+
+        layers = jnp.arange(model.config.depth - 1)
+        x, _ = jax.lax.scan(lambda x, layer: (block_at(layer)(x), None), model.embed(images), layers)
+        last = block_at(model.config.depth - 1)
         special = last.read(x, jnp.ones(x.shape[:2], bool), 1)
         return model.heads(special, *(jnp.zeros(x.shape[:2]),) * 2, jnp.zeros((1, *x.shape[:2]))).logits
 

@@ -10,6 +10,7 @@ import avit_jax
 from avit_jax import AViT, Preprocessing
 from avit_jax.data.sources import Split
 from avit_jax.evaluation import config_gmacs, evaluate, images_per_second, masked_program
+from avit_jax.mesh import data_mesh
 from avit_jax.preprocessing import normalize
 from avit_jax.report import depth_map, draw_curves, draw_depth_histogram, draw_depth_maps
 from tests.builders import small_config, spread_gate
@@ -87,7 +88,7 @@ def test_labels_beyond_the_classes_are_refused(halting_model: AViT, split: Split
 
 def test_speeds_are_positive_and_one_for_each_model(halting_model: AViT, split: Split) -> None:
     images = normalize(split.images, halting_model.config)
-    speeds = images_per_second([masked_program(halting_model)] * 2, images, rounds=5)
+    speeds = images_per_second([masked_program(halting_model)] * 2, images, data_mesh(len(images)), rounds=5)
     assert len(speeds) == 2
     assert all(speed > 0 for speed in speeds)
 

@@ -17,7 +17,10 @@ from hypothesis import strategies as st
 
 import avit_jax
 from avit_jax import AViT, AViTConfig, PackedPlan, compile_packed, plan_packed
+from avit_jax.data.sources import load_dataset
+from avit_jax.gate_start import start_gate
 from avit_jax.plan import default_plan
+from avit_jax.preprocessing import normalize
 from tests.builders import small_config, spread_gate
 
 DATA = Path(__file__).parent / "data"
@@ -187,13 +190,26 @@ def test_bfloat16_is_close() -> None:
     np.testing.assert_allclose(packed.logits[same], masked.logits[same], atol=0.05 * np.abs(masked.logits).max())
 
 
-def test_trained_weights() -> None:
-    model = avit_jax.load("checkpoints/mnist_dense", gate_scale=5.0, gate_center=10.0)
-    images = np.random.default_rng(0).normal(size=(8, 28, 28, 1)).astype(np.float32)
-    masked, packed = model(images), compile_packed(model, 8)(images)
-    scale = float(np.abs(masked.logits).max())
-    np.testing.assert_allclose(packed.logits, masked.logits, atol=1e-5 * scale)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_trained_weights(dtype: str) -> None:
+    """The shipped digits' model with its gate started: real images, real predictions."""
+    model = avit_jax.load("checkpoints/mnist_dense", gate_scale=5.0, gate_center=10.0, dtype=dtype)
+    images = normalize(load_dataset("mnist").val.images[::8], model.config)
+    start_gate(model, images, target_depth=6.8, deviation=2.5)
+    masked, packed = model(images), compile_packed(model, len(images))(images)
+    assert 5 < masked.token_depth.mean() < 9
     np.testing.assert_array_equal(packed.logits.argmax(1), masked.logits.argmax(1))
+    rounding = 1e-5 if dtype == "float32" else 2e-2
+    np.testing.assert_allclose(packed.logits, masked.logits, atol=rounding * float(np.abs(masked.logits).max()))
+
+
+def test_one_image_full_and_the_rest_empty() -> None:
+    model = drawn_model(small_config())
+    depths = np.ones((6, 6), int)
+    depths[4] = 4
+    images = drawn_images(depths)
+    assert_same(model(images), compile_packed(model, 6, image_exit=False)(images))
+    assert_exited(model(images), compile_packed(model, 6)(images), 1)
 
 
 def test_weights_are_arguments_of_the_program(model: AViT) -> None:

@@ -18,10 +18,10 @@ from ml_collections import ConfigDict
 import avit_jax
 from avit_jax import losses, training
 from avit_jax.data.sources import load_dataset
-from avit_jax.experiment import format_summary, initial_model, run
+from avit_jax.experiment import evaluate_checkpoint, format_summary, initial_model, run
 from avit_jax.logs import read_metrics
 from avit_jax.optim import learning_rate_schedule, make_optimizer, update_average, weight_decay_mask
-from tests.builders import small_config, tiny_experiment
+from tests.builders import small_config, tiny_experiment, toy_arrays
 
 
 @pytest.fixture
@@ -125,6 +125,27 @@ def test_training_starts_from_a_static_model_and_reports_it(config: ConfigDict, 
     assert set(summary) == {"dense", "avit", "images", "batch_size", "seconds"}
     assert summary["dense"]["top1"] == dense_summary["dense"]["top1"]
     assert summary["dense"]["gmacs"] >= summary["avit"]["gmacs"]
+
+
+def test_training_starts_from_a_file_that_knows_nothing_but_weights(config: ConfigDict, tmp_path: Path) -> None:
+    dense = config.copy_and_resolve_references()
+    dense.model.gate_scale = dense.model.gate_center = None
+    data = load_dataset("npz", config.data.path)
+    np.savez(tmp_path / "start.npz", **avit_jax.to_torch_state_dict(initial_model(dense, data)))
+    config.init_from = str(tmp_path / "start.npz")
+    assert set(run(config, tmp_path / "avit")) == {"dense", "avit", "images", "batch_size", "seconds"}
+    table = evaluate_checkpoint(dense, tmp_path / "start.npz")
+    assert "mean depth         3.00 of 3 layers (100%)" in table
+
+
+def test_a_checkpoint_of_other_classes_is_not_evaluated(config: ConfigDict, tmp_path: Path) -> None:
+    np.savez(tmp_path / "other.npz", **toy_arrays(classes=4))
+    other = config.copy_and_resolve_references()
+    other.data.path = str(tmp_path / "other.npz")
+    state = avit_jax.to_torch_state_dict(initial_model(other, load_dataset("npz", other.data.path)))
+    np.savez(tmp_path / "weights.npz", **state)
+    with pytest.raises(ValueError, match="has 4 classes and the data 3: evaluate it on the data it was trained for"):
+        evaluate_checkpoint(config, tmp_path / "weights.npz")
 
 
 @pytest.mark.parametrize("term", training.LOSS_TERMS)
