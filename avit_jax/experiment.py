@@ -110,7 +110,7 @@ def run(config: ConfigDict, workdir: str | Path, *, resume: bool = True, began: 
         print(f"this run is finished; its table, from {summary_path}:")
         print(format_summary(summary))
         return summary
-    dataset = load_dataset(config.data.source, config.data.path)
+    dataset = load_dataset(config.data.source, config.data.path, config.data.class_names)
     model = initial_model(config, dataset)
     baseline = _baseline(config, model.config)
     teacher = _teacher(config, model.config)
@@ -285,7 +285,7 @@ def evaluate_checkpoint(config: ConfigDict, path: str | Path, *, ema: bool = Fal
     Raises ValueError where the checkpoint and config.model differ in shape, or the checkpoint and the data.
     """
     _check_values(config)
-    dataset = load_dataset(config.data.source, config.data.path)
+    dataset = load_dataset(config.data.source, config.data.path, config.data.class_names)
     wanted = model_config(config, dataset)
     # A foreign file knows nothing but weights; ours knows itself, and is only held against the config's shapes.
     foreign = Path(path).is_file() and read_config(Path(path)) is None

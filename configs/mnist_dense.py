@@ -15,7 +15,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config = ConfigDict()
     config.name = "mnist_dense"
     config.seed = 0
-    config.data = ConfigDict({"source": "mnist", "path": "", "mean": (0.1307,), "std": (0.3081,)})
+    config.data = ConfigDict({"source": "mnist", "path": "", "mean": (0.1307,), "std": (0.3081,), "class_names": ()})
     # In pixels, degrees and fractions: what handwriting varies by, without turning a 6 into a 9.
     config.augment = ConfigDict({"rotate": 12.0, "scale": 0.12, "shear": 0.15, "translate": 2.0})
     # Image size, channels, classes and class names come from the data where they are not given.

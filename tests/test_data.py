@@ -1,5 +1,7 @@
 """Sources, augmentation, and batches that count every image once."""
 
+import gzip
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -159,6 +161,58 @@ def test_npz_that_does_not_hold_what_it_should(tmp_path: Path, change: dict[str,
     np.savez(tmp_path / "mine.npz", **arrays)
     with pytest.raises(ValueError, match=reason):
         load_dataset("npz", str(tmp_path / "mine.npz"))
+
+
+def idx_folder(folder: Path, *, compressed: bool, **changes: bytes | None) -> Path:
+    """MNIST-format files written by hand: 60 + 9 images of 8x8."""
+    folder.mkdir()
+    for purpose, count, seed in (("train", 60, 0), ("t10k", 9, 1)):
+        arrays = toy_arrays(count, seed=seed)
+        images = b"\0\0\x08\x03" + struct.pack(">3i", count, 8, 8) + arrays["images"].tobytes()
+        labels = b"\0\0\x08\x01" + struct.pack(">i", count) + arrays["labels"].astype(np.uint8).tobytes()
+        for name, data in ((f"{purpose}-images-idx3-ubyte", images), (f"{purpose}-labels-idx1-ubyte", labels)):
+            found = changes.get(name.partition("-ubyte")[0].replace("-", "_"), data)
+            if found is not None:
+                (folder / (name + ".gz" * compressed)).write_bytes(gzip.compress(found) if compressed else found)
+    return folder
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_idx_files(tmp_path: Path, compressed: bool) -> None:
+    dataset = load_dataset("idx", str(idx_folder(tmp_path / "idx", compressed=compressed)), ["a", "b", "c"])
+    assert [len(part) for part in (dataset.train, dataset.val, dataset.test)] == [54, 6, 9]
+    assert dataset.class_names == ("a", "b", "c")
+    np.testing.assert_array_equal(dataset.test.images, toy_arrays(9, seed=1)["images"])
+    np.testing.assert_array_equal(dataset.test.labels, toy_arrays(9, seed=1)["labels"])
+    together = np.concatenate([dataset.train.images, dataset.val.images])
+    order = [np.flatnonzero((toy_arrays(60)["images"] == image).all((1, 2, 3)))[0] for image in together]
+    assert sorted(order) == list(range(60))
+    labels = np.concatenate([dataset.train.labels, dataset.val.labels])
+    np.testing.assert_array_equal(labels, toy_arrays(60)["labels"][order])
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"train_images_idx3": None}, "has no train-images-idx3-ubyte or train-images-idx3-ubyte.gz"),
+        ({"t10k_labels_idx1": b"\0\0\x08\x01\0\0\0\x02ab"}, "9 t10k images and 2 labels"),
+        ({"t10k_labels_idx1": b"\0\0\x08\x01\0\0\0\x09abc"}, "holds 3 values: it is cut or damaged"),
+        ({"train_images_idx3": b"\x89PNG"}, "begins with 89504e47"),
+        ({"t10k_labels_idx1": b"\0\0\x08\x01\0\0\0\x09" + bytes([7] * 9)}, "t10k labels go up to 7 and there are 3"),
+    ],
+)
+def test_idx_that_does_not_hold_what_it_should(tmp_path: Path, change: dict[str, bytes | None], reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        load_dataset("idx", str(idx_folder(tmp_path / "idx", compressed=True, **change)))
+
+
+def test_idx_without_its_folder_or_with_a_file_that_is_no_gzip(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="is not a folder: .* dataset-fashion-mnist"):
+        load_dataset("idx", str(tmp_path / "nothing"))
+    folder = idx_folder(tmp_path / "idx", compressed=True)
+    (folder / "train-labels-idx1-ubyte.gz").write_text("no gzip")
+    with pytest.raises(ValueError, match="train-labels-idx1-ubyte.gz cannot be read"):
+        load_dataset("idx", str(folder))
 
 
 def test_sources_and_files_that_are_not_there(tmp_path: Path) -> None:

