@@ -22,23 +22,39 @@ class _Uniform:
         return jax.random.uniform(key, shape, dtype, -self.bound, self.bound)
 
 
+def _wide_matmul(a: Array, b: Array) -> Float[Array, "..."]:
+    """a @ b as float32."""
+    if a.dtype == jnp.float32:
+        return a @ b
+    # A CPU multiplies bfloat16 fast into float32 alone; elsewhere the result is rounded, so that less goes to memory.
+    return jax.lax.platform_dependent(
+        a,
+        b,
+        cpu=lambda a, b: jnp.matmul(a, b, preferred_element_type=jnp.float32),
+        default=lambda a, b: (a @ b).astype(jnp.float32),
+    )
+
+
 @jax.custom_vjp
 def _matmul(x: Float[Array, "... i"], kernel: Float[Array, "i o"]) -> Float[Array, "... o"]:
-    return x @ kernel
+    return _wide_matmul(x, kernel)
 
 
 def _matmul_forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
-    return x @ kernel, (x, kernel)
+    return _wide_matmul(x, kernel), (x, kernel)
 
 
 def _matmul_backward(saved: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
     x, kernel = saved
+    gradient = gradient.astype(x.dtype)
     rows, gradient_rows = x.reshape(-1, x.shape[-1]), gradient.reshape(-1, gradient.shape[-1])
     # Reverse mode alone is defined. A CPU copies the operand that it must transpose: with the narrower one chosen a
     # training step takes a tenth less.
     if rows.shape[1] > gradient_rows.shape[1]:
-        return gradient @ kernel.T, (gradient_rows.T @ rows).T
-    return gradient @ kernel.T, rows.T @ gradient_rows
+        kernel_gradient = _wide_matmul(gradient_rows.T, rows).T
+    else:
+        kernel_gradient = _wide_matmul(rows.T, gradient_rows)
+    return _wide_matmul(gradient, kernel.T).astype(x.dtype), kernel_gradient.astype(kernel.dtype)
 
 
 _matmul.defvjp(_matmul_forward, _matmul_backward)
@@ -56,7 +72,7 @@ def gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
 
 
 def linear(inputs: int, outputs: int, dtype: str, rngs: nnx.Rngs, *, use_bias: bool = True) -> nnx.Linear:
-    """A linear layer that multiplies in `dtype`; its parameters are float32."""
+    """A linear layer that multiplies in `dtype`; its parameters and what it gives are float32."""
     return nnx.Linear(
         inputs,
         outputs,
@@ -115,7 +131,8 @@ class Attention(nnx.Module):
         """[B, H, N, d] each: plain batched matmuls, twice as fast on a CPU as [B, N, H, d]."""
         batch, tokens, dim = x.shape
         shape = (batch, tokens, self.num_heads, dim // self.num_heads)
-        query, key, value = (y.reshape(shape).transpose(0, 2, 1, 3) for y in jnp.split(self.qkv(x), 3, axis=-1))
+        mixed = self.qkv(x).astype(self.qkv.dtype)
+        query, key, value = (y.reshape(shape).transpose(0, 2, 1, 3) for y in jnp.split(mixed, 3, axis=-1))
         return query, key, value
 
     def __call__(self, x: Float[Array, "b n d"], active: Bool[Array, "b n"] | None) -> Array:
@@ -129,9 +146,9 @@ class Attention(nnx.Module):
         x = x.astype(self.qkv.dtype)
 
         def heads(rows: Array, columns: slice, count: int) -> Array:
-            y = rows @ kernel[:, columns].astype(x.dtype)
+            y = _matmul(rows, kernel[:, columns].astype(x.dtype))
             y = y if bias is None else y + bias[columns].astype(x.dtype)
-            return y.reshape(batch, rows.shape[1], count, self.num_heads, -1).transpose(2, 0, 3, 1, 4)
+            return y.astype(x.dtype).reshape(batch, rows.shape[1], count, self.num_heads, -1).transpose(2, 0, 3, 1, 4)
 
         (query,) = heads(x[:, :queries], slice(dim), 1)
         key, value = heads(x, slice(dim, None), 2)
