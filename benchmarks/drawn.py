@@ -4,6 +4,8 @@ Channel 0 of the patch embedding is the patch's mean, blocks add 1 to it and not
 patch of mean 1 - d stops at layer d.
 """
 
+from typing import Any
+
 import jax
 import numpy as np
 from flax import nnx
@@ -61,6 +63,15 @@ def drawn_images(config: AViTConfig, depths: np.ndarray, seed: int = 0) -> np.nd
 
 def dense_parts(model: AViT) -> AViT:
     """The same weights, the gate off."""
-    config = AViTConfig(**(vars(model.config) | {"gate_scale": None, "gate_center": None}))
+    return _as(model, gate_scale=None, gate_center=None)
+
+
+def in_bfloat16(model: AViT) -> AViT:
+    """The same weights, matmuls in bfloat16."""
+    return _as(model, dtype="bfloat16")
+
+
+def _as(model: AViT, **changes: Any) -> AViT:
+    config = AViTConfig(**(vars(model.config) | changes))
     graphdef = nnx.graphdef(nnx.eval_shape(lambda: AViT(config, rngs=nnx.Rngs(0))))
     return nnx.merge(graphdef, jax.tree.map(lambda x: x, nnx.state(model, nnx.Param)))

@@ -1,12 +1,13 @@
-"""Images per second of inference: dense, masked, packed, and PyTorch eager where it is installed.
+"""Images per second of inference: dense, masked, packed, and what else a CPU user would take (benchmarks/peers.py).
 
     python benchmarks/throughput.py                               everything, about 25 minutes on 2 cores
     python benchmarks/throughput.py --models=tiny --profiles=published --batches=16,64 --rounds=3
 
 Weights are random and images draw the depths (benchmarks/drawn.py): profiles of the published budgets (mean depth 0.60
 of 12 for Tiny, 0.78 for Small, token spread 2 layers, image spread 0.8, class token two layers deeper than the mean),
-the same with image spreads 0 and 2, a sweep of the mean depth, and nothing halting. All variants of a model in one
-process, in turn, medians; arrays on the devices, outputs awaited. Writes runs/benchmarks/throughput.json.
+the same with image spreads 0 and 2, and a sweep of the mean depth up to nothing halting. The variants of a group of
+profiles are measured in one process, in turn, medians; arrays on the devices, outputs awaited. Peers (PyTorch eager and
+torch.compile in bfloat16, ONNX Runtime, all dense) where they are installed. Writes runs/benchmarks/throughput.json.
 """
 
 import argparse
@@ -29,11 +30,12 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from avit_jax import PRESETS, AViT, PackedPlan, compile_packed
+from avit_jax import PRESETS, AViT, AViTConfig, compile_packed
 from avit_jax.evaluation import config_gmacs
 from avit_jax.layers import Block
 from avit_jax.mesh import available_cores, batch_sharding, data_mesh, replicated, use_all_cores
-from benchmarks.drawn import dense_parts, drawn_depths, drawn_images, drawn_model
+from benchmarks.drawn import dense_parts, drawn_depths, drawn_images, drawn_model, in_bfloat16
+from benchmarks.peers import peers
 
 MODELS = {"tiny": ("avit_tiny_patch16_224", 0.60), "small": ("avit_small_patch16_224", 0.78)}
 TOKEN_SPREAD = 2.0
@@ -47,14 +49,27 @@ class Profile:
     fraction: float
     image_spread: float = 0.8
 
+    def class_depth(self, config: AViTConfig) -> int:
+        """The class token's layers: two more than the mean."""
+        return min(config.depth, round(self.fraction * config.depth) + 2)
+
+    def depths(self, config: AViTConfig) -> np.ndarray:
+        """[512, patches] layers."""
+        if self.fraction == 1:
+            return np.full((512, config.num_tokens - 1), config.depth)
+        mean = self.fraction * config.depth
+        return drawn_depths(config, 512, mean, TOKEN_SPREAD, self.image_spread, self.class_depth(config))
+
+
+NOTHING_HALTS = Profile("nothing halts", 1.0, 0.0)
+
 
 def profiles(fraction: float) -> dict[str, list[Profile]]:
     """The profiles of a model with this published budget, by the name of their group."""
     return {
         "published": [Profile("published", fraction)],
         "spreads": [Profile("spread 0", fraction, 0.0), Profile("spread 2", fraction, 2.0)],
-        "sweep": [Profile(f"depth {share}", share) for share in (0.25, 0.5, 0.75)],
-        "whole": [Profile("nothing halts", 1.0, 0.0)],
+        "sweep": [*(Profile(f"depth {share}", share) for share in (0.25, 0.5, 0.75)), NOTHING_HALTS],
     }
 
 
@@ -101,30 +116,13 @@ def compiled_variant(name: str, model: AViT, images: np.ndarray, mesh: Mesh, las
     return Variant(name, len(images), lambda: jax.block_until_ready(program(*placed)), took, _memory(program))
 
 
-def packed_variant(model: AViT, images: np.ndarray, mesh: Mesh, plan: PackedPlan | None = None) -> Variant:
-    """Packed execution with image exit."""
+def packed_variant(name: str, model: AViT, images: np.ndarray, mesh: Mesh) -> Variant:
+    """Packed execution with image exit and the default plan."""
     began = time.perf_counter()
-    packed = compile_packed(model, len(images), plan, mesh=mesh)
+    packed = compile_packed(model, len(images), mesh=mesh)
     took = time.perf_counter() - began
     placed = jax.device_put(images, batch_sharding(mesh))
-    return Variant("packed", len(images), lambda: jax.block_until_ready(packed(placed)), took, _memory(packed.compiled))
-
-
-def torch_variant(model: AViT, images: np.ndarray) -> Variant:
-    """PyTorch eager, dense, the same architecture."""
-    import torch
-
-    from benchmarks.torch_vit import torch_vit
-
-    torch.set_num_threads(available_cores())
-    peer = torch_vit(model.config).eval()
-    x = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
-
-    def run() -> None:
-        with torch.inference_mode():
-            peer(x)
-
-    return Variant("PyTorch eager", len(images), run)
+    return Variant(name, len(images), lambda: jax.block_until_ready(packed(placed)), took, _memory(packed.compiled))
 
 
 def _memory(program: Any) -> int:
@@ -142,72 +140,96 @@ def measure(variants: list[Variant], rounds: int) -> None:
                 variant.seconds.append(time.perf_counter() - began)
 
 
+def variants_of(
+    config: AViTConfig, profile: Profile, depths: np.ndarray, batches: list[int], all_of_them: bool
+) -> list[Variant]:
+    """What is measured on a profile, for each batch size."""
+    model = drawn_model(config, profile.class_depth(config))
+    dense, half, dense_half = dense_parts(model), in_bfloat16(model), in_bfloat16(dense_parts(model))
+    variants = []
+    for batch in batches:
+        images = drawn_images(config, depths[:batch])
+        mesh = data_mesh(batch)
+        variants.append(compiled_variant("dense", dense, images, mesh, False))
+        variants.append(packed_variant("packed", model, images, mesh))
+        if all_of_them:
+            variants.append(compiled_variant("dense, last layer short", dense, images, mesh, True))
+            variants.append(compiled_variant("masked", model, images, mesh, False))
+            variants.append(compiled_variant("dense, bfloat16", dense_half, images, mesh, False))
+            variants.append(packed_variant("packed, bfloat16", half, images, mesh))
+    return variants
+
+
 def benchmark(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     """The rows of one model: every profile, every batch size."""
     preset, fraction = MODELS[name]
     config = dataclasses.replace(PRESETS[preset], gate_scale=40.0, gate_center=20.0)
     rows: list[dict[str, Any]] = []
-    with_torch = _has_torch() and not options.no_torch
     for group, members in profiles(fraction).items():
         if group not in options.profiles:
             continue
+        published = group == "published"
+        batches = options.batches if published else options.batches[-1:]
+        measured = []
         for profile in members:
-            class_depth = min(config.depth, round(profile.fraction * config.depth) + 2)
-            model = drawn_model(config, class_depth)
-            depths = drawn_depths(
-                config, 256, profile.fraction * config.depth, TOKEN_SPREAD, profile.image_spread, class_depth
-            )
-            if group == "whole":
-                depths = np.full_like(depths, config.depth)
-            variants = []
-            full = group == "published"
-            for batch in options.batches if full else options.batches[-1:]:
-                images = drawn_images(config, depths[:batch])
-                mesh = data_mesh(batch)
-                dense = dense_parts(model)
-                variants.append(compiled_variant("dense", dense, images, mesh, False))
-                variants.append(packed_variant(model, images, mesh))
-                if full:
-                    variants.append(compiled_variant("dense, last layer short", dense, images, mesh, True))
-                    variants.append(compiled_variant("masked", model, images, mesh, False))
-                    if with_torch:
-                        variants.append(torch_variant(model, images))
-            measure(variants, options.rounds)
-            whole = float(config_gmacs(jnp.full((1, config.num_tokens), config.depth), config)[0])
-            all_depths = np.concatenate([np.full((len(depths), 1), class_depth), depths], axis=1)
-            at_batch = {v.batch: v.images_per_second for v in variants if v.name == "dense"}
-            best_dense = max(v.images_per_second for v in variants if v.name == "dense")
-            for variant in variants:
-                shown = all_depths[: variant.batch].astype(int)
-                gmacs = float(np.mean(config_gmacs(jnp.asarray(shown), config)))
-                work = gmacs / whole if variant.name == "packed" else 1.0
-                ratio = variant.images_per_second / best_dense
-                rows.append(
-                    {
-                        "model": name,
-                        "profile": profile.name,
-                        "variant": variant.name,
-                        "batch": variant.batch,
-                        "images_per_second": variant.images_per_second,
-                        "ratio_to_dense": ratio,
-                        "ratio_to_batch": variant.images_per_second / at_batch[variant.batch],
-                        "work_ratio": work,
-                        "efficiency": ratio * work,
-                        "mean_depth": float(shown.mean()),
-                        "megabytes": variant.memory / 1e6,
-                        "compile_seconds": variant.compile_seconds,
-                    }
-                )
-                print(format_row(rows[-1]), flush=True)
+            depths = profile.depths(config)
+            measured.append((profile, depths, variants_of(config, profile, depths, batches, published)))
+        if published and not options.no_peers:
+            _, depths, variants = measured[0]
+            for batch in batches:
+                for peer, run, seconds in peers(config, drawn_images(config, depths[:batch])):
+                    variants.append(Variant(peer, batch, run, seconds))
+        measure([variant for *_, variants in measured for variant in variants], options.rounds)
+        for profile, depths, variants in measured:
+            rows += profile_rows(name, config, profile, depths, variants)
+        if group == "sweep":
+            print("\n".join(work_lines(rows[-2 * len(members) :])), flush=True)
     return rows
 
 
-def _has_torch() -> bool:
-    try:
-        import torch  # noqa: F401
-    except ImportError:
-        return False
-    return True
+def profile_rows(
+    name: str, config: AViTConfig, profile: Profile, depths: np.ndarray, variants: list[Variant]
+) -> list[dict[str, Any]]:
+    """A row for each variant, printed."""
+    whole = float(config_gmacs(jnp.full((1, config.num_tokens), config.depth), config)[0])
+    class_depths = np.full((len(depths), 1), profile.class_depth(config))
+    all_depths = np.concatenate([class_depths, depths], axis=1).astype(int)
+    at_batch = {v.batch: v.images_per_second for v in variants if v.name == "dense"}
+    rows = []
+    for variant in variants:
+        shown = all_depths[: variant.batch]
+        gmacs = float(np.mean(config_gmacs(jnp.asarray(shown), config)))
+        work = gmacs / whole if variant.name.startswith("packed") else 1.0
+        ratio = variant.images_per_second / max(at_batch.values())
+        rows.append(
+            {
+                "model": name,
+                "profile": profile.name,
+                "variant": variant.name,
+                "batch": variant.batch,
+                "images_per_second": variant.images_per_second,
+                "ratio_to_dense": ratio,
+                "ratio_to_batch": variant.images_per_second / at_batch[variant.batch],
+                "work_ratio": work,
+                "efficiency": ratio * work,
+                "mean_depth": float(shown.mean()),
+                "megabytes": variant.memory / 1e6,
+                "compile_seconds": variant.compile_seconds,
+            }
+        )
+        print(format_row(rows[-1]), flush=True)
+    return rows
+
+
+def work_lines(rows: list[dict[str, Any]]) -> list[str]:
+    """How packed execution's time follows the work over a sweep whose last profile halts nothing."""
+    packed = [row for row in rows if row["variant"] == "packed"]
+    whole = packed[-1]["images_per_second"]
+    return [
+        f"{row['model']:6}{row['profile']:15}time / time of nothing halts {whole / row['images_per_second']:.3f}, "
+        f"work ratio {row['work_ratio']:.3f}, 1.15 x that + 0.03: {1.15 * row['work_ratio'] + 0.03:.3f}"
+        for row in packed[:-1]
+    ]
 
 
 HEADER = f"{'model':6}{'profile':15}{'variant':25}{'batch':>5}{'img/s':>8}{'/dense':>8}{'/same b.':>9}{'work':>7}{'effic.':>7}{'MB':>7}{'comp.s':>8}"  # noqa: E501
@@ -247,10 +269,10 @@ def main() -> None:
     """Print the table, write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", default="tiny,small", type=lambda text: text.split(","))
-    parser.add_argument("--profiles", default="published,spreads,sweep,whole", type=lambda text: text.split(","))
+    parser.add_argument("--profiles", default="published,spreads,sweep", type=lambda text: text.split(","))
     parser.add_argument("--batches", default="1,8,16,32,64,128", type=lambda text: [int(b) for b in text.split(",")])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--no-torch", action="store_true")
+    parser.add_argument("--no-peers", action="store_true")
     options = parser.parse_args()
     use_all_cores()
     where = f"{platform.machine()}, {available_cores()} cores, {jax.default_backend()}, jax {jax.__version__}"

@@ -1,0 +1,57 @@
+"""What a CPU user would take instead of this project: the dense DeiT in PyTorch eager, torch.compile, ONNX Runtime."""
+
+import importlib.util
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from avit_jax import AViTConfig
+from avit_jax.mesh import available_cores
+
+
+def peers(config: AViTConfig, images: np.ndarray) -> Iterator[tuple[str, Callable[[], Any], float]]:
+    """(name, a run on these images, seconds to prepare) of each peer that is installed; random weights, no halting."""
+    if importlib.util.find_spec("torch") is None:
+        return
+    import torch
+
+    from benchmarks.torch_vit import torch_vit
+
+    torch.set_num_threads(available_cores())
+    torch.manual_seed(0)
+    model = torch_vit(config).eval()
+    x = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
+
+    def run_of(model: Any, x: Any) -> Callable[[], Any]:
+        def run() -> Any:
+            with torch.inference_mode():
+                return model(x)
+
+        return run
+
+    eager = run_of(model, x)
+    yield "PyTorch eager", eager, 0.0
+
+    began = time.perf_counter()
+    half = run_of(torch.compile(torch_vit(config).eval().to(torch.bfloat16)), x.to(torch.bfloat16))
+    half()
+    yield "torch.compile, bfloat16", half, time.perf_counter() - began
+
+    if importlib.util.find_spec("onnx") is None or importlib.util.find_spec("onnxruntime") is None:
+        return
+    import onnxruntime
+
+    began = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "vit.onnx"
+        torch.onnx.export(model, (x,), str(path), input_names=["x"], opset_version=17, dynamo=False)
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = available_cores()
+        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    feed = {"x": x.numpy()}
+    np.testing.assert_allclose(session.run(None, feed)[0], eager().numpy(), atol=1e-3)
+    yield "ONNX Runtime", lambda: session.run(None, feed), time.perf_counter() - began
