@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from avit_jax.config import AViTConfig
 from avit_jax.data.pipeline import evaluation_batches
-from avit_jax.data.sources import Split
+from avit_jax.data.sources import Images
 from avit_jax.flops import image_gmacs
 from avit_jax.mesh import batch_sharding, replicated
 from avit_jax.model import AViT, AViTOutput
@@ -80,7 +80,7 @@ def _figures(config: AViTConfig, output: AViTOutput, batch: dict[str, Array]) ->
     }
 
 
-def evaluate(model: AViT, split: Split, batch_size: int, execution: str = "masked") -> Evaluation:
+def evaluate(model: AViT, split: Images, batch_size: int, execution: str = "masked") -> Evaluation:
     """The model over a data set, jit-compiled; the short last batch is padded, the padding weighs nothing.
 
     execution: "masked" or "packed"; the figures are the rule's and the same for both, except for what was executed
@@ -92,9 +92,10 @@ def evaluate(model: AViT, split: Split, batch_size: int, execution: str = "maske
     packed = None
     if execution == "packed" and model.config.halts:
         packed = compile_packed(model, batch_size, image_exit=False)
-    if split.labels.min() < 0 or split.labels.max() >= model.config.num_classes:
+    labels = split.labels  # None: they are looked at as they come
+    if labels is not None and (labels.min() < 0 or labels.max() >= model.config.num_classes):
         raise ValueError(
-            f"labels run from {split.labels.min()} to {split.labels.max()}, the model has {model.config.num_classes} "
+            f"labels run from {labels.min()} to {labels.max()}, the model has {model.config.num_classes} "
             "classes: 0..num_classes - 1 is allowed"
         )
     program = packed or masked_program(model)
@@ -109,19 +110,20 @@ def evaluate(model: AViT, split: Split, batch_size: int, execution: str = "maske
             loads.append(layer_loads(own, model.config.num_special, model.config.depth, image_exit=True))
         for name, value in result.items():
             sums[name] = sums.get(name, 0) + np.asarray(value, np.float64)
-    means = {name: value / len(split) for name, value in sums.items()}
     depths = np.concatenate(image_depths)
+    count = len(depths)  # without the bad ones that were skipped
+    means = {name: value / count for name, value in sums.items()}
     mean_depth = float(depths.mean(dtype=np.float64))
     whole = np.full((1, model.config.num_tokens), model.config.depth, np.int32)
     executed_depth = float(model.config.depth)
     performed = float(config_gmacs(jnp.asarray(whole), model.config)[0])
     if packed:
         stacked = np.stack(loads)
-        executed_depth = stacked.sum() / (len(split) * model.config.num_tokens)
+        executed_depth = stacked.sum() / (count * model.config.num_tokens)
         # Padding images are empty: the mean is over real ones.
-        performed = executed_gmacs(stacked, packed.plan, model.config, len(split))
+        performed = executed_gmacs(stacked, packed.plan, model.config, count)
     return Evaluation(
-        images=len(split),
+        images=count,
         top1=float(means["top1"]),
         top5=float(means["top5"]),
         loss=float(means["loss"]),

@@ -15,7 +15,10 @@ from ml_collections import ConfigDict
 from avit_jax.checkpoint import checkpoint_steps, load, save
 from avit_jax.config import AViTConfig, Preprocessing, config_from
 from avit_jax.convert.weight_files import read_config
-from avit_jax.data.sources import Dataset, load_dataset
+from avit_jax.data.open import open_dataset
+from avit_jax.data.pipeline import evaluation_images
+from avit_jax.data.settings import AugmentSettings, DataSettings
+from avit_jax.data.sources import Dataset, Split
 from avit_jax.evaluation import Evaluation, evaluate, images_per_second, masked_program
 from avit_jax.files import read_json, write_json
 from avit_jax.gate_start import start_gate
@@ -50,12 +53,10 @@ def model_config(config: ConfigDict, dataset: Dataset) -> AViTConfig:
     """
     fields = dict(config.model)
     preset = fields.pop("preset", None)
-    _, height, width, channels = dataset.train.images.shape
-    from_data = {
-        "image_size": height if height == width else (height, width),
-        "in_channels": channels,
-        "num_classes": len(dataset.class_names),
-    }
+    from_data: dict[str, Any] = {"num_classes": len(dataset.class_names), "in_channels": 3}
+    if isinstance(dataset.train, Split):  # images from disk are decoded as RGB and resized to what the model takes
+        _, height, width, channels = dataset.train.images.shape
+        from_data |= {"image_size": height if height == width else (height, width), "in_channels": channels}
     for name, value in from_data.items():
         if fields.setdefault(name, value) != value:
             raise ValueError(f"config.model.{name} is {fields[name]} and the data say {value}: change one of them")
@@ -63,8 +64,15 @@ def model_config(config: ConfigDict, dataset: Dataset) -> AViTConfig:
 
 
 def _preprocessing(config: ConfigDict, dataset: Dataset) -> Preprocessing:
-    """The config's mean and std, or those of the training images by channel (exact: from histograms of bytes)."""
-    mean, std = tuple(config.data.mean), tuple(config.data.std)
+    """The config's mean and std, or those of the training images by channel (exact: from histograms of bytes).
+
+    For images from disk: the config's or ImageNet's, and the config's crop.
+    """
+    data = DataSettings.from_config(dict(config.data))
+    mean, std = tuple(data.mean), tuple(data.std)
+    if not isinstance(dataset.train, Split):
+        imagenet = Preprocessing()
+        return Preprocessing(mean or imagenet.mean, std or imagenet.std, data.crop_fraction, data.interpolation)
     if not (mean and std):
         values = np.arange(256) / 255
         channels = np.moveaxis(dataset.train.images, -1, 0)
@@ -88,7 +96,7 @@ def initial_model(config: ConfigDict, dataset: Dataset) -> AViT:
     if config.gate_start.images:
         # Evenly over the set, which may be sorted by class.
         chosen = np.linspace(0, len(dataset.train) - 1, min(config.gate_start.images, len(dataset.train))).astype(int)
-        images = normalize(dataset.train.images[chosen], model.config)
+        images = normalize(evaluation_images(dataset.train, chosen, model.config), model.config)
         start_gate(model, images, target_depth=config.gate_start.target_depth, deviation=config.gate_start.deviation)
     return model
 
@@ -110,7 +118,7 @@ def run(config: ConfigDict, workdir: str | Path, *, resume: bool = True, began: 
         print(f"this run is finished; its table, from {summary_path}:")
         print(format_summary(summary))
         return summary
-    dataset = load_dataset(config.data.source, config.data.path, config.data.class_names)
+    dataset = open_dataset(DataSettings.from_config(dict(config.data)))
     model = initial_model(config, dataset)
     baseline = _baseline(config, model.config)
     teacher = _teacher(config, model.config)
@@ -144,6 +152,8 @@ def _check_values(config: ConfigDict) -> None:
         "loss.label_smoothing": 0,
         "optim.learning_rate": 0,
     }
+    DataSettings.from_config(dict(config.data))
+    AugmentSettings.from_config(dict(config.augment))
     values = _flat(_resolved(config))
     for name, least in limits.items():
         if values[name] < least:
@@ -230,7 +240,7 @@ def _measure(
             evaluate(baseline, dataset.test, config.eval_batch_size, "packed"),
         )
     count = min(config.eval_batch_size, len(dataset.test))
-    batch = normalize(dataset.test.images[:count], model.config)
+    batch = normalize(evaluation_images(dataset.test, range(count), model.config), model.config)
     mesh = data_mesh(count)
     programs = [
         compile_packed(row_model, count, mesh=mesh) if row_model.config.halts else masked_program(row_model, mesh)
@@ -285,7 +295,7 @@ def evaluate_checkpoint(config: ConfigDict, path: str | Path, *, ema: bool = Fal
     Raises ValueError where the checkpoint and config.model differ in shape, or the checkpoint and the data.
     """
     _check_values(config)
-    dataset = load_dataset(config.data.source, config.data.path, config.data.class_names)
+    dataset = open_dataset(DataSettings.from_config(dict(config.data)))
     wanted = model_config(config, dataset)
     # A foreign file knows nothing but weights; ours knows itself, and is only held against the config's shapes.
     foreign = Path(path).is_file() and read_config(Path(path)) is None

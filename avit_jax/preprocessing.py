@@ -9,7 +9,7 @@ from PIL import Image
 
 from avit_jax.config import AViTConfig
 
-_RESAMPLING = {
+RESAMPLING = {
     "nearest": Image.Resampling.NEAREST,
     "bilinear": Image.Resampling.BILINEAR,
     "bicubic": Image.Resampling.BICUBIC,
@@ -23,7 +23,7 @@ def preprocess(images: Any, config: AViTConfig) -> Float[np.ndarray, "b h w c"]:
     Raises ValueError for any other type or number of channels.
     """
     arrays = [_to_array(image, config.in_channels) for image in _as_sequence(images, config.in_channels)]
-    return normalize(np.stack([_resize_and_crop(array, config) for array in arrays]), config)
+    return normalize(np.stack([resize_and_crop(array, config) for array in arrays]), config)
 
 
 def normalize(images: UInt8[np.ndarray, "b h w c"], config: AViTConfig) -> Float[np.ndarray, "b h w c"]:
@@ -70,15 +70,22 @@ def _to_array(image: Any, channels: int) -> np.ndarray:
     return array
 
 
-def _resize_and_crop(image: UInt8[np.ndarray, "h w c"], config: AViTConfig) -> UInt8[np.ndarray, "height width c"]:
-    """Resized so that the model's size is crop_fraction of it (shorter side), then cropped in the middle."""
+def resize_and_crop(image: UInt8[np.ndarray, "h w c"], config: AViTConfig) -> UInt8[np.ndarray, "height width c"]:
+    """Resized so that the model's size is crop_fraction of its shorter side, then cropped in the middle.
+
+    Sizes are rounded as torchvision and timm round them: down when resizing, to the nearest pixel (half to even) when
+    cropping. Bicubic and bilinear are Pillow's, antialiased.
+    """
     height, width = config.image_shape
-    fraction = config.preprocessing.crop_fraction
-    scale = max(round(height / fraction) / image.shape[0], round(width / fraction) / image.shape[1])
-    size = (max(round(image.shape[1] * scale), width), max(round(image.shape[0] * scale), height))
-    if size != (image.shape[1], image.shape[0]):
-        resampling = _RESAMPLING[config.preprocessing.interpolation]
-        planes = [Image.fromarray(plane).resize(size, resampling) for plane in np.moveaxis(image, -1, 0)]
-        image = np.stack([np.asarray(plane) for plane in planes], axis=-1)
-    top, left = (image.shape[0] - height) // 2, (image.shape[1] - width) // 2
+    rows, columns = (int(side / config.preprocessing.crop_fraction) for side in (height, width))
+    if rows / image.shape[0] >= columns / image.shape[1]:
+        columns = max(int(rows * image.shape[1] / image.shape[0]), width)
+    else:
+        rows = max(int(columns * image.shape[0] / image.shape[1]), height)
+    if (rows, columns) != image.shape[:2]:
+        resampling = RESAMPLING[config.preprocessing.interpolation]
+        planes = [image] if image.shape[-1] == 3 else [image[..., channel] for channel in range(image.shape[-1])]
+        resized = [np.asarray(Image.fromarray(plane).resize((columns, rows), resampling)) for plane in planes]
+        image = resized[0] if image.shape[-1] == 3 else np.stack(resized, axis=-1)
+    top, left = round((rows - height) / 2), round((columns - width) / 2)
     return image[top : top + height, left : left + width]

@@ -11,7 +11,8 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
 from avit_jax.config import AViTConfig
-from avit_jax.data.sources import Split
+from avit_jax.data.pipeline import evaluation_images
+from avit_jax.data.sources import Images
 from avit_jax.evaluation import Evaluation, predict
 from avit_jax.model import AViT
 from avit_jax.preprocessing import normalize
@@ -26,7 +27,7 @@ def depth_map(token_depth: Int[np.ndarray, " n"], config: AViTConfig) -> Int[np.
 
 
 def draw_depth_maps(
-    model: AViT, split: Split, image_depths: Float[np.ndarray, " n"], path: Path, columns: int = 8
+    model: AViT, split: Images, image_depths: Float[np.ndarray, " n"], path: Path, columns: int = 8
 ) -> Path:
     """The easiest and the hardest images by mean depth, each above its map of token depths, in layers."""
     columns = min(columns, len(split) // 2 or 1)
@@ -36,12 +37,13 @@ def draw_depth_maps(
     figure = Figure(figsize=(1.35 * columns + 1.2, 6.6), layout="constrained")
     axes = figure.subplots(4, columns, squeeze=False)
     for row, (title, chosen) in enumerate((("easiest", order[:columns]), ("hardest", order[::-1][:columns]))):
-        output = predict(model, normalize(split.images[chosen], config))
+        images = evaluation_images(split, chosen, config)
+        output = predict(model, normalize(images, config))
         depths, predicted = np.asarray(output.token_depth), np.asarray(output.logits.argmax(-1))
         for column, index in enumerate(chosen):
             above, below = axes[2 * row][column], axes[2 * row + 1][column]
-            _show_image(above, split.images[index])
-            label, guess = split.labels[index], predicted[column]
+            _show_image(above, images[column])
+            label, guess = int(split[int(index)]["label"]), predicted[column]
             above.set_title(
                 names[label] if guess == label else f"{names[label]}, not {names[guess]}",
                 fontsize=9,

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import grain
 import jax
 import jax.numpy as jnp
 import optax
@@ -19,7 +18,7 @@ from tqdm import tqdm
 
 from avit_jax import losses
 from avit_jax.checkpoint import RunCheckpoints
-from avit_jax.data.pipeline import training_batches
+from avit_jax.data.pipeline import TrainingBatches, training_batches
 from avit_jax.data.sources import Dataset
 from avit_jax.evaluation import evaluate
 from avit_jax.logs import RunLog
@@ -151,6 +150,7 @@ def train(
             state = loop.run(state, start, began - earlier, window)
         finally:
             checkpoints.close()
+            batches.close()
     _show(model, state)
     return earlier
 
@@ -200,7 +200,7 @@ class _Loop:
     model: AViT
     steps: int
     train_step: Callable[[TrainState, dict[str, Array]], tuple[TrainState, dict[str, Array]]]
-    batches: grain.DatasetIterator
+    batches: TrainingBatches
     checkpoints: RunCheckpoints
     log: RunLog
 

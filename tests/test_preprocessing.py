@@ -33,12 +33,12 @@ def test_images_of_the_right_size_are_only_normalised() -> None:
 
 @pytest.mark.parametrize(("height", "width"), [(50, 80), (80, 50), (20, 20), (37, 37)])
 def test_resize_and_crop_are_pillows(height: int, width: int) -> None:
-    """Shorter side to 37 (32 / 0.875) with Pillow's bicubic on the RGB image, then the middle 32."""
+    """Shorter side to 36 (32 / 0.875) with Pillow's bicubic on the RGB image, then the middle 32, as torchvision."""
     image = picture(height, width)
     short = min(height, width)
-    size = (max(37, round(width * 37 / short)), max(37, round(height * 37 / short)))
+    size = (max(36, width * 36 // short), max(36, height * 36 // short))
     resized = np.asarray(image.resize(size, Image.Resampling.BICUBIC))
-    top, left = (resized.shape[0] - 32) // 2, (resized.shape[1] - 32) // 2
+    top, left = (round((side - 32) / 2.0) for side in resized.shape[:2])
     crop = resized[top : top + 32, left : left + 32] / 255
     expected = (crop - np.array([0.485, 0.456, 0.406])) / np.array([0.229, 0.224, 0.225])
     np.testing.assert_allclose(preprocess(image, RGB)[0], expected, atol=1e-5)

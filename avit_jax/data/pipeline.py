@@ -1,47 +1,286 @@
 """Batches: an endless shuffled stream for training whose state is one number, and one exact pass for evaluation."""
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import grain
 import numpy as np
+from absl import flags, logging
+from jaxtyping import UInt8
 
 from avit_jax.config import AViTConfig
 from avit_jax.data.augment import RandomAffine
-from avit_jax.data.sources import Split
-from avit_jax.preprocessing import normalize
+from avit_jax.data.crop import RandomFlip, RandomResizedCrop
+from avit_jax.data.decode import BadData, BadImage, decode
+from avit_jax.data.elements import Decode, EvaluationCrop, EvaluationRows, Numbered, ToArray, as_array
+from avit_jax.data.randaugment import ColorJitter, RandAugment
+from avit_jax.data.settings import AugmentSettings, DataSettings
+from avit_jax.data.sources import Images, Split
+from avit_jax.mesh import available_cores
+from avit_jax.preprocessing import normalize, resize_and_crop
 
-Batch = dict[str, np.ndarray]
+Batch = dict[str, Any]
+BAD_LIMIT = 0.01  # share of a split's images that on_bad_image = "skip" puts up with
+
+
+class TrainingBatches(Iterator[Batch]):
+    """The endless stream; get_state / set_state continue it exactly and at once, with any number of workers."""
+
+    def __init__(self, opened: Callable[[int], grain.DatasetIterator], split: Images) -> None:
+        self._opened = opened  # the iterator that starts at a given batch
+        self._split = split
+        self._next = 0
+        self._bad: set[int] = set()
+        self._iterator: grain.DatasetIterator | None = None
+
+    def __next__(self) -> Batch:
+        if self._iterator is None:
+            self._iterator = self._opened(self._next)
+        batch = _next(self._iterator)
+        self._next += 1
+        _count_bad(self._split, batch, self._bad)
+        return batch
+
+    def get_state(self) -> dict[str, Any]:
+        """Plain JSON: how many batches were given out, and the numbers of the images that were bad."""
+        return {"next_index": self._next, "bad": sorted(self._bad)}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Go on where get_state was called."""
+        self.close()
+        self._next, self._bad = state["next_index"], set(state.get("bad", ()))
+
+    def close(self) -> None:
+        """End the workers."""
+        if self._iterator is not None:
+            self._iterator.close()
+        self._iterator = None
 
 
 def training_batches(
-    split: Split, model: AViTConfig, *, batch_size: int, seed: int, augment: dict[str, float]
-) -> grain.DatasetIterator:
-    """Shuffled anew each epoch, augmented, normalised; get_state / set_state continue it exactly.
+    split: Images,
+    model: AViTConfig,
+    *,
+    batch_size: int,
+    seed: int,
+    augment: Mapping[str, Any],
+    process_index: int = 0,
+    process_count: int = 1,
+) -> TrainingBatches:
+    """Shuffled anew each epoch and augmented; this process's rows of every batch of batch_size images.
 
-    Same seed, same order and same augmentation. Raises ValueError where a batch is larger than the data.
+    Same seed, same batches, whatever the number of workers, threads and processes. "image" is normalised float32 for
+    arrays in memory, uint8 for images from disk: a quarter of the bytes to the device, which normalises them (mix.py).
+    With on_bad_image "skip" there is a "weight". augment: config.augment (AugmentSettings). Raises ValueError where a
+    batch is larger than the data or cannot be shared out; next() raises it for data that cannot be used.
     """
-    if batch_size > len(split):
+    settings = split.settings
+    _check_shares(batch_size, process_count)
+    if batch_size > len(split) * settings.repeated_augmentation:
         raise ValueError(f"config.batch_size {batch_size} is larger than the {len(split)} training images: lower it")
-    dataset = grain.MapDataset.source(split).seed(seed).shuffle().repeat()
-    if any(augment.values()):
-        dataset = dataset.random_map(RandomAffine(**augment))
-    dataset = dataset.batch(batch_size, drop_remainder=True)
-    dataset = dataset.map(lambda batch: batch | {"image": normalize(batch["image"], model)})
-    # One thread: it decodes the next batches while the step runs, and two would take the step's cores.
-    return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))
+    dataset = grain.MapDataset.source(Numbered(split)).seed(seed).shuffle().repeat()
+    if settings.repeated_augmentation > 1:
+        dataset = _Reindexed(dataset, RepeatedRows(settings.repeated_augmentation, batch_size))
+    dataset = _augmented(dataset, split, model, AugmentSettings.from_config(augment))
+    if process_count > 1:
+        dataset = _Reindexed(dataset, OwnRows(batch_size, process_index, process_count))
+    finish = functools.partial(_finished, in_memory=isinstance(split, Split), model=model, settings=settings)
+    return TrainingBatches(
+        lambda start: _read(dataset, batch_size // process_count, start, finish, settings, isinstance(split, Split)),
+        split,
+    )
 
 
-def evaluation_batches(split: Split, model: AViTConfig, batch_size: int) -> Iterator[Batch]:
-    """Every image once, in order; the last batch is padded to full size with images of `weight` 0."""
-    for start in range(0, len(split), batch_size):
-        images, labels = split.images[start : start + batch_size], split.labels[start : start + batch_size]
-        missing = batch_size - len(images)
-        yield {
-            "image": _pad(normalize(images, model), missing),
-            "label": _pad(labels, missing),
-            "weight": _pad(np.ones(len(images), np.float32), missing),
-        }
+def _augmented(
+    dataset: grain.MapDataset, split: Images, model: AViTConfig, augment: AugmentSettings
+) -> grain.MapDataset:
+    settings = split.settings
+    if not isinstance(split, Split) or augment.needs_pictures:
+        dataset = dataset.map(Decode(split, model, settings.on_bad_image == "skip"))
+        if augment.crop_scale:
+            crop = RandomResizedCrop(model.image_shape, augment.crop_scale, augment.crop_ratio, settings.interpolation)
+            dataset = dataset.random_map(crop)
+        else:
+            dataset = dataset.map(EvaluationCrop(model))
+        if augment.flip:
+            dataset = dataset.random_map(RandomFlip(augment.flip))
+        if augment.randaugment:
+            fill = tuple(min(255, round(255 * value)) for value in model.preprocessing.mean)
+            dataset = dataset.random_map(
+                RandAugment.from_string(augment.randaugment, fill=fill, interpolation=settings.interpolation)
+            )
+        elif augment.color_jitter:
+            dataset = dataset.random_map(ColorJitter(augment.color_jitter))
+        dataset = dataset.map(ToArray())
+    if any(augment.affine.values()):
+        dataset = dataset.random_map(RandomAffine(**augment.affine))
+    return dataset
+
+
+def evaluation_batches(
+    split: Images, model: AViTConfig, batch_size: int, *, process_index: int = 0, process_count: int = 1
+) -> Iterator[Batch]:
+    """Every image once over all processes, in order, normalised; this process's rows of batches of batch_size.
+
+    The last batch is padded to full size with images of `weight` 0; bad images, where they are skipped, have it too.
+    """
+    _check_shares(batch_size, process_count)
+    own = batch_size // process_count
+    if isinstance(split, Split):
+        for start in range(process_index * own, len(split) + process_index * own, batch_size):
+            images, labels = split.images[start : start + own], split.labels[start : start + own]
+            missing = own - len(images)
+            yield {
+                "image": _pad(normalize(images, model), missing),
+                "label": _pad(labels, missing),
+                "weight": _pad(np.ones(len(images), np.float32), missing),
+            }
+        return
+    settings = split.settings
+    rows = EvaluationRows(split, batch_size, process_index, process_count)
+    dataset = grain.MapDataset.source(rows).map(Decode(split, model, settings.on_bad_image == "skip"))
+    dataset = dataset.map(EvaluationCrop(model)).map(ToArray())
+    iterator = _read(dataset, own, 0, lambda batch: batch, settings, in_memory=False)
+    bad: set[int] = set()
+    try:
+        for _ in range(len(rows) // own):
+            batch = _next(iterator)
+            _count_bad(split, batch, bad)
+            yield batch | {"image": normalize(batch["image"], model)}
+    finally:
+        iterator.close()
+
+
+def evaluation_images(
+    split: Images, indices: Sequence[int] | np.ndarray, model: AViTConfig
+) -> UInt8[np.ndarray, "n h w c"]:
+    """Some images of a split as evaluation sees them, not normalised."""
+    if isinstance(split, Split):
+        return split.images[np.asarray(indices)]
+    pictures = [as_array(decode(split[int(i)]["image"], split.name(int(i)))) for i in indices]
+    return np.stack([resize_and_crop(picture, model) for picture in pictures])
+
+
+class _Reindexed(grain.MapDataset):
+    """The elements of an endless data set in another order."""
+
+    def __init__(self, parent: grain.MapDataset, index: Callable[[int], int]) -> None:
+        super().__init__(parent)
+        self._index = index
+
+    def __len__(self) -> int:
+        return len(self._parent)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.slice(index) if isinstance(index, slice) else self._parent[self._index(index)]
+
+
+class RepeatedRows:
+    """Repeated augmentation: row -> image of the shuffled stream, each image `times` times in succession.
+
+    Within a batch first come all first copies, then all second ones, so that no image lies beside its own copy, which
+    mixup would mix it with; the copies fall on different devices. In `times` epochs every image is seen `times` times.
+    """
+
+    def __init__(self, times: int, batch_size: int) -> None:
+        self.times, self.batch_size = times, batch_size
+        self._order = [row for first in range(times) for row in range(first, batch_size, times)]
+
+    def __call__(self, row: int) -> int:
+        """The place in the shuffled stream."""
+        batch, offset = divmod(row, self.batch_size)
+        return (batch * self.batch_size + self._order[offset]) // self.times
+
+
+class OwnRows:
+    """The rows of every batch that belong to one process: a contiguous share."""
+
+    def __init__(self, batch_size: int, process_index: int, process_count: int) -> None:
+        self.batch_size, self.own = batch_size, batch_size // process_count
+        self.first = process_index * self.own
+
+    def __call__(self, row: int) -> int:
+        """The row of the whole stream."""
+        batch, offset = divmod(row, self.own)
+        return batch * self.batch_size + self.first + offset
+
+
+def _read(
+    dataset: grain.MapDataset,
+    size: int,
+    start: int,
+    finish: Callable[[Batch], Batch],
+    settings: DataSettings,
+    in_memory: bool,
+) -> grain.DatasetIterator:
+    """Batches from number `start` on, made in the background; the order does not depend on who makes them."""
+    if settings.workers:
+        if not flags.FLAGS.is_parsed():  # grain hands them to its workers; outside app.run nobody has parsed them
+            flags.FLAGS.mark_as_parsed()
+        # Whole batches are dealt out to the workers in turn: single images would be batched by worker.
+        batches = dataset.batch(size, drop_remainder=True).map(finish)[start:]
+        options = grain.ReadOptions(num_threads=settings.threads or 1, prefetch_buffer_size=2)
+        return iter(
+            batches.to_iter_dataset(options).mp_prefetch(
+                grain.MultiprocessingOptions(num_workers=settings.workers, per_worker_buffer_size=2)
+            )
+        )
+    if in_memory:
+        # One thread: it makes the next batches while the step runs, and two would take the step's cores.
+        batches = dataset.batch(size, drop_remainder=True).map(finish)[start:]
+        return iter(batches.to_iter_dataset(grain.ReadOptions(settings.threads or 1, prefetch_buffer_size=4)))
+    # Image by image, so that all threads work on the batch that is needed next, and few wait in memory.
+    options = grain.ReadOptions(settings.threads or available_cores(), prefetch_buffer_size=2 * size)
+    images = dataset[start * size :].to_iter_dataset(options)
+    batches = images.batch(size, drop_remainder=True).map(finish)
+    return iter(grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=1))
+
+
+def _finished(batch: Batch, in_memory: bool, model: AViTConfig, settings: DataSettings) -> Batch:
+    """What the training step takes, and the numbers of the images where the bad ones are to be counted."""
+    wanted = {"image", "label"} | ({"weight", "index"} if settings.on_bad_image == "skip" and not in_memory else set())
+    batch = {name: value for name, value in batch.items() if name in wanted}
+    return batch | {"image": normalize(batch["image"], model)} if in_memory else batch
+
+
+def _next(iterator: grain.DatasetIterator) -> Batch:
+    try:
+        return next(iterator)
+    except BadData as error:  # raised again here: one from another process ends with that one's traceback
+        raise type(error)(str(error).splitlines()[0]) from error
+
+
+def _count_bad(split: Images, batch: Batch, known: set[int]) -> None:
+    """Log the bad images of a batch that are new. Raises BadData where they have become too many."""
+    indices = batch.pop("index", None)
+    if indices is None:
+        return
+    for index in indices[(batch["weight"] == 0) & (indices >= 0)].tolist():
+        if index not in known:
+            known.add(index)
+            logging.warning("image skipped, %d so far: %s", len(known), _reason(split, index))
+    if len(known) > BAD_LIMIT * len(split):
+        raise BadData(
+            f"{len(known)} of {len(split)} images are bad, more than {BAD_LIMIT:.0%}; one of them: "
+            f"{_reason(split, max(known))}"
+        )
+
+
+def _reason(split: Images, index: int) -> str:
+    """Why an image is bad; it is decoded once more, because here the message can be shown."""
+    try:
+        decode(split[index]["image"], split.name(index))
+    except BadImage as error:
+        return str(error)
+    return f"{split.name(index)} could not be read and can be now"
+
+
+def _check_shares(batch_size: int, process_count: int) -> None:
+    if batch_size % process_count:
+        raise ValueError(
+            f"a batch of {batch_size} cannot be shared by {process_count} processes: change the batch size"
+        )
 
 
 def _pad(array: Any, missing: int) -> np.ndarray:

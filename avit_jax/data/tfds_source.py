@@ -1,0 +1,95 @@
+"""TFDS data sets stored as ArrayRecord, read without TensorFlow."""
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import Any
+
+from avit_jax.data.settings import DataSettings
+from avit_jax.data.sources import Dataset
+
+HELD_OUT = 5  # percent of train that become val where a data set has no validation split
+
+
+@dataclasses.dataclass(frozen=True)
+class TfdsSplit:
+    """Records of one purpose; an element holds the image's bytes, not decoded."""
+
+    source: Any  # of tfds.data_source: random access to records, opened again in every process
+    about: str  # what an error calls it
+    settings: DataSettings
+    labels: None = None  # they are inside the records: reading all of them would cost a pass over the data
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        record = self.source[int(index)]
+        return {"image": record["image"], "label": record["label"]}
+
+    def name(self, index: int) -> str:
+        """Data set, split and number of the record, with its file name where the data set keeps one."""
+        record = self.source[int(index)]
+        file = record.get("file_name", b"")
+        return f"{self.about}, record {index}" + (f" ({file.decode()})" if file else "")
+
+
+def load_tfds(settings: DataSettings) -> Dataset:
+    """train, val and test of a data set prepared as ArrayRecord in config.data.path ("": ~/tensorflow_datasets).
+
+    val is "validation", or the last 5 % of train where there is none; test is "test" where it has labels, else val.
+    Raises ValueError where it is not prepared, is stored as TFRecord, or is no image classification, with the command
+    that helps.
+    """
+    name = settings.name
+    if not name:
+        raise ValueError("config.data.name is empty: give the TFDS data set, as imagenet2012")
+    try:
+        import tensorflow_datasets as tfds
+    except ImportError as error:
+        raise ValueError("config.data.source 'tfds' needs a package: pip install tensorflow-datasets") from error
+    root = Path(settings.path or "~/tensorflow_datasets").expanduser()
+    _check_prepared(root, name)
+    try:
+        builder = tfds.builder(name, data_dir=root)
+    except Exception as error:  # tfds raises many kinds; each means that what is in the folder is no data set of it
+        raise ValueError(f"{root} holds no TFDS data set {name!r} that can be read: {_first_line(error)}") from error
+    features = builder.info.features or {}
+    if "image" not in features or not hasattr(features.get("label"), "names"):
+        raise ValueError(f"the TFDS data set {name!r} has {sorted(features)}: it needs an image and a class label")
+    known = builder.info.splits
+    train, val = (
+        ("train", "validation") if "validation" in known else (f"train[:-{HELD_OUT}%]", f"train[-{HELD_OUT}%:]")
+    )
+    # The test images of ImageNet are there too, without labels (-1).
+    test = "test" if "test" in known and not name.startswith("imagenet2012") else val
+    decoders = {"image": tfds.decode.SkipDecoding()}
+
+    def opened(split: str) -> TfdsSplit:
+        return TfdsSplit(builder.as_data_source(split=split, decoders=decoders), f"{name} {split} in {root}", settings)
+
+    return Dataset(opened(train), opened(val), opened(test), tuple(features["label"].names))
+
+
+def _check_prepared(root: Path, name: str) -> None:
+    """See that ArrayRecord files are there: tfds itself would give an error that misleads."""
+    folder = root / re.split("[:/]", name)[0]
+    prepare = f"tfds build {name} --data_dir={root} --file_format=array_record"
+    versions = sorted(folder.glob("**/dataset_info.json")) if folder.is_dir() else []
+    if not versions:
+        raise ValueError(
+            f"{folder} holds no prepared data set {name!r}: prepare it once with '{prepare}' "
+            "(pip install 'avit_jax[prepare]')"
+        )
+    if any(any(file.parent.glob("*.array_record*")) for file in versions):
+        return
+    found = versions[-1].parent
+    kind = "TFRecord files" if any(found.glob("*.tfrecord*")) else "no ArrayRecord files"
+    raise ValueError(
+        f"{found} holds {kind}, and only ArrayRecord can be read: prepare it with '{prepare}', or convert it with "
+        f"'python -m tensorflow_datasets.scripts.convert_format --root_data_dir={root} --out_file_format=array_record'"
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
