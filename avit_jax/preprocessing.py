@@ -1,14 +1,16 @@
 """From what a person has (uint8 arrays, PIL images) to what the model takes."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
+import jax
 import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image
 
 from avit_jax.config import AViTConfig
 
+AnyArray = TypeVar("AnyArray", np.ndarray, jax.Array)
 RESAMPLING = {
     "nearest": Image.Resampling.NEAREST,
     "bilinear": Image.Resampling.BILINEAR,
@@ -26,8 +28,8 @@ def preprocess(images: Any, config: AViTConfig) -> Float[np.ndarray, "b h w c"]:
     return normalize(np.stack([resize_and_crop(array, config) for array in arrays]), config)
 
 
-def normalize(images: UInt8[np.ndarray, "b h w c"], config: AViTConfig) -> Float[np.ndarray, "b h w c"]:
-    """(image / 255 - mean) / std for each channel, in float32."""
+def normalize(images: UInt8[AnyArray, "b h w c"], config: AViTConfig) -> Float[AnyArray, "b h w c"]:
+    """(image / 255 - mean) / std for each channel, in float32; of NumPy or, inside jit, of JAX."""
     if len(config.preprocessing.mean) != config.in_channels:
         raise ValueError(
             f"preprocessing has a mean for {len(config.preprocessing.mean)} channels and the model takes "
