@@ -6,7 +6,7 @@ probability 0.5, at magnitude 9 of 10 with a deviation of 0.5, in the versions t
 
 import dataclasses
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import grain
@@ -120,6 +120,11 @@ def _enhance(kind: Callable[[Image.Image], Any], picture: Image.Image, amount: f
     return kind(picture).enhance(max(0.1, 1 + 0.9 * amount * sign))
 
 
+def _posterize(picture: Image.Image, bits: int) -> Image.Image:
+    """The highest `bits` of every level; none at all is black, which Pillow refuses since version 13."""
+    return ImageOps.posterize(picture, bits) if bits else Image.new(picture.mode, picture.size)
+
+
 def _solarize_add(picture: Image.Image, add: int) -> Image.Image:
     """Levels below 128 raised by `add`, up to 255."""
     table = [min(255, level + add) if level < 128 else level for level in range(256)]
@@ -133,7 +138,7 @@ OPERATIONS: dict[str, Callable[[Image.Image, float, int, Colour, Image.Resamplin
     "Equalize": lambda p, x, s, f, r: ImageOps.equalize(p),
     "Invert": lambda p, x, s, f, r: ImageOps.invert(p),
     "Rotate": lambda p, x, s, f, r: p.rotate(s * 30 * x, r, fillcolor=f),
-    "Posterize": lambda p, x, s, f, r: ImageOps.posterize(p, 4 - int(4 * x)),
+    "Posterize": lambda p, x, s, f, r: _posterize(p, 4 - int(4 * x)),
     "Solarize": lambda p, x, s, f, r: ImageOps.solarize(p, 256 - int(256 * x)),
     "SolarizeAdd": lambda p, x, s, f, r: _solarize_add(p, int(110 * x)),
     "Color": lambda p, x, s, f, r: _enhance(ImageEnhance.Color, p, x, s),
@@ -156,10 +161,13 @@ class ColorJitter(grain.transforms.RandomMap):
 
     def random_map(self, element: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
         """The element with its picture changed."""
-        picture = element["image"]
-        kinds = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
-        for kind, factor in zip(
-            rng.permutation(3), rng.uniform(max(0, 1 - self.amount), 1 + self.amount, 3), strict=True
-        ):
-            picture = kinds[kind](picture).enhance(factor)
-        return element | {"image": picture}
+        factors = rng.uniform(max(0.0, 1 - self.amount), 1 + self.amount, 3)
+        return element | {"image": adjust(element["image"], rng.permutation(3).tolist(), factors.tolist())}
+
+
+def adjust(picture: Image.Image, order: Sequence[int], factors: Sequence[float]) -> Image.Image:
+    """Brightness (0), contrast (1) and saturation (2) multiplied by factors[0..2], in the given order."""
+    kinds = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
+    for kind in order:
+        picture = kinds[kind](picture).enhance(factors[kind])
+    return picture
