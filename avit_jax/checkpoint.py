@@ -1,7 +1,9 @@
 """Models and training states on disk, with orbax; every checkpoint says what it is (config.json or a config item)."""
 
+import contextlib
 import dataclasses
 import shutil
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import jax
 import orbax.checkpoint as ocp
 from flax import nnx
 from flax.traverse_util import flatten_dict
+from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from avit_jax.config import AViTConfig
 from avit_jax.convert import Conversion, convert, fit, override
@@ -106,15 +109,17 @@ def checkpoint_steps(folder: Path) -> list[Path]:
 
 
 def restore_tree(path: Path, target: Any) -> Any:
-    """The arrays under `path`, on the first device, in the target's structure (nested dicts of arrays or their shapes).
+    """The arrays under `path` in the structure of the target, nested dicts of arrays, as they lie, or of shapes.
+
+    Shapes alone: on this process's first device.
 
     Raises ValueError naming the parameter and both shapes where they differ, and the path where it is damaged.
     """
     # Said, not left to the file: it may come from a machine with other devices.
-    first = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
-    def on_first_device(leaf: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=first)
+    def placed(leaf: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None) or first)
 
     with ocp.StandardCheckpointer() as checkpointer:
         try:
@@ -123,7 +128,7 @@ def restore_tree(path: Path, target: Any) -> Any:
             raise ValueError(f"the checkpoint {path} is incomplete or damaged: {_first_line(error)}") from error
         _check_shapes(path, found, target)
         try:
-            return checkpointer.restore(path, jax.tree.map(on_first_device, target))
+            return checkpointer.restore(path, jax.tree.map(placed, target))
         except Exception as error:
             raise ValueError(f"the checkpoint {path} is incomplete or damaged: {_first_line(error)}") from error
 
@@ -149,37 +154,111 @@ def _check_shapes(path: Path, found: Any, target: Any) -> None:
         )
 
 
-class RunCheckpoints:
-    """The checkpoints of one training run: STEP/{model,ema,optimizer,step,data,config}, the last few kept."""
+@dataclasses.dataclass(frozen=True)
+class Restored:
+    """What a training run's checkpoint holds."""
 
-    def __init__(self, folder: Path, keep: int) -> None:
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
-        self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
+    step: int
+    items: dict[str, Any]
+    progress: dict[str, Any]
+    data: dict[str, Any]
+
+
+class RunCheckpoints:
+    """The checkpoints of one training run: STEP/{model,ema,optimizer,step,data,config}, written in the background.
+
+    Kept: the last `keep`, every `every`-th step, the `best` ones by top-1 on validation.
+    """
+
+    def __init__(self, folder: Path, keep: int, every: int = 0, best: int = 0) -> None:
+        policies: list[Any] = [preservation_policy.LatestN(keep)]
+        if every:
+            policies.append(preservation_policy.EveryNSteps(every))
+        if best:
+            policies.append(preservation_policy.BestN(get_metric_fn=lambda metrics: metrics["top1"], n=best))
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=preservation_policy.AnyPreservationPolicy(policies), cleanup_tmp_directories=True
+        )
         self._folder = folder.absolute()
+        try:
+            self._manager = ocp.CheckpointManager(self._folder, options=options)
+        except OSError as error:
+            raise ValueError(f"{self._folder} cannot be written: {error.strerror}") from error
 
     def save(
-        self, step: int, items: dict[str, Any], progress: dict[str, Any], data: dict[str, Any], config: AViTConfig
+        self,
+        step: int,
+        items: dict[str, Any],
+        progress: dict[str, Any],
+        data: dict[str, Any],
+        config: AViTConfig,
+        top1: float,
     ) -> None:
-        """Write in the background; items are model, optimizer and perhaps ema, progress and data are plain JSON."""
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                **{name: ocp.args.StandardSave(tree) for name, tree in items.items()},
-                step=ocp.args.JsonSave(progress),
-                data=ocp.args.JsonSave(data),
-                config=ocp.args.JsonSave(config.to_json()),
-            ),
+        """Write in the background; items are model, optimizer and perhaps ema, progress and data are plain JSON.
+
+        Raises ValueError where this one, or the one before it in the background, cannot be written.
+        """
+        parts = ocp.args.Composite(
+            **{name: ocp.args.StandardSave(tree) for name, tree in items.items()},
+            step=ocp.args.JsonSave(progress),
+            data=ocp.args.JsonSave(data),
+            config=ocp.args.JsonSave(config.to_json()),
         )
+        with self._writing():
+            self._manager.save(step, metrics={"top1": top1}, args=parts)
 
-    def latest_step(self) -> int | None:
-        """The newest finished step, or None."""
-        return self._manager.latest_step()
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # orbax raises many kinds, the disk's own among them
+            raise ValueError(
+                f"a checkpoint could not be written to {self._folder}: {_first_line(error)}; the ones before it are "
+                "whole, and the same command goes on from there"
+            ) from error
 
-    def restore(self, step: int, items: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-        """(items, progress, data) of a step; items restored into the given ones' structure and shapes."""
-        folder = self._folder / str(step)
+    def restore_newest(self, items: dict[str, Any]) -> Restored | None:
+        """The newest whole checkpoint in the given items' structure and layout; None where there is none at all.
+
+        A damaged one is named and passed over, not deleted. Raises ValueError where all are damaged.
+        """
+        steps = checkpoint_steps(self._folder)[::-1]
+        for folder in steps:
+            try:
+                found = self._restore(folder, items)
+            except ValueError as error:
+                if folder == steps[-1]:
+                    raise
+                print(f"{error}; going back to the checkpoint before it")
+                continue
+            self._set_aside(step for step in steps if int(step.name) > found.step)
+            return found
+        return None
+
+    def _restore(self, folder: Path, items: dict[str, Any]) -> Restored:
         restored = {name: restore_tree(folder / name, tree) for name, tree in items.items()}
-        return restored, read_json(folder / "step" / "metadata"), read_json(folder / "data" / "metadata")
+        progress, data = (read_json(folder / name / "metadata") for name in ("step", "data"))
+        return Restored(int(folder.name), restored, progress, data)
+
+    def _set_aside(self, damaged: Iterable[Path]) -> None:
+        """Rename, so that the steps can be written again."""
+        damaged = list(damaged)
+        if jax.process_index() == 0:
+            for folder in damaged:
+                target = folder.with_name(f"damaged-{folder.name}")
+                if not target.exists():
+                    folder.rename(target)
+        if damaged:
+            self._manager.reload()
+
+    def preempted(self, step: int) -> bool:
+        """Whether the cluster is about to take the machine away (one of several processes got SIGTERM)."""
+        return jax.process_count() > 1 and self._manager.reached_preemption(step)
+
+    def wait(self) -> None:
+        """Until what was saved is on disk. Raises ValueError where it could not be written."""
+        with self._writing():
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
         """Wait until everything is on disk."""

@@ -8,6 +8,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
@@ -19,15 +20,18 @@ from avit_jax.data.open import open_dataset
 from avit_jax.data.pipeline import evaluation_images
 from avit_jax.data.settings import AugmentSettings, DataSettings
 from avit_jax.data.sources import Dataset, Split
+from avit_jax.distributed import check_same
 from avit_jax.evaluation import Evaluation, evaluate, images_per_second, masked_program
 from avit_jax.files import read_json, write_json
 from avit_jax.gate_start import start_gate
+from avit_jax.interruption import FolderLock
 from avit_jax.logs import read_metrics
 from avit_jax.mesh import data_mesh
 from avit_jax.model import AViT
 from avit_jax.packed import compile_packed
 from avit_jax.preprocessing import normalize
 from avit_jax.report import draw_curves, draw_depth_histogram, draw_depth_maps
+from avit_jax.speed import parse_profile
 from avit_jax.training import train
 
 # What decides the shapes of the parameters; the gate and the preprocessing are the checkpoint's own.
@@ -42,6 +46,25 @@ SHAPE_FIELDS = [
     "qkv_bias",
     "distilled",
 ]
+# What a stopped run may go on with changed: where and how it runs, and what it says of itself.
+FREE_TO_CHANGE = {
+    "checkpoint_every",
+    "data.path",
+    "data.threads",
+    "data.workers",
+    "eval_batch_size",
+    "eval_every",
+    "keep_best",
+    "keep_checkpoints",
+    "keep_every",
+    "log_every",
+    "mesh.data",
+    "mesh.fsdp",
+    "on_nan",
+    "peak_tflops",
+    "profile",
+}
+ON_NAN = ("stop", "roll back")
 SUMMARY_KEYS = ("top1", "top5", "gmacs")
 DEPTH_KEYS = ("mean_depth", "depth_fraction", "depth_std_tokens", "depth_std_images")
 
@@ -110,7 +133,13 @@ def run(config: ConfigDict, workdir: str | Path, *, resume: bool = True, began: 
     """
     began = time.perf_counter() if began is None else began
     workdir = Path(workdir)
-    _check_values(config)
+    check_same(_flat(_resolved(config)))
+    check_values(config)
+    with FolderLock(workdir):
+        return _run(config, workdir, resume, began)
+
+
+def _run(config: ConfigDict, workdir: Path, resume: bool, began: float) -> dict[str, Any]:
     _check_folder(config, workdir, resume)
     summary_path = workdir / "summary.json"
     if summary_path.exists():
@@ -122,22 +151,26 @@ def run(config: ConfigDict, workdir: str | Path, *, resume: bool = True, began: 
     model = initial_model(config, dataset)
     baseline = _baseline(config, model.config)
     teacher = _teacher(config, model.config)
-    workdir.mkdir(parents=True, exist_ok=True)
-    origin = {"command": shlex.join(["python", *sys.argv]), "versions": _versions(), "config": _resolved(config)}
-    write_json(workdir / "train_config.json", origin)
+    first = jax.process_index() == 0
+    if first:
+        workdir.mkdir(parents=True, exist_ok=True)
+        origin = {"command": shlex.join(["python", *sys.argv]), "versions": _versions(), "config": _resolved(config)}
+        write_json(workdir / "train_config.json", origin)
     earlier = train(config, dataset, model, workdir, teacher, began=began)
     summary, result = _measure(config, dataset, baseline, model)
+    summary["seconds"] = earlier + time.perf_counter() - began
+    if not first:
+        return summary
     pictures = draw(model, dataset, result, workdir)
     if not (workdir / "model").exists():
         save(model, workdir / "model")
-    summary["seconds"] = earlier + time.perf_counter() - began
     write_json(summary_path, summary)  # last: a folder with a summary is a finished run
     print(format_summary(summary))
     print("\n".join(["", *(f"picture: {path}" for path in pictures), f"model:   {workdir / 'model'}"]))
     return summary
 
 
-def _check_values(config: ConfigDict) -> None:
+def check_values(config: ConfigDict) -> None:
     """Raises ValueError for numbers that no run can work with, naming the key."""
     limits = {
         "batch_size": 1,
@@ -146,6 +179,9 @@ def _check_values(config: ConfigDict) -> None:
         "eval_every": 1,
         "checkpoint_every": 1,
         "keep_checkpoints": 1,
+        "keep_every": 0,
+        "keep_best": 0,
+        "accumulation": 1,
         "epochs": 0,
         "loss.ponder_weight": 0,
         "loss.prior_weight": 0,
@@ -158,6 +194,13 @@ def _check_values(config: ConfigDict) -> None:
     for name, least in limits.items():
         if values[name] < least:
             raise ValueError(f"config.{name} is {values[name]}: it must be at least {least}")
+    if config.batch_size % config.accumulation:
+        raise ValueError(
+            f"config.batch_size {config.batch_size} is no multiple of config.accumulation {config.accumulation}"
+        )
+    if config.on_nan not in ON_NAN:
+        raise ValueError(f"config.on_nan {config.on_nan!r} is unknown: choose {' or '.join(map(repr, ON_NAN))}")
+    parse_profile(config.profile)
     if config.loss.label_smoothing >= 1:
         raise ValueError(f"config.loss.label_smoothing is {config.loss.label_smoothing}: it must be below 1")
     if (config.loss.distillation == "none") != (not config.teacher):
@@ -203,7 +246,11 @@ def _check_folder(config: ConfigDict, workdir: Path, resume: bool) -> None:
     if not resume:
         raise ValueError(f"{workdir} holds a run already: leave --noresume out, or give another --workdir")
     there, here = _flat(read_json(workdir / "train_config.json")["config"]), _flat(_resolved(config))
-    changed = [name for name in sorted(there.keys() | here.keys()) if there.get(name) != here.get(name)]
+    changed = [
+        name
+        for name in sorted(there.keys() | here.keys())
+        if there.get(name) != here.get(name) and name not in FREE_TO_CHANGE
+    ]
     if changed:
         name = changed[0]
         raise ValueError(
@@ -294,7 +341,7 @@ def evaluate_checkpoint(config: ConfigDict, path: str | Path, *, ema: bool = Fal
 
     Raises ValueError where the checkpoint and config.model differ in shape, or the checkpoint and the data.
     """
-    _check_values(config)
+    check_values(config)
     dataset = open_dataset(DataSettings.from_config(dict(config.data)))
     wanted = model_config(config, dataset)
     # A foreign file knows nothing but weights; ours knows itself, and is only held against the config's shapes.

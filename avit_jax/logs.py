@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jax
 import optax
 from tensorboardX import SummaryWriter
 
@@ -11,36 +12,46 @@ from avit_jax.evaluation import Evaluation
 
 
 class RunLog:
-    """metrics.jsonl and tensorboard/ in the run's folder; lines after the restored step are removed on resume."""
+    """metrics.jsonl and tensorboard/ in the run's folder; lines after the restored step are removed on resume.
+
+    Of several processes the first writes.
+    """
 
     def __init__(self, workdir: Path, start: int, schedule: optax.Schedule) -> None:
+        self._writes = jax.process_index() == 0
+        self._schedule = schedule
+        if not self._writes:
+            return
         self._path = workdir / "metrics.jsonl"
         lines = [line for line in read_metrics(workdir) if line["step"] <= start]
         self._path.write_text("".join(json.dumps(line) + "\n" for line in lines))
         self._file = self._path.open("a")
         self._tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1)
-        self._schedule = schedule
 
-    def train(self, step: int, means: dict[str, float]) -> None:
+    def train(self, step: int, means: dict[str, Any]) -> None:
         """Means over the steps since the last line."""
         self._write("train", step, means | {"learning_rate": float(self._schedule(step - 1))})
 
-    def val(self, step: int, result: Evaluation) -> None:
-        """One evaluation on the validation set."""
-        self._write("val", step, {"loss": result.loss, "accuracy": result.top1, "mean_depth": result.mean_depth})
+    def val(self, step: int, result: Evaluation, split: str = "val") -> None:
+        """One evaluation on the validation set; split "val_raw": of the raw weights beside the moving average."""
+        self._write(split, step, {"loss": result.loss, "accuracy": result.top1, "mean_depth": result.mean_depth})
 
-    def _write(self, split: str, step: int, values: dict[str, float]) -> None:
+    def _write(self, split: str, step: int, values: dict[str, Any]) -> None:
+        if not self._writes:
+            return
         self._file.write(json.dumps({"split": split, "step": step} | values) + "\n")
         self._file.flush()
         for name, value in values.items():
-            self._tensorboard.add_scalar(f"{split}/{name}", value, step)
+            for layer, number in enumerate(value, start=1) if isinstance(value, list) else ((0, value),):
+                self._tensorboard.add_scalar(f"{split}/{name}" + f"/{layer:02}" * (layer > 0), number, step)
 
     def __enter__(self) -> "RunLog":
         return self
 
     def __exit__(self, *_: Any) -> None:
-        self._file.close()
-        self._tensorboard.close()
+        if self._writes:
+            self._file.close()
+            self._tensorboard.close()
 
 
 def read_metrics(workdir: Path) -> list[dict[str, Any]]:

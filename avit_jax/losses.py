@@ -26,13 +26,25 @@ class LossTerms:
         return self.classification + self.ponder + self.prior
 
 
+def image_mean(values: Float[Array, "b ..."], image_weight: Float[Array, " b"] | None = None) -> Float[Array, ""]:
+    """The mean over images and all that belongs to them; images of weight 0 are left out."""
+    if image_weight is None:
+        return values.mean()
+    of_images = values.reshape(len(values), -1).mean(1)
+    return image_weight @ of_images / jnp.maximum(image_weight.sum(), 1)
+
+
 def classification_loss(
-    logits: Float[Array, "b c"], targets: Int[Array, " b"] | Float[Array, "b c"], label_smoothing: float = 0.0
+    logits: Float[Array, "b c"],
+    targets: Int[Array, " b"] | Float[Array, "b c"],
+    label_smoothing: float = 0.0,
+    image_weight: Float[Array, " b"] | None = None,
 ) -> Float[Array, ""]:
     """Mean cross entropy, in nats; targets are labels or distributions (mixup), smoothed towards uniform."""
     if jnp.issubdtype(targets.dtype, jnp.integer):
         targets = jax.nn.one_hot(targets, logits.shape[-1])
-    return optax.softmax_cross_entropy(logits, optax.smooth_labels(targets, label_smoothing)).mean()
+    entropy = optax.softmax_cross_entropy(logits, optax.smooth_labels(targets, label_smoothing))
+    return image_mean(entropy, image_weight)
 
 
 def distillation_loss(
@@ -44,6 +56,7 @@ def distillation_loss(
     weight: float = 0.5,
     temperature: float = 1.0,
     label_smoothing: float = 0.0,
+    image_weight: Float[Array, " b"] | None = None,
 ) -> Float[Array, ""]:
     """Classification with a teacher (DeiT, arXiv 2012.12877, equations 2 and 3), in nats.
 
@@ -54,22 +67,24 @@ def distillation_loss(
     if kind not in DISTILLATIONS:
         raise ValueError(f"distillation {kind!r} is unknown: choose one of {', '.join(DISTILLATIONS)}")
     if kind == "none":
-        return classification_loss(head_logits.mean(0), targets, label_smoothing)
+        return classification_loss(head_logits.mean(0), targets, label_smoothing, image_weight)
     if teacher_logits is None:
         raise ValueError(f"distillation {kind!r} needs the teacher's logits")
     student = head_logits[-1]
     if kind == "hard":
-        term = classification_loss(student, teacher_logits.argmax(-1))
+        term = classification_loss(student, teacher_logits.argmax(-1), image_weight=image_weight)
     else:
         log_student = jax.nn.log_softmax(student / temperature)
         log_teacher = jax.nn.log_softmax(teacher_logits / temperature)
-        term = temperature**2 * optax.losses.kl_divergence_with_log_targets(log_student, log_teacher).mean()
-    return (1 - weight) * classification_loss(head_logits[0], targets, label_smoothing) + weight * term
+        divergence = optax.losses.kl_divergence_with_log_targets(log_student, log_teacher)
+        term = temperature**2 * image_mean(divergence, image_weight)
+    own = classification_loss(head_logits[0], targets, label_smoothing, image_weight)
+    return (1 - weight) * own + weight * term
 
 
-def ponder_loss(ponder_cost: Float[Array, "b n"]) -> Float[Array, ""]:
+def ponder_loss(ponder_cost: Float[Array, "b n"], image_weight: Float[Array, " b"] | None = None) -> Float[Array, ""]:
     """Mean ponder cost over images and tokens, in layers (arXiv 2112.07658)."""
-    return ponder_cost.mean()
+    return image_mean(ponder_cost, image_weight)
 
 
 def log_depth_prior(num_layers: int, kind: str, target_depth: float) -> Float[Array, " l"]:
@@ -112,7 +127,12 @@ def halting_losses(
     prior_weight: float,
     prior: str,
     prior_target_depth: float,
+    image_weight: Float[Array, " b"] | None = None,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """The two weighted halting terms: ponder_weight * mean ponder cost and prior_weight * prior."""
-    prior_term = prior_loss(halting_scores.mean((1, 2)), prior, prior_target_depth)
-    return ponder_weight * ponder_loss(ponder_cost), prior_weight * prior_term
+    if image_weight is None:
+        by_layer = halting_scores.mean((1, 2))
+    else:
+        by_layer = jax.vmap(image_mean, (0, None))(halting_scores, image_weight)
+    prior_term = prior_loss(by_layer, prior, prior_target_depth)
+    return ponder_weight * ponder_loss(ponder_cost, image_weight), prior_weight * prior_term

@@ -1,8 +1,10 @@
-"""Devices and shardings: the batch is split over `data`, the training state is on every device."""
+"""Devices and shardings: the batch is split over all of them, the training state over the axis `fsdp`."""
 
 import os
+from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 
@@ -23,10 +25,37 @@ def use_all_cores(most: int = 8) -> None:
 
 
 def data_mesh(batch_size: int) -> Mesh:
-    """A mesh with one axis, `data`, over as many devices as divide the batch."""
-    devices = jax.devices()
+    """A mesh with one axis, `data`, over as many of this process's devices as divide the batch."""
+    devices = jax.local_devices()
     count = max(n for n in range(1, len(devices) + 1) if batch_size % n == 0)
     return jax.make_mesh((count,), ("data",), axis_types=(AxisType.Auto,), devices=devices[:count])
+
+
+def training_mesh(data: int, fsdp: int, batch_size: int) -> Mesh:
+    """The mesh of config.mesh: the batch is split over `data` and `fsdp`, the training state over `fsdp`.
+
+    data -1 takes the devices that fsdp leaves; on one machine without accelerators as many as divide the batch.
+    Raises ValueError where the axes do not make up the devices, or the devices do not divide the batch.
+    """
+    devices = jax.devices()
+    if fsdp < 1 or (data < 1 and data != -1):
+        raise ValueError(f"config.mesh is data={data}, fsdp={fsdp}: give numbers of devices, or data=-1 for the rest")
+    if data == -1 and jax.process_count() == 1 and jax.default_backend() == "cpu":
+        fitting = [n for n in range(1, len(devices) // fsdp + 1) if batch_size % (n * fsdp) == 0]
+        devices = devices[: (fitting or [len(devices) // fsdp])[-1] * fsdp]
+    count = len(devices) // fsdp if data == -1 else data
+    if count * fsdp != len(devices):
+        raise ValueError(
+            f"config.mesh is data={data}, fsdp={fsdp} and there are {len(devices)} devices: their product must be "
+            "the number of devices; data=-1 fills"
+        )
+    if batch_size % len(devices):
+        raise ValueError(
+            f"config.batch_size {batch_size} cannot be split over {len(devices)} devices: "
+            f"choose {max(1, round(batch_size / len(devices))) * len(devices)}"
+        )
+    axes = (AxisType.Auto, AxisType.Auto)
+    return jax.make_mesh((count, fsdp), ("data", "fsdp"), axis_types=axes, devices=devices)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -35,5 +64,29 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """The leading axis split over `data`."""
-    return NamedSharding(mesh, PartitionSpec("data"))
+    """The leading axis split over all axes of the mesh."""
+    return NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+
+
+def state_shardings(mesh: Mesh, state: Any) -> Any:
+    """How each array of a training state lies: split over `fsdp` along its longest axis that it divides.
+
+    Never along the layers of stacked blocks, which are scanned over; whole on every device where nothing divides.
+    """
+    parts = mesh.shape["fsdp"]
+
+    def of(path: Any, leaf: Any) -> NamedSharding:
+        first = 1 if "blocks" in jax.tree_util.keystr(path) else 0
+        axes = [axis for axis in range(first, leaf.ndim) if leaf.shape[axis] % parts == 0]
+        if parts == 1 or not axes:
+            return replicated(mesh)
+        longest = max(axes, key=lambda axis: leaf.shape[axis])
+        return NamedSharding(mesh, PartitionSpec(*[None] * longest, "fsdp"))
+
+    return jax.tree_util.tree_map_with_path(of, state)
+
+
+def global_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """A batch over all processes from the rows that each of them has."""
+    sharding = batch_sharding(mesh)
+    return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}

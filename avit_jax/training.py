@@ -1,4 +1,4 @@
-"""Training: the state, the jitted step, the loop that logs, evaluates and checkpoints."""
+"""Training: the loop that logs, evaluates, checkpoints, stops when asked to and goes on as if nothing had happened."""
 
 import dataclasses
 import math
@@ -8,156 +8,69 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import optax
+import numpy as np
 from flax import nnx
-from jax.sharding import NamedSharding
-from jaxtyping import Array, Int
+from jax.sharding import Mesh
+from jaxtyping import Array
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from avit_jax import losses
 from avit_jax.checkpoint import RunCheckpoints
 from avit_jax.data.pipeline import TrainingBatches, training_batches
 from avit_jax.data.sources import Dataset
-from avit_jax.evaluation import evaluate
+from avit_jax.evaluation import Evaluation, evaluate
+from avit_jax.interruption import StopRequest
 from avit_jax.logs import RunLog
-from avit_jax.mesh import batch_sharding, data_mesh, replicated
+from avit_jax.mesh import global_batch, replicated, state_shardings, training_mesh
 from avit_jax.model import AViT
-from avit_jax.optim import learning_rate_schedule, make_optimizer, update_average
+from avit_jax.optim import learning_rate_schedule, make_optimizer
+from avit_jax.speed import StepClock
+from avit_jax.train_step import TrainState, initial_state, make_train_step
 
 LOSS_TERMS = ("classification", "ponder", "prior", "gradient_norm")
+Metrics = dict[str, Any]
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class TrainState:
-    """Everything that a step changes; randomness comes from the seed and the step."""
-
-    step: Int[Array, ""]
-    params: nnx.State
-    ema: nnx.State | None
-    optimizer: optax.OptState
-
-    @property
-    def eval_params(self) -> nnx.State:
-        """The moving average where there is one."""
-        return self.params if self.ema is None else self.ema
-
-
-def initial_state(
-    model: AViT, optimizer: optax.GradientTransformation, ema_decay: float, sharding: NamedSharding
-) -> TrainState:
-    """The state before step 1; it owns copies, because the step donates its buffers."""
-    params = jax.tree.map(jnp.copy, nnx.state(model, nnx.Param))
-    ema = jax.tree.map(jnp.copy, params) if ema_decay else None
-    state = TrainState(jnp.zeros((), jnp.int32), params, ema, optimizer.init(params))
-    return jax.device_put(state, sharding)
-
-
-def make_train_step(
-    graphdef: nnx.GraphDef, optimizer: optax.GradientTransformation, config: ConfigDict, teacher: AViT | None = None
-) -> Callable[[TrainState, dict[str, Array]], tuple[TrainState, dict[str, Array]]]:
-    """One jitted function: forward, the three loss terms, backward, update. The old state's buffers are donated."""
-    loss_config = config.loss
-    teacher_graphdef, teacher_state = (None, None) if teacher is None else nnx.split(teacher)
-
-    def loss_function(params: nnx.State, batch: dict[str, Array], step: Array, teacher_state: Any) -> Any:
-        model = nnx.merge(graphdef, params)
-        rngs = nnx.Rngs(dropout=jax.random.fold_in(jax.random.key(config.seed), step))
-        output = model(batch["image"], deterministic=False, rngs=rngs)
-        teacher_logits = None
-        if teacher_graphdef is not None:
-            teacher_logits = jax.lax.stop_gradient(nnx.merge(teacher_graphdef, teacher_state)(batch["image"]).logits)
-        classification = losses.distillation_loss(
-            output.head_logits,
-            batch["label"],
-            teacher_logits,
-            kind=loss_config.distillation,
-            weight=loss_config.distillation_weight,
-            temperature=loss_config.distillation_temperature,
-            label_smoothing=loss_config.label_smoothing,
-        )
-        ponder = prior = jnp.zeros(())
-        if model.config.halts:
-            ponder, prior = losses.halting_losses(
-                output.halting_scores,
-                output.ponder_cost,
-                ponder_weight=loss_config.ponder_weight,
-                prior_weight=loss_config.prior_weight,
-                prior=loss_config.prior,
-                prior_target_depth=loss_config.prior_target_depth,
-            )
-        terms = losses.LossTerms(classification, ponder, prior)
-        return terms.total, (terms, output)
-
-    def train_step(state: TrainState, batch: dict[str, Array], teacher_state: Any) -> Any:
-        gradient = jax.value_and_grad(loss_function, has_aux=True)
-        (loss, (terms, output)), grads = gradient(state.params, batch, state.step, teacher_state)
-        updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
-        params = optax.apply_updates(state.params, updates)
-        ema = None if state.ema is None else update_average(state.ema, params, config.optim.ema_decay)
-        metrics = {
-            "loss": loss,
-            "classification": terms.classification,
-            "ponder": terms.ponder,
-            "prior": terms.prior,
-            "gradient_norm": optax.tree.norm(grads),
-            "accuracy": (output.logits.argmax(-1) == batch["label"]).mean(),
-            "mean_depth": output.token_depth.mean(),
-        }
-        return TrainState(state.step + 1, params, ema, optimizer_state), metrics
-
-    mesh = data_mesh(config.batch_size)
-    everywhere, split = replicated(mesh), batch_sharding(mesh)
-    jitted = jax.jit(
-        train_step,
-        donate_argnums=0,
-        in_shardings=(everywhere, split, everywhere),
-        out_shardings=(everywhere, everywhere),
-    )
-    return lambda state, batch: jitted(state, batch, teacher_state)
+class Stopped(Exception):
+    """The run was asked to stop and has written its checkpoint; the message says how to go on."""
 
 
 def train(
     config: ConfigDict, dataset: Dataset, model: AViT, workdir: Path, teacher: AViT | None = None, *, began: float
 ) -> float:
-    """Train to config.epochs, from the newest checkpoint in workdir where there is one; the model ends up trained.
+    """Train to config.epochs, from workdir's newest whole checkpoint where there is one; the model ends up trained.
 
     began: time.perf_counter() when this run started. Returns the seconds that earlier, stopped runs took. Raises
-    FloatingPointError at a NaN or infinite loss; the last good checkpoint stays.
+    FloatingPointError at a NaN or infinite loss (config.on_nan); the last good checkpoint stays. Raises Stopped after
+    SIGTERM or SIGINT.
     """
+    mesh = training_mesh(config.mesh.data, config.mesh.fsdp, config.batch_size)
     batches = training_batches(
-        dataset.train, model.config, batch_size=config.batch_size, seed=config.seed, augment=dict(config.augment)
+        dataset.train,
+        model.config,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        augment=dict(config.augment),
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
     )
     steps = training_steps(config, dataset)
-    optimizer = make_optimizer(config.optim, steps)
+    schedule = learning_rate_schedule(config.optim, steps, epochs=config.epochs, batch_size=config.batch_size)
+    optimizer = make_optimizer(config.optim, schedule)
     graphdef, _ = nnx.split(model)
-    everywhere = replicated(data_mesh(config.batch_size))
-    state = initial_state(model, optimizer, config.optim.ema_decay, everywhere)
-    train_step = make_train_step(graphdef, optimizer, config, teacher)
-    checkpoints = RunCheckpoints(workdir / "checkpoints", config.keep_checkpoints)
-    start, earlier, window = 0, 0.0, []
-    if (latest := checkpoints.latest_step()) is not None:
-        items, progress, data = checkpoints.restore(latest, _items(state))
-        state = jax.device_put(_with_items(state, items, latest), everywhere)
-        batches.set_state(data)
-        start, earlier, window = latest, progress["seconds"], progress["window"]
-        print(f"going on from step {latest} of {steps} in {workdir}")
-    with RunLog(workdir, start, learning_rate_schedule(config.optim, steps)) as log:
-        loop = _Loop(config, dataset, model, steps, train_step, batches, checkpoints, log)
-        try:
-            state = loop.run(state, start, began - earlier, window)
-        finally:
-            checkpoints.close()
-            batches.close()
-    _show(model, state)
+    state = initial_state(model, optimizer, config.optim.ema_decay, mesh)
+    train_step = make_train_step(graphdef, optimizer, config, mesh, teacher)
+    checkpoints = RunCheckpoints(workdir / "checkpoints", config.keep_checkpoints, config.keep_every, config.keep_best)
+    run = _Run(config, dataset, model, steps, mesh, train_step, batches, checkpoints, state, began=began)
+    try:
+        run.restore(workdir)
+        earlier = run.began_earlier
+        with RunLog(workdir, run.step, schedule) as log, StopRequest() as stop:
+            run.loop(log, stop, workdir)
+    finally:
+        checkpoints.close()
+        batches.close()
     return earlier
-
-
-def _show(model: AViT, state: TrainState) -> None:
-    """Give the model the state's weights, on one device, for evaluation."""
-    nnx.update(model, jax.device_put(state.eval_params, jax.devices()[0]))
 
 
 def training_steps(config: ConfigDict, dataset: Dataset) -> int:
@@ -165,8 +78,8 @@ def training_steps(config: ConfigDict, dataset: Dataset) -> int:
     return max(1, round(config.epochs * len(dataset.train) / config.batch_size))
 
 
-def _items(state: TrainState) -> dict[str, Any]:
-    """The state as plain nested dicts and tuples of arrays, as the checkpoint's items."""
+def state_items(state: TrainState) -> dict[str, Any]:
+    """The state as plain nested dicts of arrays: the checkpoint's items."""
     items = {"model": nnx.to_pure_dict(state.params), "optimizer": _pure_leaves(state.optimizer)}
     return items | ({} if state.ema is None else {"ema": nnx.to_pure_dict(state.ema)})
 
@@ -176,7 +89,9 @@ def _pure_leaves(tree: Any) -> dict[str, Any]:
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
 
 
-def _with_items(state: TrainState, items: dict[str, Any], step: int) -> TrainState:
+def state_with(state: TrainState, items: dict[str, Any], step: int) -> TrainState:
+    """The state with a checkpoint's items."""
+
     def filled(target: nnx.State, values: Any) -> nnx.State:
         target = jax.tree.map(lambda x: x, target)
         nnx.replace_by_pure_dict(target, values)
@@ -186,7 +101,7 @@ def _with_items(state: TrainState, items: dict[str, Any], step: int) -> TrainSta
         lambda path, _: items["optimizer"][jax.tree_util.keystr(path, simple=True, separator=".")], state.optimizer
     )
     return TrainState(
-        step=jnp.asarray(step, jnp.int32),
+        step=jax.device_put(np.asarray(step, np.int32), state.step.sharding),
         params=filled(state.params, items["model"]),
         ema=None if state.ema is None else filled(state.ema, items["ema"]),
         optimizer=optimizer,
@@ -194,65 +109,185 @@ def _with_items(state: TrainState, items: dict[str, Any], step: int) -> TrainSta
 
 
 @dataclasses.dataclass
-class _Loop:
+class _Run:
     config: ConfigDict
     dataset: Dataset
     model: AViT
     steps: int
+    mesh: Mesh
     train_step: Callable[[TrainState, dict[str, Array]], tuple[TrainState, dict[str, Array]]]
     batches: TrainingBatches
     checkpoints: RunCheckpoints
-    log: RunLog
+    state: TrainState
+    began: float
+    step: int = 0
+    window: list[Metrics] = dataclasses.field(default_factory=list)  # metrics of the steps since the last line
+    top1: float = 0.0  # on the validation images, the last time
+    rolled_back: int = 0  # the step at which a loss was not finite and the run went back, once
+    began_earlier: float = 0.0  # seconds that earlier, stopped runs took
 
-    def run(self, state: TrainState, start: int, began: float, window: list[dict[str, float]]) -> TrainState:
+    def restore(self, workdir: Path) -> None:
+        """Go on from the newest checkpoint that is whole."""
+        found = self.checkpoints.restore_newest(state_items(self.state))
+        if found is None:
+            return
+        self._take(found)
+        self.began_earlier = found.progress["seconds"]
+        self.began -= self.began_earlier
+        if jax.process_index() == 0:
+            print(f"going on from step {self.step} of {self.steps} in {workdir}")
+
+    def _take(self, found: Any) -> None:
+        state = state_with(self.state, found.items, found.step)
+        self.state = jax.device_put(state, state_shardings(self.mesh, state))
+        self.batches.set_state(found.data)
+        self.step, self.window = found.step, found.progress["window"]
+        self.top1, self.rolled_back = found.progress["top1"], found.progress["rolled_back"]
+
+    def loop(self, log: RunLog, stop: StopRequest, workdir: Path) -> None:
+        """To the last step."""
+        clock = StepClock(self.config, self.model.config, self.mesh, workdir)
+        with tqdm(
+            total=self.steps,
+            initial=self.step,
+            unit="step",
+            desc="training",
+            mininterval=1,
+            dynamic_ncols=True,
+            disable=None if jax.process_index() else False,
+        ) as bar:
+            while self.step < self.steps:
+                try:
+                    self._some_steps(log, stop, clock, bar)
+                except FloatingPointError as error:
+                    self._roll_back(error)
+                    bar.n = self.step
+                    clock.start(self.step)
+        self.checkpoints.wait()
+        self._show(self.state.params if self.state.ema is None else self.state.ema)
+        if self.state.ema is not None and self.config.optim.compare_ema:
+            self._keep_better(log)
+
+    def _some_steps(self, log: RunLog, stop: StopRequest, clock: StepClock, bar: tqdm) -> None:
+        """Until the end, or a loss that is not finite."""
+        config = self.config
         pending: tuple[int, dict[str, Array]] | None = None
-        bar = tqdm(total=self.steps, initial=start, unit="step", desc="training", mininterval=1, dynamic_ncols=True)
-        window_began, window_start = time.perf_counter(), start
-        with bar:
-            for step in range(start + 1, self.steps + 1):
-                state, metrics = self.train_step(state, next(self.batches))
-                # The step before is read while this one runs, so that the device never waits for Python.
-                if pending is not None:
-                    window.append(_checked(*pending))
-                pending = (step, metrics)
-                stop = step == self.steps
-                logs = stop or step % self.config.log_every == 0
-                evaluates = stop or step % self.config.eval_every == 0
-                saves = stop or step % self.config.checkpoint_every == 0
-                if logs or evaluates or saves:
-                    window.append(_checked(*pending))
-                    pending = None
-                if logs:
-                    elapsed = time.perf_counter() - window_began
-                    means = {name: sum(m[name] for m in window) / len(window) for name in window[0]}
-                    means["images_per_second"] = (step - window_start) * self.config.batch_size / elapsed
-                    self.log.train(step, means)
-                    bar.set_postfix(
-                        loss=f"{means['loss']:.3f}",
-                        accuracy=f"{means['accuracy']:.3f}",
-                        depth=f"{means['mean_depth']:.2f}",
-                        images_s=f"{means['images_per_second']:.0f}",
-                    )
-                    window.clear()
-                    window_began, window_start = time.perf_counter(), step
-                bar.update(1)
-                aside = time.perf_counter()
-                if evaluates:
-                    _show(self.model, state)
-                    result = evaluate(self.model, self.dataset.val, self.config.eval_batch_size)
-                    self.log.val(step, result)
-                if saves:
-                    # With the metrics since the last line: the next line after a resume is the same mean.
-                    progress = {"step": step, "seconds": time.perf_counter() - began, "window": list(window)}
-                    self.checkpoints.save(step, _items(state), progress, self.batches.get_state(), self.model.config)
-                # images/s is the speed of training alone.
-                window_began += time.perf_counter() - aside
-        return state
+        clock.start(self.step)
+        while self.step < self.steps:
+            clock.trace(self.step + 1)
+            with clock.waiting_for("data"):
+                batch = global_batch(next(self.batches), self.mesh)
+            self.state, metrics = self.train_step(self.state, batch)
+            step = self.step + 1
+            # The step before is read while this one runs, so that the device never waits for Python.
+            if pending is not None:
+                with clock.waiting_for("device"):
+                    self.window.append(_checked(*pending))
+            pending = (step, metrics)
+            stopping = stop.signal is not None or self.checkpoints.preempted(step)
+            last = step == self.steps
+            logs = last or step % config.log_every == 0
+            evaluates = last or step % config.eval_every == 0
+            saves = last or stopping or step % config.checkpoint_every == 0
+            if logs or evaluates or saves:
+                with clock.waiting_for("device"):
+                    self.window.append(_checked(*pending))
+                pending = None
+            self.step = step
+            if logs:
+                means = _means(self.window) | clock.figures(step)
+                log.train(step, means)
+                bar.set_postfix(
+                    loss=f"{means['loss']:.3f}",
+                    accuracy=f"{means['accuracy']:.3f}",
+                    depth=f"{means['mean_depth']:.2f}",
+                    images_s=f"{means['images_per_second']:.0f}",
+                )
+                self.window.clear()
+                clock.start(step)
+            bar.update(1)
+            if evaluates:
+                with clock.aside():
+                    self._evaluate(log)
+            if saves:
+                with clock.waiting_for("checkpoint"):
+                    self._save(stopping or last)
+            if stopping and not last:
+                self.checkpoints.wait()
+                raise Stopped(
+                    f"stopped by {stop.signal or 'preemption'} after step {step} of {self.steps}; its checkpoint is "
+                    "written: the same command goes on"
+                )
+
+    def _save(self, now: bool) -> None:
+        # With the metrics since the last line: the next line after a resume is the same mean.
+        progress = {
+            "step": self.step,
+            "seconds": time.perf_counter() - self.began,
+            "window": self.window,
+            "top1": self.top1,
+            "rolled_back": self.rolled_back,
+        }
+        items = state_items(self.state)
+        self.checkpoints.save(self.step, items, progress, self.batches.get_state(), self.model.config, self.top1)
+        if now:
+            self.checkpoints.wait()
+
+    def _evaluate(self, log: RunLog) -> None:
+        self._show(self.state.params if self.state.ema is None else self.state.ema)
+        result = self._on_validation()
+        log.val(self.step, result, "val")
+        self.top1 = result.top1
+        if self.state.ema is not None and self.config.optim.compare_ema:
+            self._show(self.state.params)
+            raw = self._on_validation()
+            log.val(self.step, raw, "val_raw")
+            self.top1 = max(self.top1, raw.top1)
+
+    def _on_validation(self) -> Evaluation:
+        return evaluate(self.model, self.dataset.val, self.config.eval_batch_size)
+
+    def _keep_better(self, log: RunLog) -> None:
+        """Leave the model with the moving average or the raw weights, whichever is better on validation; say which."""
+        average = self._on_validation().top1
+        assert self.state.ema is not None
+        self._show(self.state.params)
+        raw = self._on_validation().top1
+        if jax.process_index() == 0:
+            better = "the moving average" if average >= raw else "the raw weights"
+            print(f"validation top-1: moving average {average:.2%}, raw weights {raw:.2%}; kept: {better}")
+        if average >= raw:
+            self._show(self.state.ema)
+
+    def _show(self, params: nnx.State) -> None:
+        """Give the model the weights, whole and on one device of this process, for evaluation."""
+        whole = jax.device_put(params, replicated(self.mesh))
+        nnx.update(self.model, jax.tree.map(lambda x: x.addressable_data(0), whole))
+
+    def _roll_back(self, error: FloatingPointError) -> None:
+        """Go on from the last checkpoint and skip the data since; once, and with config.on_nan = "roll back"."""
+        if self.config.on_nan != "roll back" or self.rolled_back:
+            raise error
+        bad, data = self.step + 1, self.batches.get_state()
+        self.checkpoints.wait()
+        found = self.checkpoints.restore_newest(state_items(self.state))
+        if found is None:
+            raise error
+        self._take(found)
+        self.batches.set_state(data)
+        self.rolled_back = bad
+        if jax.process_index() == 0:
+            print(f"{error}\nrolled back to step {self.step}; the data up to step {bad} are skipped")
 
 
-def _checked(step: int, metrics: dict[str, Array]) -> dict[str, float]:
+def _means(window: list[Metrics]) -> Metrics:
+    means = {name: np.mean([line[name] for line in window], axis=0) for name in window[0]}
+    return {name: value.tolist() for name, value in means.items()}
+
+
+def _checked(step: int, metrics: dict[str, Array]) -> Metrics:
     """The metrics on the host. Raises FloatingPointError, naming the step and the term, where one is not finite."""
-    values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+    values = {name: np.asarray(value, np.float64).tolist() for name, value in jax.device_get(metrics).items()}
     for term in LOSS_TERMS:
         if not math.isfinite(values[term]):
             raise FloatingPointError(

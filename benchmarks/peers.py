@@ -51,6 +51,8 @@ def peers(config: AViTConfig, images: np.ndarray) -> Iterator[tuple[str, Callabl
         torch.onnx.export(model, (x,), str(path), input_names=["x"], opset_version=17, dynamo=False)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = available_cores()
+        # Its threads would go on turning after a run, and take the cores from whatever is measured next.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     feed = {"x": x.numpy()}
     np.testing.assert_allclose(session.run(None, feed)[0], eager().numpy(), atol=1e-3)

@@ -27,9 +27,9 @@ from flax import nnx
 
 from avit_jax import PRESETS, AViT, AViTConfig
 from avit_jax.config import config_from, nearest
-from avit_jax.mesh import available_cores, data_mesh, replicated, use_all_cores
-from avit_jax.optim import make_optimizer
-from avit_jax.training import initial_state, make_train_step
+from avit_jax.mesh import available_cores, training_mesh, use_all_cores
+from avit_jax.optim import learning_rate_schedule, make_optimizer
+from avit_jax.train_step import initial_state, make_train_step
 from configs import mnist_avit
 
 MNIST = config_from(None, image_size=28, in_channels=1, num_classes=10, **mnist_avit.get_config().model)
@@ -41,11 +41,13 @@ def jax_step(config: AViTConfig, batch_size: int) -> Callable[[], None]:
     experiment = mnist_avit.get_config()
     experiment.batch_size = batch_size
     experiment.loss.distillation = "none"  # a teacher's forward pass is no part of the comparison
-    optimizer = make_optimizer(experiment.optim, 10_000)
+    optimizer = make_optimizer(
+        experiment.optim, learning_rate_schedule(experiment.optim, 10_000, epochs=100, batch_size=batch_size)
+    )
     model = AViT(config, rngs=nnx.Rngs(0))
-    sharding = replicated(data_mesh(batch_size))
-    state = initial_state(model, optimizer, 0.0, sharding)
-    step = make_train_step(nnx.graphdef(model), optimizer, experiment)
+    mesh = training_mesh(-1, 1, batch_size)
+    state = initial_state(model, optimizer, 0.0, mesh)
+    step = make_train_step(nnx.graphdef(model), optimizer, experiment, mesh)
     images, labels = random_batch(config, batch_size)
     batch = {"image": jax.numpy.asarray(images), "label": jax.numpy.asarray(labels)}
 

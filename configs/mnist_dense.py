@@ -54,20 +54,32 @@ def get_config(arg: str = "") -> ConfigDict:
     config.optim = ConfigDict(
         {
             "learning_rate": 1.5e-3,
+            "reference_batch": 0,  # not 0: learning_rate is for this batch and grows with batch_size
             "final_learning_rate": 1e-5,
+            "schedule": "step",  # or "epoch": timm's, with warmup_epochs from warmup_learning_rate
             "warmup_steps": 180,
+            "warmup_epochs": 0,
+            "warmup_learning_rate": 0.0,
             "weight_decay": 0.05,
             "beta1": 0.9,
             "beta2": 0.999,
-            "clip_norm": 1.0,
+            "clip_norm": 1.0,  # 0: no clipping
             "ema_decay": 0.0,
+            "compare_ema": False,  # True: raw weights are evaluated too, and the better ones on validation are kept
         }
     )
+    config.mesh = ConfigDict({"data": -1, "fsdp": 1})  # devices that split the batch; that split the state too
+    config.accumulation = 1  # parts that a batch is worked on in, one after the other
+    config.on_nan = "stop"  # or "roll back": once, to the last checkpoint, past the data that did it
+    config.peak_tflops = 0.0  # of a device, for the share of it that is used (MFU); 0: not reported
+    config.profile = ""  # START:STEPS: a trace of those steps for TensorBoard or Perfetto
     config.epochs = 160.0
     config.batch_size = 100
     config.eval_batch_size = 200
     config.log_every = 12  # steps
     config.eval_every = 72
     config.checkpoint_every = 360
-    config.keep_checkpoints = 2
+    config.keep_checkpoints = 2  # the last ones
+    config.keep_every = 0  # and every so many steps
+    config.keep_best = 0  # and so many of the best by top-1 on validation
     return config

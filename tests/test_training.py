@@ -20,7 +20,9 @@ from avit_jax import losses, training
 from avit_jax.data.sources import load_dataset
 from avit_jax.experiment import evaluate_checkpoint, format_summary, initial_model, run
 from avit_jax.logs import read_metrics
+from avit_jax.mesh import training_mesh
 from avit_jax.optim import learning_rate_schedule, make_optimizer, update_average, weight_decay_mask
+from avit_jax.train_step import initial_state, make_train_step
 from tests.builders import small_config, tiny_experiment, toy_arrays
 
 
@@ -268,28 +270,31 @@ def test_a_teacher_that_does_not_fit_is_refused(config: ConfigDict, tmp_path: Pa
         run(config, tmp_path / "run")
 
 
+def optimizer_of(config: ConfigDict, steps: int) -> optax.GradientTransformation:
+    return make_optimizer(config.optim, learning_rate_schedule(config.optim, steps, epochs=1, batch_size=12))
+
+
 def first_step(config: ConfigDict, model: avit_jax.AViT, teacher: avit_jax.AViT | None = None) -> tuple[Any, Any]:
     """The metrics of one step, and its batch."""
-    optimizer = make_optimizer(config.optim, steps=8)
-    sharding = training.replicated(training.data_mesh(12))
-    state = training.initial_state(model, optimizer, config.optim.ema_decay, sharding)
-    step = training.make_train_step(nnx.graphdef(model), optimizer, config, teacher)
+    optimizer, mesh = optimizer_of(config, 8), training_mesh(-1, 1, 12)
+    state = initial_state(model, optimizer, config.optim.ema_decay, mesh)
+    step = make_train_step(nnx.graphdef(model), optimizer, config, mesh, teacher)
     batch = {"image": jnp.ones((12, 8, 8, 1)) * jnp.arange(12)[:, None, None, None] / 12, "label": jnp.arange(12) % 3}
     return step(state, batch)[1], batch
 
 
 def test_learning_rate_warms_up_and_decays_to_its_end(config: ConfigDict) -> None:
     config.optim.update({"learning_rate": 0.4, "final_learning_rate": 0.1, "warmup_steps": 4})
-    schedule = learning_rate_schedule(config.optim, 12)
+    schedule = learning_rate_schedule(config.optim, 12, epochs=1, batch_size=12)
     found = [float(schedule(step)) for step in (0, 2, 4, 8, 12, 50)]
     np.testing.assert_allclose(found, [0, 0.2, 0.4, 0.25, 0.1, 0.1], atol=1e-6)
     with pytest.raises(ValueError, match="config.optim.warmup_steps 4 is not below the 4 steps"):
-        learning_rate_schedule(config.optim, 4)
+        learning_rate_schedule(config.optim, 4, epochs=1, batch_size=12)
 
 
 def test_the_optimizer_clips_and_decays_kernels_alone(config: ConfigDict) -> None:
     config.optim.update({"learning_rate": 0.1, "warmup_steps": 0, "weight_decay": 0.5, "clip_norm": 1.0})
-    optimizer = make_optimizer(config.optim, steps=10)
+    optimizer = optimizer_of(config, 10)
     params = {"kernel": jnp.full(4, 2.0), "bias": jnp.full(4, 2.0)}
     still = jax.tree.map(jnp.zeros_like, params)
     updates, _ = optimizer.update(still, optimizer.init(params), params)
@@ -339,8 +344,8 @@ def test_the_step_minimises_the_total_loss(config: ConfigDict) -> None:
     dataset = load_dataset("npz", config.data.path)
     model = initial_model(config, dataset)
     graphdef, params = nnx.split(model)
-    optimizer = make_optimizer(config.optim, steps=8)
-    state = training.initial_state(model, optimizer, 0.0, training.replicated(training.data_mesh(12)))
+    optimizer, mesh = optimizer_of(config, 8), training_mesh(-1, 1, 12)
+    state = initial_state(model, optimizer, 0.0, mesh)
     metrics, batch = first_step(config, model)
 
     def loss(params: nnx.State) -> jax.Array:
@@ -354,7 +359,7 @@ def test_the_step_minimises_the_total_loss(config: ConfigDict) -> None:
     value, gradient = jax.value_and_grad(loss)(params)
     np.testing.assert_allclose(metrics["loss"], value, rtol=1e-5)
     np.testing.assert_allclose(metrics["gradient_norm"], optax.tree.norm(gradient), rtol=1e-4)
-    state, _ = training.make_train_step(graphdef, optimizer, config)(state, batch)
+    state, _ = make_train_step(graphdef, optimizer, config, mesh)(state, batch)
     # Adam's first step is the learning rate times the gradient's sign: look where the sign is beyond rounding.
     for before, after, slope in zip(*map(jax.tree.leaves, (params, state.params, gradient)), strict=True):
         clear = np.abs(slope) > 1e-5

@@ -1,0 +1,70 @@
+"""What can end a run from outside: signals, a second run on the same folder."""
+
+import fcntl
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import jax
+
+
+class StopRequest:
+    """SIGTERM and SIGINT ask for the step to be finished and a checkpoint written; a second one quits at once.
+
+    With several processes a single one's signal is shared through orbax's preemption point instead (RunCheckpoints), so
+    that all stop after the same step.
+    """
+
+    SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+    def __init__(self) -> None:
+        self.signal: str | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopRequest":
+        if jax.process_count() == 1:
+            for number in self.SIGNALS:
+                try:
+                    self._before[number] = signal.signal(number, self._asked)
+                except ValueError:  # not the main thread: whoever started it has the signals
+                    break
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _asked(self, number: int, _: Any) -> None:
+        if self.signal is not None:
+            # Files are whole at any moment: orbax renames a checkpoint when it is complete.
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        self.signal = signal.Signals(number).name
+
+
+class FolderLock:
+    """One run at a time in a folder; the operating system gives the lock back however the run ends.
+
+    Raises ValueError where another run has it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / ".lock"
+
+    def __enter__(self) -> "FolderLock":
+        if jax.process_index() == 0:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self._path.open("a+")
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                self._file.close()
+                raise ValueError(
+                    f"another run is at work in {self._path.parent}: wait for it, or give another --workdir"
+                ) from None
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if jax.process_index() == 0:
+            self._file.close()

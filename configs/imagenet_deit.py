@@ -1,0 +1,50 @@
+"""DeiT on ImageNet, 224x224, as its authors trained it: the static models that A-ViT starts from.
+
+    python train.py --config=configs/imagenet_deit.py:tiny --config.data.path=/data/imagenet       (or :small, :base)
+    ... --config.data.source=tfds --config.data.name=imagenet2012                                  from ArrayRecord
+
+Published (arXiv 2012.12877; top-1, 10^9 multiply-adds): tiny 72.2 %, 1.25; small 79.8 %, 4.60; base 81.8 %, 17.6.
+Not run by us: no ImageNet here. Computed, not measured (3 forward passes' work a step, remat one more, 40 % of the peak
+matmul rate of bfloat16, data not in the way), 300 epochs of 1,281,167 images:
+
+    hardware    peak        tiny                  small                 base
+    8 x H100    989 TF/s    316k images/s, 0.3 h  86k images/s, 1.2 h   22k images/s, 4.8 h
+    v5e-256     197 TF/s    2.0M images/s, 0.1 h  548k images/s, 0.2 h  143k images/s, 0.7 h
+    v5e-8       197 TF/s    63k images/s, 1.7 h   17k images/s, 6.2 h   4.5k images/s, 24 h
+
+What the input pipeline gives for each CPU core is in README (benchmarks/input_pipeline.py): with tiny, it decides.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import mnist_dense
+
+LEARNING_RATES = {"tiny": 5e-4, "small": 5e-4, "base": 5e-4}  # for a batch of 512
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def get_config(arg: str = "small") -> ConfigDict:
+    """The experiment: tiny, small or base."""
+    if arg not in LEARNING_RATES:
+        raise ValueError(f"{arg!r} is no size: choose one of {', '.join(LEARNING_RATES)}")
+    config = mnist_dense.get_config()
+    config.name = f"imagenet_deit_{arg}"
+    config.data.update({"source": "folder", "path": "/data/imagenet", "mean": IMAGENET_MEAN, "std": IMAGENET_STD})
+    config.data.update({"repeated_augmentation": 3, "workers": 16})
+    # The affine changes are for digits; the rest is DeiT's.
+    config.augment.update({"rotate": 0.0, "scale": 0.0, "shear": 0.0, "translate": 0.0})
+    config.augment.update({"flip": True, "randaugment": "rand-m9-mstd0.5-inc1", "erasing": 0.25})
+    config.augment.update({"mixup": 0.8, "cutmix": 1.0})
+    config.model = ConfigDict(
+        {"preset": f"deit_{arg}_patch16_224", "drop_path_rate": 0.1, "dtype": "bfloat16", "remat": True}
+    )
+    config.optim.update({"learning_rate": LEARNING_RATES[arg], "reference_batch": 512, "final_learning_rate": 1e-5})
+    config.optim.update({"schedule": "epoch", "warmup_epochs": 5, "warmup_learning_rate": 1e-6})
+    config.optim.update({"weight_decay": 0.05, "clip_norm": 0.0, "ema_decay": 0.99996, "compare_ema": True})
+    config.loss.label_smoothing = 0.1
+    config.epochs = 300.0
+    config.batch_size = 1024
+    config.eval_batch_size = 1024
+    config.log_every = 50
+    config.eval_every = config.checkpoint_every = 1251  # an epoch
+    return config
