@@ -119,7 +119,7 @@ def test_data_sets_that_cannot_be_read_say_what_to_do(root: Path, tmp_path: Path
     version.mkdir(parents=True)
     for file in (root / "animals/1.0.0").iterdir():
         (version / file.name.replace("array_record", "tfrecord")).write_bytes(file.read_bytes())
-    with pytest.raises(ValueError, match="holds TFRecord files, and only ArrayRecord can be read: .* convert_format"):
+    with pytest.raises(ValueError, match="holds TFRecord files, and only ArrayRecord can be read: .*convert_format"):
         opened(tmp_path)
     (version / "animals-train.array_record-00000-of-00001").touch()
     (version / "features.json").write_text("{")

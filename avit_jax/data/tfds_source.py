@@ -54,7 +54,7 @@ def load_tfds(settings: DataSettings) -> Dataset:
         builder = tfds.builder(name, data_dir=root)
     except Exception as error:  # tfds raises many kinds; each means that what is in the folder is no data set of it
         raise ValueError(f"{root} holds no TFDS data set {name!r} that can be read: {_first_line(error)}") from error
-    features = builder.info.features or {}
+    features = dict(builder.info.features or {})
     if "image" not in features or not hasattr(features.get("label"), "names"):
         raise ValueError(f"the TFDS data set {name!r} has {sorted(features)}: it needs an image and a class label")
     known = builder.info.splits
@@ -87,7 +87,8 @@ def _check_prepared(root: Path, name: str) -> None:
     kind = "TFRecord files" if any(found.glob("*.tfrecord*")) else "no ArrayRecord files"
     raise ValueError(
         f"{found} holds {kind}, and only ArrayRecord can be read: prepare it with '{prepare}', or convert it with "
-        f"'python -m tensorflow_datasets.scripts.convert_format --root_data_dir={root} --out_file_format=array_record'"
+        f"'python -m tensorflow_datasets.scripts.convert_format --dataset_version_dir={found} "
+        "--out_file_format=array_record' (pip install 'avit_jax[prepare]')"
     )
 
 
