@@ -4,10 +4,12 @@ import gzip
 import struct
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
 from avit_jax.data.augment import affine
+from avit_jax.data.device import DeviceBatches
 from avit_jax.data.pipeline import evaluation_batches, training_batches
 from avit_jax.data.sources import Dataset, Split, load_dataset
 from tests.builders import small_config, toy_arrays
@@ -76,6 +78,21 @@ def test_the_stream_goes_on_from_its_state() -> None:
     resumed.set_state(state)
     for batch in expected:
         np.testing.assert_array_equal(next(resumed)["image"], batch["image"])
+
+
+def test_batches_placed_ahead_are_the_same_and_go_on_exactly() -> None:
+    plain, placed = stream(numbered(12)), []
+    batches = DeviceBatches(stream(numbered(12)), lambda batch: placed.append(1) or jax.device_put(batch), ahead=3)
+    for _ in range(4):
+        np.testing.assert_array_equal(next(batches)["image"], next(plain)["image"])
+    assert len(placed) == 4 + 2
+    assert isinstance(next(batches)["image"], jax.Array)
+    next(plain)
+    assert batches.get_state() == plain.get_state()
+    resumed = DeviceBatches(stream(numbered(12)), jax.device_put)
+    next(resumed)
+    resumed.set_state(batches.get_state())
+    np.testing.assert_array_equal(next(resumed)["image"], next(plain)["image"])
 
 
 def test_a_batch_larger_than_the_data_is_refused() -> None:

@@ -1,0 +1,66 @@
+"""timm's transforms in a PyTorch DataLoader, as DeiT's training code reads ImageNet; run by input_pipeline.py.
+
+Prints JSON: images per second, in steady state. torchvision is installed with --no-deps beside a CPU build of torch,
+and its compiled operators are stubbed: transforms of pictures need none.
+"""
+
+import argparse
+import json
+import time
+from typing import Any
+
+import torch
+from PIL import Image, ImageOps
+
+
+def posterize(picture: Image.Image, bits: int, **_: object) -> Image.Image:
+    """timm's, without its call for 0 bits, which Pillow refuses since version 13."""
+    return ImageOps.posterize(picture, bits) if bits else Image.new(picture.mode, picture.size)
+
+
+def main() -> None:
+    """Read as many images as asked, print how fast."""
+    library = torch.library.Library("torchvision", "DEF")
+    for operator in ("nms", "qnms"):
+        library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    from timm.data import auto_augment, create_transform
+    from torchvision.datasets import ImageFolder
+
+    parser = argparse.ArgumentParser()
+    parser.add_argument("root")
+    parser.add_argument("--purpose", choices=("train", "eval"))
+    parser.add_argument("--workers", type=int)
+    parser.add_argument("--batch", type=int)
+    parser.add_argument("--images", type=int)
+    arguments = parser.parse_args()
+    for name in ("PosterizeIncreasing", "Posterize"):
+        auto_augment.NAME_TO_OP[name] = posterize
+    if arguments.purpose == "train":
+        transform = create_transform(
+            224,
+            is_training=True,
+            color_jitter=0.3,
+            auto_augment="rand-m9-mstd0.5-inc1",
+            interpolation="bicubic",
+            re_prob=0.25,
+            re_mode="pixel",
+            re_count=1,
+        )
+    else:
+        transform = create_transform(224, is_training=False, interpolation="bicubic", crop_pct=0.875)
+    images = ImageFolder(f"{arguments.root}/train", transform=transform)
+    repeated: Any = torch.utils.data.ConcatDataset([images] * (1 + 2 * arguments.images // len(images)))
+    loader = torch.utils.data.DataLoader(
+        repeated, batch_size=arguments.batch, shuffle=arguments.purpose == "train", num_workers=arguments.workers
+    )
+    batches = iter(loader)
+    for _ in range(2 * arguments.workers):
+        next(batches)
+    began, seen = time.perf_counter(), 0
+    while seen < arguments.images:
+        seen += len(next(batches)[0])
+    print(json.dumps({"images_per_second": seen / (time.perf_counter() - began)}))
+
+
+if __name__ == "__main__":
+    main()

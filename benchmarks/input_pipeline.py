@@ -1,0 +1,275 @@
+"""Images per second and core from JPEG files of ImageNet's size to batches, against timm in a PyTorch DataLoader.
+
+    python benchmarks/input_pipeline.py                            everything, about 8 minutes on 2 cores
+    python benchmarks/input_pipeline.py --parts=speed --rounds=5
+    pip install scikit-image tensorflow-datasets==4.9.10           what it needs; the peer: torch, timm==1.0.31, and
+                                                                   torchvision with --no-deps
+
+speed: 500x375 JPEGs (parts of scikit-image's photographs) through DeiT's training augmentation and through evaluation,
+worker processes, variants in turn, medians; the peer has as many workers. Both read, decode, crop and augment. Ours
+hands over uint8 and leaves normalising and erasing to the training step on the device; the peer does them on the host,
+as DeiT's code does. stages: where one image's time goes, one thread. memory: of this process over 10,000 images.
+start: seconds to the first batch of 128, in a fresh process. Writes runs/benchmarks/input_pipeline.json.
+"""
+
+import argparse
+import functools
+import importlib.util
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import numpy as np
+from PIL import Image, features
+
+from avit_jax import PRESETS
+from avit_jax.data.crop import RandomFlip, RandomResizedCrop
+from avit_jax.data.elements import Decode, EvaluationCrop, ToArray
+from avit_jax.data.open import open_dataset
+from avit_jax.data.pipeline import evaluation_batches, training_batches
+from avit_jax.data.randaugment import RandAugment
+from avit_jax.data.settings import DataSettings
+from avit_jax.mesh import available_cores
+
+PARTS = ("speed", "stages", "memory", "start")
+FILES, CLASSES, BATCH = 400, 4, 50
+MODEL = PRESETS["avit_tiny_patch16_224"]
+DEIT = {"crop_scale": (0.08, 1.0), "flip": 0.5, "randaugment": "rand-m9-mstd0.5-inc1"}
+MAKE_TFDS = """
+import sys
+from pathlib import Path
+import tensorflow_datasets as tfds
+
+class Photographs(tfds.core.GeneratorBasedBuilder):
+    VERSION = tfds.core.Version("1.0.0")
+
+    def _info(self):
+        label = tfds.features.ClassLabel(names=sorted(p.name for p in Path(sys.argv[1], "train").iterdir()))
+        features = {"image": tfds.features.Image(encoding_format="jpeg"), "label": label}
+        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+    def _split_generators(self, _):
+        return {"train": self._generate_examples("train"), "validation": self._generate_examples("val")}
+
+    def _generate_examples(self, purpose):
+        for file in sorted(Path(sys.argv[1], purpose).glob("*/*")):
+            yield file.name, {"image": file, "label": file.parent.name}
+
+Photographs(data_dir=sys.argv[2], file_format="array_record").download_and_prepare()
+"""
+START = """
+import sys, time
+sys.path.insert(0, ".")
+from benchmarks.input_pipeline import opened
+began = time.perf_counter()
+next(opened("{source}", "train", {workers}, 128))
+print(time.perf_counter() - began)
+"""
+
+
+def make_photographs(root: Path) -> None:
+    """500x375 JPEGs in train/ and val/, 4 classes, and the same as ArrayRecord; made once."""
+    if (root / "tfds").exists():
+        return
+    from skimage import data
+
+    rng = np.random.default_rng(0)
+    sources = [Image.fromarray(make()) for make in (data.astronaut, data.coffee, data.chelsea, data.rocket)]
+    for purpose, count in (("train", FILES), ("val", FILES)):
+        for i in range(count):
+            picture = sources[i % CLASSES]
+            width = int(rng.integers(300, min(picture.width, picture.height * 4 // 3) + 1))
+            left = int(rng.integers(picture.width - width + 1))
+            top = int(rng.integers(picture.height - width * 3 // 4 + 1))
+            part = picture.crop((left, top, left + width, top + width * 3 // 4)).resize((500, 375))
+            folder = root / purpose / f"class{i % CLASSES}"
+            folder.mkdir(parents=True, exist_ok=True)
+            part.save(folder / f"{purpose}_{i:04}.JPEG", quality=95)
+    if importlib.util.find_spec("tensorflow_datasets"):
+        command = [sys.executable, "-c", MAKE_TFDS, str(root), str(root / "tfds")]
+        subprocess.run(command, check=True, capture_output=True)
+
+
+def opened(source: str, purpose: str, workers: int, batch: int = BATCH, threads: int = 0) -> Iterator[dict[str, Any]]:
+    """Our batches; workers 0: threads of this process."""
+    path, name = (str(ROOT), "") if source == "folder" else (str(ROOT / "tfds"), "photographs")
+    settings = DataSettings(source=source, path=path, name=name, workers=workers, threads=threads)
+    dataset = open_dataset(settings)
+    if purpose == "train":
+        return training_batches(dataset.train, MODEL, batch_size=batch, seed=0, augment=DEIT)
+    return _endless(lambda: evaluation_batches(dataset.val, MODEL, batch))
+
+
+def _endless(make: Callable[[], Iterator[Any]]) -> Iterator[Any]:
+    while True:
+        yield from make()
+
+
+def ours(source: str, purpose: str, workers: int, images: int, threads: int = 0) -> float:
+    """Images per second in steady state: the consumer takes batches at once, so nothing waits in a buffer."""
+    batches = opened(source, purpose, workers, threads=threads)
+    # Evaluation is one pass a time: its start belongs to it, except for the first.
+    for _ in range(2 * max(workers, 1)):
+        next(batches)
+    began = time.perf_counter()
+    for _ in range(images // BATCH):
+        next(batches)
+    seconds = time.perf_counter() - began
+    batches.close()  # type: ignore[attr-defined]
+    return images / seconds
+
+
+def peer(purpose: str, workers: int, images: int) -> float:
+    """The same of timm and PyTorch, in a process without JAX, which forks as its users' does."""
+    options = {"purpose": purpose, "workers": workers, "batch": BATCH, "images": images}
+    script = str(Path(__file__).with_name("input_peer.py"))
+    command = [sys.executable, script, str(ROOT), *(f"--{name}={value}" for name, value in options.items())]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return json.loads(done.stdout.splitlines()[-1])["images_per_second"]
+
+
+def speed(rounds: int, images: int) -> dict[str, Any]:
+    """Every variant, in turn; medians of images per second."""
+    sources = ["folder"] + ["tfds"] * (ROOT / "tfds").exists()
+    has_peer = all(importlib.util.find_spec(name) for name in ("torch", "timm", "torchvision"))
+    if not has_peer:
+        print("timm, torch or torchvision is not installed: no comparison")
+    variants: dict[tuple[str, str, int], Callable[[], float]] = {}
+    for purpose in ("train", "eval"):
+        for workers in sorted({1, available_cores()}):
+            for source in sources:
+                variants[source, purpose, workers] = functools.partial(ours, source, purpose, workers, images)
+            if has_peer:
+                variants["timm", purpose, workers] = functools.partial(peer, purpose, workers, images)
+        variants["folder, threads", purpose, 0] = functools.partial(ours, "folder", purpose, 0, images)
+    found: dict[tuple[str, str, int], list[float]] = {name: [] for name in variants}
+    for _ in range(rounds):
+        for name, run in variants.items():
+            found[name].append(run())
+    print(f"\n{'':16}{'purpose':>9}{'workers':>9}{'images/s':>10}{'per core':>10}{'of timm':>9}")
+    rows = []
+    for (variant, purpose, workers), values in found.items():
+        median = statistics.median(values)
+        row = {"variant": variant, "purpose": purpose, "workers": workers, "images_per_second": median, "runs": values}
+        row["per_core"] = median / (workers or available_cores())
+        other = found.get(("timm", purpose, workers or available_cores()))
+        row["of_timm"] = median / statistics.median(other) if other else None
+        rows.append(row)
+        ratio = f"{row['of_timm']:.2f}" if other else "-"
+        print(f"{variant:16}{purpose:>9}{workers or '':>9}{median:>10.1f}{row['per_core']:>10.1f}{ratio:>9}")
+    return {"rows": rows}
+
+
+def stages(images: int) -> dict[str, Any]:
+    """Milliseconds of one image in each stage, one thread, means."""
+    split = open_dataset(DataSettings(source="folder", path=str(ROOT))).train
+    rng, fill = np.random.default_rng(0), (124, 116, 104)
+    crop = RandomResizedCrop((224, 224), (0.08, 1.0), (3 / 4, 4 / 3))
+    augment = RandAugment(9, 2, 0.5, 0.5, fill)
+    steps: dict[str, dict[str, Callable[[dict[str, Any]], dict[str, Any]]]] = {
+        "train": {
+            "decode": Decode(split, MODEL, False).map,
+            "crop": lambda e: crop.random_map(e, rng),
+            "flip": lambda e: RandomFlip(0.5).random_map(e, rng),
+            "RandAugment": lambda e: augment.random_map(e, rng),
+            "array": ToArray().map,
+        },
+        "eval": {
+            "decode": Decode(split, MODEL, False).map,
+            "crop": EvaluationCrop(MODEL).map,
+            "array": ToArray().map,
+        },
+    }
+    found: dict[str, dict[str, float]] = {}
+    for purpose, named in steps.items():
+        seconds = dict.fromkeys([*named, "batch"], 0.0)
+        pending = []
+        for i in range(images):
+            element = split[i % len(split)] | {"index": i % len(split)}
+            for name, step in named.items():
+                began = time.perf_counter()
+                element = step(element)
+                seconds[name] += time.perf_counter() - began
+            pending.append(element["image"])
+            if len(pending) == BATCH:
+                began = time.perf_counter()
+                np.stack(pending)
+                seconds["batch"] += time.perf_counter() - began
+                pending.clear()
+        found[purpose] = {name: value / images * 1e3 for name, value in seconds.items()}
+        whole = sum(found[purpose].values())
+        shares = ", ".join(f"{name} {value:.2f} ({value / whole:.0%})" for name, value in found[purpose].items())
+        print(f"\n{purpose}: ms an image, one thread: {shares}; in all {whole:.2f}")
+    return found
+
+
+def memory(images: int) -> dict[str, Any]:
+    """Resident memory of this process while its threads make batches, MB."""
+    batches = opened("folder", "train", 0)
+    found = {}
+    for batch in range(1, images // BATCH + 1):
+        next(batches)
+        if batch * BATCH in (1000, images // 2, images):
+            pages = int(Path("/proc/self/statm").read_text().split()[1])
+            found[str(batch * BATCH)] = pages * os.sysconf("SC_PAGE_SIZE") / 1e6
+    batches.close()  # type: ignore[attr-defined]
+    print("\nresident memory, MB, after so many images:", {name: round(value) for name, value in found.items()})
+    return found
+
+
+def start() -> dict[str, Any]:
+    """Seconds from opening the data set to its first batch of 128, after the imports."""
+    found = {}
+    for source, workers in (("folder", 0), ("folder", available_cores()), ("tfds", 0)):
+        if source == "tfds" and not (ROOT / "tfds").exists():
+            continue
+        code = START.format(source=source, workers=workers)
+        done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+        who = f"{workers} workers" if workers else "threads"
+        found[f"{source}, {who}"] = float(done.stdout.splitlines()[-1])
+    print("\nseconds to the first batch of 128:", {name: round(value, 1) for name, value in found.items()})
+    return found
+
+
+ROOT = Path(__file__).parents[1] / "runs/benchmarks/photographs"
+
+
+def main() -> None:
+    """Measure, print the tables, write the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", default=",".join(PARTS), help="comma-separated: " + ", ".join(PARTS))
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--images", type=int, default=600, help="images of one measurement of speed")
+    arguments = parser.parse_args()
+    parts = arguments.parts.split(",")
+    if unknown := sorted(set(parts) - set(PARTS)):
+        parser.error(f"there is no part {unknown[0]!r}: choose from {', '.join(PARTS)}")
+    make_photographs(ROOT)
+    codec = f"Pillow {Image.__version__}, libjpeg-turbo {features.version('libjpeg_turbo')}"
+    machine = f"{platform.machine()}, {available_cores()} cores, {codec}"
+    print(machine)
+    path = Path("runs/benchmarks/input_pipeline.json")
+    results: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    results["machine"] = machine
+    for part in parts:
+        results[part] = {
+            "speed": lambda: speed(arguments.rounds, arguments.images),
+            "stages": lambda: stages(arguments.images),
+            "memory": lambda: memory(10_000),
+            "start": start,
+        }[part]()
+        path.write_text(json.dumps(results, indent=2) + "\n")
+    print(f"\nwritten: {path}")
+
+
+if __name__ == "__main__":
+    main()
