@@ -34,11 +34,7 @@ def run_main(main: Callable[[], None], default_config: Path) -> None:
         try:
             return flags.FLAGS(argv)
         except flags.UnrecognizedFlagError as error:
-            own = [
-                name
-                for name in flags.FLAGS
-                if name in ("config", "workdir", "resume", "checkpoint", "ema", "execution")
-            ]
+            own = ["config", *(flag.name for flag in flags.FLAGS.get_key_flags_for_module(argv[0]))]
             raise SystemExit(_say(f"there is no option --{error.flagname}: {nearest(error.flagname, own)}")) from None
         except (flags.Error, ValueError, TypeError, AttributeError, KeyError) as error:
             raise SystemExit(_say(" ".join(str(error).split()))) from None

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -13,6 +14,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
+from tqdm import tqdm
 
 from avit_jax.config import AViTConfig
 from avit_jax.data.pipeline import evaluation_batches
@@ -27,8 +29,50 @@ EXECUTIONS = ("masked", "packed")
 
 
 @dataclasses.dataclass(frozen=True)
+class ImageFigures:
+    """A few numbers of each image, in the data's order: all that is kept of it, 44 bytes."""
+
+    index: Int[np.ndarray, " n"]  # in the data; bad images that were skipped are not here
+    label: Int[np.ndarray, " n"]  # -1: the data have none
+    prediction: Int[np.ndarray, " n"]
+    confidence: Float[np.ndarray, " n"]  # softmax of the predicted class, 0..1; NaN where the logits are
+    rank: Int[np.ndarray, " n"]  # of the label among the logits: 1 is top-1; ties and NaN count against the model
+    loss: Float[np.ndarray, " n"]  # cross entropy of the mean logits, nats
+    mean_depth: Float[np.ndarray, " n"]  # over all tokens, layers
+    depth_std: Float[np.ndarray, " n"]  # deviation between the tokens of the image
+    class_token_depth: Int[np.ndarray, " n"]
+    gmacs: Float[np.ndarray, " n"]  # 10^9 multiply-adds, from the depths
+
+
+@dataclasses.dataclass(frozen=True)
+class Totals:
+    """What a part of a data set adds up to. Parts are added with +; sums of depths are whole numbers, so exact."""
+
+    images: ImageFigures
+    depth_histogram: Int[np.ndarray, " l"]  # tokens that stopped at layer 1..L
+    depth_by_token: Int[np.ndarray, " n"]  # sum over images, special tokens first
+    executed_slots: int  # tokens times layers that were computed, padding to capacities left out
+    executed_gmacs: float  # 10^9 multiply-adds performed, padding included
+
+    def __add__(self, other: "Totals") -> "Totals":
+        images = {
+            field.name: np.concatenate([getattr(self.images, field.name), getattr(other.images, field.name)])
+            for field in dataclasses.fields(ImageFigures)
+        }
+        sums = {
+            field.name: getattr(self, field.name) + getattr(other, field.name)
+            for field in dataclasses.fields(Totals)
+            if field.name != "images"
+        }
+        return Totals(images=ImageFigures(**images), **sums)
+
+
+@dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """Figures over a data set; depths in layers, over all tokens, special ones included."""
+    """Figures over a data set; depths in layers, over all tokens, special ones included.
+
+    Where the data have no labels top1, top5 and loss are NaN.
+    """
 
     images: int
     top1: float  # 0..1
@@ -39,11 +83,22 @@ class Evaluation:
     depth_std_tokens: float  # mean over images of the deviation within the image
     depth_std_images: float  # deviation of the images' means
     depth_histogram: tuple[float, ...]  # fraction of tokens that stopped at layer 1..L
+    depth_by_token: tuple[float, ...]  # mean over images of each token's depth, special tokens first
     class_token_depth: float
     gmacs: float  # 10^9 multiply-adds per image, from the depths
     executed_depth: float  # layers computed for a token on average, by this execution
     executed_gmacs: float  # 10^9 multiply-adds per image that were performed, padding included
-    image_depths: Float[np.ndarray, " n"]  # mean depth of each image, in the data's order
+    per_image: ImageFigures
+
+    @property
+    def labelled(self) -> bool:
+        """Whether the data have labels."""
+        return bool((self.per_image.label >= 0).all())
+
+    @property
+    def image_depths(self) -> Float[np.ndarray, " n"]:
+        """Mean depth of each image, in the data's order."""
+        return self.per_image.mean_depth
 
 
 def config_gmacs(token_depth: Int[Array, "b n"], config: AViTConfig) -> Float[Array, " b"]:
@@ -60,83 +115,115 @@ def config_gmacs(token_depth: Int[Array, "b n"], config: AViTConfig) -> Float[Ar
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _figures(config: AViTConfig, output: AViTOutput, batch: dict[str, Array]) -> dict[str, Array]:
-    """Sums over a batch, by each image's weight."""
-    label, weight = batch["label"], batch["weight"]
-    own = jnp.take_along_axis(output.logits, label[:, None], axis=1)
-    # Ties and NaN count against the model: a constant or broken one scores nothing.
-    rank = output.logits.shape[-1] - (output.logits < own).sum(-1)
-    depth = output.token_depth.astype(jnp.float32)
-    layers = jnp.arange(1, config.depth + 1)
+def _of_images(config: AViTConfig, output: AViTOutput, label: Int[Array, " b"]) -> dict[str, Array]:
+    """ImageFigures of a batch."""
+    logits, depth = output.logits, output.token_depth.astype(jnp.float32)
+    own = jnp.take_along_axis(logits, jnp.maximum(label, 0)[:, None], axis=1)
     return {
-        "top1": weight @ (rank <= 1),
-        "top5": weight @ (rank <= 5),
-        "loss": weight @ optax.softmax_cross_entropy_with_integer_labels(output.logits, label),
-        "histogram": weight @ (output.token_depth[:, :, None] == layers).mean(1),
-        "class_token_depth": weight @ depth[:, 0],
-        "gmacs": weight @ config_gmacs(output.token_depth, config),
-        "std_tokens": weight @ depth.std(1),
-        "image_depths": depth.mean(1),
+        "prediction": logits.argmax(-1),
+        "confidence": jax.nn.softmax(logits).max(-1),
+        # Ties and NaN count against the model: a constant or broken one scores nothing.
+        "rank": logits.shape[-1] - (logits < own).sum(-1),
+        "loss": optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(label, 0)),
+        "mean_depth": depth.mean(1),
+        "depth_std": depth.std(1),
+        "class_token_depth": output.token_depth[:, 0],
+        "gmacs": config_gmacs(output.token_depth, config),
     }
 
 
-def evaluate(model: AViT, split: Images, batch_size: int, execution: str = "masked") -> Evaluation:
+def evaluate(
+    model: AViT, split: Images, batch_size: int, execution: str = "masked", mesh: Mesh | None = None
+) -> Evaluation:
     """The model over a data set, jit-compiled; the short last batch is padded, the padding weighs nothing.
 
     execution: "masked" or "packed"; the figures are the rule's and the same for both, except for what was executed
     (packed: with image exit, as compile_packed does by default). A model that never halts is always executed whole.
+    Labels of -1 throughout: the data have none. mesh: devices that the batches are split over; one without it.
     Raises ValueError where a label lies outside the model's classes, and for another execution.
     """
+    return figures(totals(model, split, batch_size, execution, mesh), model.config)
+
+
+def totals(model: AViT, split: Images, batch_size: int, execution: str = "masked", mesh: Mesh | None = None) -> Totals:
+    """What evaluate is computed from; the totals of parts of a data set, + between them, are those of the whole."""
     if execution not in EXECUTIONS:
         raise ValueError(f"execution {execution!r} is unknown: choose one of {', '.join(EXECUTIONS)}")
+    config = model.config
+    if split.labels is not None:  # else they are looked at as they come
+        _check_labels(split.labels, config)
     packed = None
-    if execution == "packed" and model.config.halts:
-        packed = compile_packed(model, batch_size, image_exit=False)
-    labels = split.labels  # None: they are looked at as they come
-    if labels is not None and (labels.min() < 0 or labels.max() >= model.config.num_classes):
-        raise ValueError(
-            f"labels run from {labels.min()} to {labels.max()}, the model has {model.config.num_classes} "
-            "classes: 0..num_classes - 1 is allowed"
-        )
-    program = packed or masked_program(model)
-    sums: dict[str, np.ndarray] = {}
-    image_depths, loads = [], []
-    for batch in evaluation_batches(split, model.config, batch_size):
-        output = program(batch["image"])
-        result = jax.device_get(_figures(model.config, output, batch))
-        image_depths.append(result.pop("image_depths")[batch["weight"] > 0])
+    if execution == "packed" and config.halts:
+        packed = compile_packed(model, batch_size, image_exit=False, mesh=mesh)
+    program = packed or masked_program(model, mesh)
+    images: list[dict[str, np.ndarray]] = []
+    histogram, by_token = np.zeros(config.depth, np.int64), np.zeros(config.num_tokens, np.int64)
+    slots, performed = 0, 0.0
+    batches = evaluation_batches(split, config, batch_size)
+    bar = tqdm(batches, desc="evaluating", total=-(-len(split) // batch_size), unit="batch", delay=2, leave=False)
+    for number, batch in enumerate(bar):
+        real = np.asarray(batch["weight"]) > 0
+        _check_labels(batch["label"][real], config)
+        output = program(jax.device_put(batch["image"], batch_sharding(mesh)) if mesh else batch["image"])
+        found = jax.device_get(_of_images(config, output, batch["label"]))
+        found |= {"label": batch["label"], "index": number * batch_size + np.arange(batch_size)}
+        images.append({name: values[real] for name, values in found.items()})
+        depth = np.where(real[:, None], output.token_depth, 0)
+        histogram += np.bincount(depth.ravel(), minlength=config.depth + 1)[1:]
+        by_token += depth.sum(0)
         if packed:
-            own = np.where(batch["weight"][:, None] > 0, output.token_depth, 0)
-            loads.append(layer_loads(own, model.config.num_special, model.config.depth, image_exit=True))
-        for name, value in result.items():
-            sums[name] = sums.get(name, 0) + np.asarray(value, np.float64)
-    depths = np.concatenate(image_depths)
-    count = len(depths)  # without the bad ones that were skipped
-    means = {name: value / count for name, value in sums.items()}
-    mean_depth = float(depths.mean(dtype=np.float64))
-    whole = np.full((1, model.config.num_tokens), model.config.depth, np.int32)
-    executed_depth = float(model.config.depth)
-    performed = float(config_gmacs(jnp.asarray(whole), model.config)[0])
-    if packed:
-        stacked = np.stack(loads)
-        executed_depth = stacked.sum() / (count * model.config.num_tokens)
-        # Padding images are empty: the mean is over real ones.
-        performed = executed_gmacs(stacked, packed.plan, model.config, count)
+            loads = layer_loads(depth, config.num_special, config.depth, image_exit=True)
+            slots += int(loads.sum())
+            # Each device packs its own images. Padding images are empty: the mean is over real ones.
+            by_device = np.stack(np.split(loads, 1 if mesh is None else mesh.shape["data"], axis=1))
+            performed += executed_gmacs(by_device, packed.plan, config, int(real.sum())) * int(real.sum())
+    columns = {name: np.concatenate([part[name] for part in images]) for name in images[0]}
+    if not packed:
+        count = len(columns["index"])
+        slots, performed = count * config.depth * config.num_tokens, count * whole_gmacs(config)
+    return Totals(ImageFigures(**columns), histogram, by_token, slots, performed)
+
+
+def _check_labels(labels: Int[np.ndarray, " n"], config: AViTConfig) -> None:
+    low, high = labels.min(initial=config.num_classes), labels.max(initial=-1)
+    if high >= config.num_classes or (low < 0 and not low == high == -1):
+        raise ValueError(
+            f"labels run from {low} to {high}, the model has {config.num_classes} classes: 0..num_classes - 1 is "
+            "allowed, or -1 throughout where there are none"
+        )
+
+
+def whole_gmacs(config: AViTConfig) -> float:
+    """10^9 multiply-adds of an image whose tokens all run through every layer."""
+    return float(config_gmacs(jnp.full((1, config.num_tokens), config.depth, jnp.int32), config)[0])
+
+
+def figures(found: Totals, config: AViTConfig) -> Evaluation:
+    """The figures of a data set from its totals."""
+    images = found.images
+    count = len(images.label)
+
+    def mean(values: np.ndarray) -> float:
+        return float(values.mean(dtype=np.float64))
+
+    labelled = bool((images.label >= 0).all())
+    mean_depth = float(found.depth_by_token.sum() / (count * config.num_tokens))
     return Evaluation(
         images=count,
-        top1=float(means["top1"]),
-        top5=float(means["top5"]),
-        loss=float(means["loss"]),
+        top1=mean(images.rank <= 1) if labelled else math.nan,
+        top5=mean(images.rank <= 5) if labelled else math.nan,
+        loss=mean(images.loss) if labelled else math.nan,
         mean_depth=mean_depth,
-        depth_fraction=mean_depth / model.config.depth,
-        depth_std_tokens=float(means["std_tokens"]),
-        depth_std_images=float(depths.std(dtype=np.float64)),
-        depth_histogram=tuple(means["histogram"].tolist()),
-        class_token_depth=float(means["class_token_depth"]),
-        gmacs=float(means["gmacs"]),
-        executed_depth=executed_depth,
-        executed_gmacs=performed,
-        image_depths=depths,
+        depth_fraction=mean_depth / config.depth,
+        depth_std_tokens=mean(images.depth_std),
+        depth_std_images=float(images.mean_depth.std(dtype=np.float64)),
+        depth_histogram=tuple((found.depth_histogram / found.depth_histogram.sum()).tolist()),
+        depth_by_token=tuple((found.depth_by_token / count).tolist()),
+        class_token_depth=mean(images.class_token_depth),
+        gmacs=mean(images.gmacs),
+        executed_depth=found.executed_slots / (count * config.num_tokens),
+        executed_gmacs=found.executed_gmacs / count,
+        per_image=images,
     )
 
 

@@ -32,6 +32,8 @@ from avit_jax.packed import compile_packed
 from avit_jax.preprocessing import normalize
 from avit_jax.report import draw_curves, draw_depth_histogram, draw_depth_maps
 from avit_jax.speed import parse_profile
+from avit_jax.report.writer import Subject, writable_folder, write_report
+from avit_jax.sweep import parse_sweep
 from avit_jax.training import train
 
 # What decides the shapes of the parameters; the gate and the preprocessing are the checkpoint's own.
@@ -336,14 +338,56 @@ def draw(model: AViT, dataset: Dataset, result: Evaluation, workdir: Path) -> li
     return pictures
 
 
-def evaluate_checkpoint(config: ConfigDict, path: str | Path, *, ema: bool = False, execution: str = "packed") -> str:
+def evaluate_checkpoint(
+    config: ConfigDict,
+    path: str | Path,
+    *,
+    ema: bool = False,
+    execution: str = "packed",
+    report: str | Path | None = None,
+    baseline: str | Path | None = None,
+    sweep: str | None = None,
+) -> str:
     """Any checkpoint on the test images of config.data; a folder brings its own gate. Returns the table.
 
-    Raises ValueError where the checkpoint and config.model differ in shape, or the checkpoint and the data.
+    report: a folder for report.html and report.json; baseline: a checkpoint to compare with in it; sweep: gate settings
+    to try, as sweep.parse_sweep takes them. Raises ValueError where the checkpoint and config.model differ in shape, or
+    the checkpoint and the data, and for a folder that cannot be written to.
     """
     check_values(config)
+    if (baseline or sweep) and not report:
+        raise ValueError(f"--{'sweep' if sweep else 'baseline'} is shown in the report: give --report=FOLDER too")
+    settings = parse_sweep(sweep) if sweep else None
+    folder = writable_folder(report) if report else None
     dataset = open_dataset(DataSettings.from_config(dict(config.data)))
     wanted = model_config(config, dataset)
+    mesh = data_mesh(config.eval_batch_size)
+
+    def subject(path: str | Path, ema: bool) -> Subject:
+        model = _evaluable(path, wanted, ema)
+        result = evaluate(model, dataset.test, config.eval_batch_size, execution, mesh)
+        return Subject(Path(path).name, model, result)
+
+    ours = subject(path, ema)
+    if settings and not ours.model.config.halts:
+        raise ValueError(f"--sweep moves a gate and {path} has none: it never halts; leave --sweep out")
+    lines = [format_evaluation(ours.result, ours.model.config)]
+    if folder:
+        page = write_report(
+            folder,
+            ours,
+            dataset.test,
+            data=f"the test set of {Path(config.data.path).name or config.data.source}",
+            batch_size=config.eval_batch_size,
+            baseline=subject(baseline, False) if baseline else None,
+            sweep=settings,
+        )
+        lines.append(f"report: {page}")
+    return "\n".join(lines)
+
+
+def _evaluable(path: str | Path, wanted: AViTConfig, ema: bool) -> AViT:
+    """The checkpoint, checked against what the data want."""
     # A foreign file knows nothing but weights; ours knows itself, and is only held against the config's shapes.
     foreign = Path(path).is_file() and read_config(Path(path)) is None
     known = list(wanted.__dataclass_fields__) if foreign else SHAPE_FIELDS
@@ -355,7 +399,7 @@ def evaluate_checkpoint(config: ConfigDict, path: str | Path, *, ema: bool = Fal
             f"the checkpoint {path} has {model.config.num_classes} classes and the data {wanted.num_classes}: "
             "evaluate it on the data it was trained for, or train a new head with config.init_from"
         )
-    return format_evaluation(evaluate(model, dataset.test, config.eval_batch_size, execution), model.config)
+    return model
 
 
 def format_evaluation(result: Evaluation, config: AViTConfig) -> str:

@@ -114,7 +114,7 @@ def test_depth_maps_lie_as_the_images_do(distilled: bool) -> None:
 def test_the_easiest_and_the_hardest_images_are_shown(
     halting_model: AViT, split: Split, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from avit_jax import report
+    from avit_jax.report import pictures
 
     shown: list[list[int]] = []
 
@@ -123,7 +123,7 @@ def test_the_easiest_and_the_hardest_images_are_shown(
         shown.append([int(np.flatnonzero((normalized == image).all((1, 2, 3)))[0]) for image in images])
         return model(images)
 
-    monkeypatch.setattr(report, "predict", recording)
+    monkeypatch.setattr(pictures, "predict", recording)
     draw_depth_maps(halting_model, split, np.arange(11.0)[::-1].copy(), tmp_path / "maps.png", columns=3)
     assert shown == [[10, 9, 8], [0, 1, 2]]
 
