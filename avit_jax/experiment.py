@@ -1,5 +1,6 @@
 """The main job: from a config to a trained model, a table, pictures, and a model to take away."""
 
+import dataclasses
 import json
 import shlex
 import sys
@@ -22,17 +23,19 @@ from avit_jax.data.settings import AugmentSettings, DataSettings
 from avit_jax.data.sources import Dataset, Split
 from avit_jax.distributed import check_same
 from avit_jax.evaluation import Evaluation, evaluate, images_per_second, masked_program
-from avit_jax.files import read_json, write_json
+from avit_jax.files import read_json, writable_folder, write_json
 from avit_jax.gate_start import start_gate
 from avit_jax.interruption import FolderLock
 from avit_jax.logs import read_metrics
 from avit_jax.mesh import data_mesh
 from avit_jax.model import AViT
 from avit_jax.packed import compile_packed
+from avit_jax.predict_images import read_class_names
 from avit_jax.preprocessing import normalize
 from avit_jax.report import draw_curves, draw_depth_histogram, draw_depth_maps
 from avit_jax.speed import parse_profile
 from avit_jax.report.writer import Subject, writable_folder, write_report
+from avit_jax.report.writer import Subject, write_report
 from avit_jax.sweep import parse_sweep
 from avit_jax.training import train
 
@@ -347,12 +350,13 @@ def evaluate_checkpoint(
     report: str | Path | None = None,
     baseline: str | Path | None = None,
     sweep: str | None = None,
+    class_names: str | Path | None = None,
 ) -> str:
     """Any checkpoint on the test images of config.data; a folder brings its own gate. Returns the table.
 
     report: a folder for report.html and report.json; baseline: a checkpoint to compare with in it; sweep: gate settings
-    to try, as sweep.parse_sweep takes them. Raises ValueError where the checkpoint and config.model differ in shape, or
-    the checkpoint and the data, and for a folder that cannot be written to.
+    to try, as sweep.parse_sweep takes them; class_names: a file, one name a line. Raises ValueError where the
+    checkpoint and config.model differ in shape, or the checkpoint and the data, and for a folder that is not writable.
     """
     check_values(config)
     if (baseline or sweep) and not report:
@@ -365,6 +369,8 @@ def evaluate_checkpoint(
 
     def subject(path: str | Path, ema: bool) -> Subject:
         model = _evaluable(path, wanted, ema)
+        names = read_class_names(class_names, wanted) if class_names else model.config.class_names
+        model.config = dataclasses.replace(model.config, class_names=names or wanted.class_names)
         result = evaluate(model, dataset.test, config.eval_batch_size, execution, mesh)
         return Subject(Path(path).name, model, result)
 
@@ -404,11 +410,16 @@ def _evaluable(path: str | Path, wanted: AViTConfig, ema: bool) -> AViT:
 
 def format_evaluation(result: Evaluation, config: AViTConfig) -> str:
     """The table that eval.py prints."""
-    lines = [
-        f"images             {result.images}",
-        f"top-1              {result.top1:.2%}",
-        f"top-5              {result.top5:.2%}",
-        f"loss               {result.loss:.4f} nats",
+    lines = [f"images             {result.images}"]
+    if result.labelled:
+        lines += [
+            f"top-1              {result.top1:.2%}",
+            f"top-5              {result.top5:.2%}",
+            f"loss               {result.loss:.4f} nats",
+        ]
+    else:
+        lines.append("no labels          no accuracy, no loss")
+    lines += [
         f"mean depth         {result.mean_depth:.2f} of {config.depth} layers ({result.depth_fraction:.0%})",
         f"  deviation        {result.depth_std_tokens:.2f} between tokens, {result.depth_std_images:.2f} of images",
         f"class token depth  {result.class_token_depth:.2f}",

@@ -1,4 +1,4 @@
-"""Small files that are whole or not there: JSON written beside and renamed."""
+"""Small files that are whole or not there (JSON written beside and renamed), and folders for them."""
 
 import json
 import os
@@ -19,3 +19,16 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
+
+
+def writable_folder(path: str | Path) -> Path:
+    """The folder, made where it is missing. Raises ValueError where nothing can be written into it."""
+    folder = Path(path)
+    probe = folder / ".writable"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(f"{folder} cannot be written to ({error.strerror}): give another folder") from error
+    return folder

@@ -39,6 +39,12 @@ def normalize(images: UInt8[AnyArray, "b h w c"], config: AViTConfig) -> Float[A
     return (images.astype(np.float32) - mean) / std
 
 
+def denormalize(images: Float[np.ndarray, "b h w c"], config: AViTConfig) -> UInt8[np.ndarray, "b h w c"]:
+    """The inverse of normalize: what the model was shown, as a picture."""
+    mean, std = (np.asarray(v, np.float32) * 255 for v in (config.preprocessing.mean, config.preprocessing.std))
+    return (images * std + mean).round().clip(0, 255).astype(np.uint8)
+
+
 def _as_sequence(images: Any, channels: int) -> Sequence[Any]:
     if isinstance(images, Image.Image):
         return [images]

@@ -164,7 +164,7 @@ def _stratified(images: np.ndarray, labels: np.ndarray, class_names: tuple[str, 
 def _npz(path: Path) -> Dataset[Split]:
     """images [N, H, W] or [N, H, W, C] uint8, labels [N] whole numbers from 0, class_names (optional).
 
-    With test_images and test_labels beside them those are the test set; 8 % of each class become val.
+    With test_images beside them those are the test set, with test_labels or without; 8 % of each class become val.
     """
     if not path.is_file():
         raise ValueError(f"config.data.path {str(path)!r} is not a file: give an .npz with arrays images and labels")
@@ -179,11 +179,13 @@ def _npz(path: Path) -> Dataset[Split]:
     images, labels = _checked(arrays, "images", "labels", path)
     count = len(names) if names is not None else int(labels.max()) + 1
     class_names = tuple(str(n) for n in names) if names is not None else tuple(map(str, range(count)))
+    if "test_images" in arrays:  # without labels there is no accuracy to measure, but all the rest
+        arrays.setdefault("test_labels", np.full(len(arrays["test_images"]), -1))
     has_test = "test_images" in arrays or "test_labels" in arrays
     test = _checked(arrays, "test_images", "test_labels", path) if has_test else None
     if test is not None and test[0].shape[1:] != images.shape[1:]:
         raise ValueError(f"{path}: test_images are {test[0].shape[1:]} and images {images.shape[1:]}: give one size")
-    for found in [labels] + ([test[1]] if test else []):
+    for found in [labels] + ([test[1]] if test and not (test[1] == -1).all() else []):
         if found.min() < 0 or found.max() >= count:
             raise ValueError(
                 f"{path} has labels {found.min()} to {found.max()} for {count} classes: they must be 0..{count - 1}"

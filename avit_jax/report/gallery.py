@@ -110,6 +110,20 @@ def map_uri(token_depth: Int[np.ndarray, " n"], config: AViTConfig) -> str:
     return png_uri(coloured(token_depth, config))
 
 
+def overlay(
+    image: UInt8[np.ndarray, "h w c"], token_depth: Int[np.ndarray, " n"], config: AViTConfig, opacity: float = 0.55
+) -> Image.Image:
+    """The picture, and beside it the same under its map of depths; small ones enlarged."""
+    shown = picture(image).convert("RGB")
+    factor = -(-_LONGEST // max(shown.size))
+    shown = shown.resize((factor * shown.width, factor * shown.height), Image.Resampling.NEAREST)
+    depths = Image.fromarray(coloured(token_depth, config)).resize(shown.size, Image.Resampling.NEAREST)
+    both = Image.new("RGB", (2 * shown.width + 8, shown.height), "white")
+    both.paste(shown, (0, 0))
+    both.paste(Image.blend(shown, depths, opacity), (shown.width + 8, 0))
+    return both
+
+
 def picture(image: UInt8[np.ndarray, "h w c"]) -> Image.Image:
     """As a person sees it: colours where there are three channels, else the first one in grey."""
     return Image.fromarray(image if image.shape[-1] == 3 else image[..., 0])

@@ -32,19 +32,6 @@ class Subject:
     result: Evaluation
 
 
-def writable_folder(path: str | Path) -> Path:
-    """The folder, made where it is missing. Raises ValueError where nothing can be written into it."""
-    folder = Path(path)
-    probe = folder / ".writable"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise ValueError(f"{folder} cannot be written to ({error.strerror}): give another folder") from error
-    return folder
-
-
 def write_report(
     folder: Path,
     subject: Subject,

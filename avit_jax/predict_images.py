@@ -1,0 +1,146 @@
+"""A person's own pictures: what the model says of each, how sure it is, and where its layers went."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jax
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from avit_jax.checkpoint import load
+from avit_jax.config import AViTConfig
+from avit_jax.evaluation import masked_program
+from avit_jax.files import writable_folder
+from avit_jax.model import AViT, AViTOutput
+from avit_jax.packed import compile_packed
+from avit_jax.preprocessing import denormalize, preprocess
+from avit_jax.report.gallery import overlay
+
+_BATCH = 32
+
+
+def predict_checkpoint(
+    checkpoint: str | Path,
+    images: str | Path,
+    *,
+    folder: str | Path | None = None,
+    class_names: str | Path | None = None,
+    ema: bool = False,
+    execution: str = "packed",
+    baseline: str | None = None,
+    sweep: str | None = None,
+) -> Iterator[str]:
+    """Lines to print: one for each image (file, class, probability, mean depth), the unreadable ones, and a sum.
+
+    images: a file or a folder, with what lies in its folders. Each picture with its depths over it goes to `folder`,
+    runs/<name of the checkpoint>/images by default; a model that never halts has none. Raises ValueError where there
+    is no image, and for baseline and sweep, which need a data set.
+    """
+    if baseline or sweep:
+        raise ValueError(f"--{'sweep' if sweep else 'baseline'} compares models on a data set: leave --images out")
+    files, root = find_images(Path(images))
+    model = load(checkpoint, ema=ema)
+    if model.config.in_channels not in (1, 3):
+        raise ValueError(f"the model takes {model.config.in_channels} channels and picture files have 1 or 3")
+    if class_names:
+        model.config = dataclasses.replace(model.config, class_names=read_class_names(class_names, model.config))
+    out = writable_folder(folder or Path("runs", Path(checkpoint).name, "images")) if model.config.halts else None
+    yield from predict_files(model, files, root, out, execution)
+
+
+def predict_files(model: AViT, files: list[Path], root: Path, out: Path | None, execution: str) -> Iterator[str]:
+    """The lines of predict_checkpoint; pictures are read, run and forgotten a batch at a time."""
+    program = _program(model, min(_BATCH, len(files)), execution)
+    names = model.config.class_names or tuple(map(str, range(model.config.num_classes)))
+    width = max(len(str(file.relative_to(root))) for file in files)
+    unreadable = []
+    for start in range(0, len(files), _BATCH):
+        read = {}
+        for file in files[start : start + _BATCH]:
+            try:
+                read[file] = preprocess(read_image(file), model.config)[0]
+            except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+                unreadable.append(str(file.relative_to(root)))
+                yield f"{unreadable[-1]:{width}}  unreadable: {_reason(error, file)}"
+        if not read:
+            continue
+        output = program(np.stack(list(read.values())))
+        probabilities, depths = np.asarray(jax.nn.softmax(output.logits)), np.asarray(output.token_depth)
+        for (file, image), p, depth in zip(read.items(), probabilities, depths, strict=True):
+            name, best = str(file.relative_to(root)), int(p.argmax())
+            yield f"{name:{width}}  {names[best]}  {p[best]:.1%}  depth {depth.mean():.2f} of {model.config.depth}"
+            if out is not None:
+                path = out / f"{name}.depth.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                overlay(denormalize(image[None], model.config)[0], depth, model.config).save(path)
+    count = len(files) - len(unreadable)
+    if not count:
+        raise ValueError(f"none of the {len(files)} files is an image that can be read: {', '.join(unreadable[:10])}")
+    yield f"{count} {'image' if count == 1 else 'images'}, no labels: no accuracy" + (
+        f"; {len(unreadable)} unreadable: {', '.join(unreadable)}" if unreadable else ""
+    )
+    yield f"pictures with their depths: {out}" if out else "the model never halts: there are no depths to draw"
+
+
+def _program(model: AViT, batch_size: int, execution: str) -> Callable[[np.ndarray], AViTOutput]:
+    """Takes up to batch_size images; depths are the rule's."""
+    if execution == "packed" and model.config.halts:
+        return compile_packed(model, batch_size, image_exit=False)
+    program = masked_program(model)
+
+    def padded(images: np.ndarray) -> AViTOutput:
+        missing = batch_size - len(images)
+        output = program(np.pad(images, ((0, missing), (0, 0), (0, 0), (0, 0))))
+        count = len(images)
+        return dataclasses.replace(output, logits=output.logits[:count], token_depth=output.token_depth[:count])
+
+    return padded
+
+
+def find_images(path: Path) -> tuple[list[Path], Path]:
+    """The files to read, sorted, and the folder that their names are told from; hidden ones are left out.
+
+    Raises ValueError where there is nothing at `path`, or no file in it.
+    """
+    if path.is_file():
+        return [path], path.parent
+    if not path.is_dir():
+        raise ValueError(f"--images={path}: there is neither a file nor a folder of that name")
+    files = sorted(
+        file
+        for file in path.rglob("*")
+        if file.is_file() and not any(part.startswith(".") for part in file.relative_to(path).parts)
+    )
+    if not files:
+        raise ValueError(f"--images={path}: the folder is empty")
+    return files, path
+
+
+def read_image(path: Path) -> Image.Image:
+    """A picture, upright as its camera says, with 8 bits a channel. Raises OSError for what Pillow cannot read."""
+    with Image.open(path) as opened:
+        opened.load()
+        image = ImageOps.exif_transpose(opened)
+    if image.mode.startswith("I;16"):  # Pillow's own conversion would cut all above 255 off
+        return Image.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError("its 32-bit values have no known range: save it with 8 or 16 bits")
+    return image
+
+
+def read_class_names(path: str | Path, config: AViTConfig) -> tuple[str, ...]:
+    """One name a line, as many as the model has classes. Raises ValueError for another number, or no such file."""
+    try:
+        names = tuple(line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip())
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--class_names={path} cannot be read: {error}") from error
+    if len(names) != config.num_classes:
+        raise ValueError(f"--class_names={path} has {len(names)} names and the model {config.num_classes} classes")
+    return names
+
+
+def _reason(error: Exception, path: Path) -> str:
+    if isinstance(error, UnidentifiedImageError):
+        return "it is no picture that Pillow knows" if path.stat().st_size else "it is empty"
+    return str(error) or type(error).__name__
