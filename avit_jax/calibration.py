@@ -10,10 +10,10 @@ from jaxtyping import Bool, Float, Int
 class Reliability:
     """Images by their confidence, in bins of equal width; an empty bin has NaN for its means."""
 
-    edges: Float[np.ndarray, " bins+1"]  # bin m holds confidences in (edges[m], edges[m + 1]]
-    counts: Int[np.ndarray, " bins"]
+    counts: Int[np.ndarray, " bins"]  # of images
     confidence: Float[np.ndarray, " bins"]  # mean within the bin
     accuracy: Float[np.ndarray, " bins"]
+    edges: Float[np.ndarray, " bins+1"]  # bin m holds confidences in (edges[m], edges[m + 1]]
     ece: float  # expected calibration error, 0..1
 
 
@@ -30,4 +30,4 @@ def reliability(confidence: Float[np.ndarray, " n"], correct: Bool[np.ndarray, "
     mean_confidence = np.bincount(index, weights=confidence, minlength=bins) / filled
     accuracy = np.bincount(index, weights=correct, minlength=bins) / filled
     gaps = np.nan_to_num(np.abs(accuracy - mean_confidence))
-    return Reliability(edges, counts, mean_confidence, accuracy, float(counts @ gaps / len(confidence)))
+    return Reliability(counts, mean_confidence, accuracy, edges, float(counts @ gaps / len(confidence)))

@@ -12,7 +12,7 @@ from avit_jax.checkpoint import load
 from avit_jax.config import AViTConfig
 from avit_jax.evaluation import masked_program
 from avit_jax.files import writable_folder
-from avit_jax.model import AViT, AViTOutput
+from avit_jax.model import AViT
 from avit_jax.packed import compile_packed
 from avit_jax.preprocessing import denormalize, preprocess
 from avit_jax.report.gallery import overlay
@@ -51,7 +51,7 @@ def predict_checkpoint(
 
 def predict_files(model: AViT, files: list[Path], root: Path, out: Path | None, execution: str) -> Iterator[str]:
     """The lines of predict_checkpoint; pictures are read, run and forgotten a batch at a time."""
-    program = _program(model, min(_BATCH, len(files)), execution)
+    run = _program(model, min(_BATCH, len(files)), execution)
     names = model.config.class_names or tuple(map(str, range(model.config.num_classes)))
     width = max(len(str(file.relative_to(root))) for file in files)
     unreadable = []
@@ -65,8 +65,8 @@ def predict_files(model: AViT, files: list[Path], root: Path, out: Path | None, 
                 yield f"{unreadable[-1]:{width}}  unreadable: {_reason(error, file)}"
         if not read:
             continue
-        output = program(np.stack(list(read.values())))
-        probabilities, depths = np.asarray(jax.nn.softmax(output.logits)), np.asarray(output.token_depth)
+        logits, depths = run(np.stack(list(read.values())))
+        probabilities = np.asarray(jax.nn.softmax(logits))
         for (file, image), p, depth in zip(read.items(), probabilities, depths, strict=True):
             name, best = str(file.relative_to(root)), int(p.argmax())
             yield f"{name:{width}}  {names[best]}  {p[best]:.1%}  depth {depth.mean():.2f} of {model.config.depth}"
@@ -83,19 +83,17 @@ def predict_files(model: AViT, files: list[Path], root: Path, out: Path | None, 
     yield f"pictures with their depths: {out}" if out else "the model never halts: there are no depths to draw"
 
 
-def _program(model: AViT, batch_size: int, execution: str) -> Callable[[np.ndarray], AViTOutput]:
-    """Takes up to batch_size images; depths are the rule's."""
-    if execution == "packed" and model.config.halts:
-        return compile_packed(model, batch_size, image_exit=False)
-    program = masked_program(model)
+def _program(model: AViT, batch_size: int, execution: str) -> Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]:
+    """Logits and token depths, which are the rule's, of up to batch_size images."""
+    packed = execution == "packed" and model.config.halts
+    program = compile_packed(model, batch_size, image_exit=False) if packed else masked_program(model)
 
-    def padded(images: np.ndarray) -> AViTOutput:
-        missing = batch_size - len(images)
-        output = program(np.pad(images, ((0, missing), (0, 0), (0, 0), (0, 0))))
+    def run(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         count = len(images)
-        return dataclasses.replace(output, logits=output.logits[:count], token_depth=output.token_depth[:count])
+        output = program(np.pad(images, ((0, batch_size - count), (0, 0), (0, 0), (0, 0))))
+        return np.asarray(output.logits)[:count], np.asarray(output.token_depth)[:count]
 
-    return padded
+    return run
 
 
 def find_images(path: Path) -> tuple[list[Path], Path]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 from flax import nnx
-from jaxtyping import Bool, Float
+from jaxtyping import Bool
 
 from avit_jax.config import nearest
 from avit_jax.model import AViT
@@ -56,7 +56,7 @@ def with_gate(model: AViT, **gate: Any) -> AViT:
     return other
 
 
-def unbeaten(gain: Sequence[float] | Float[np.ndarray, " n"], cost: Sequence[float]) -> Bool[np.ndarray, " n"]:
+def unbeaten(gain: Sequence[float], cost: Sequence[float]) -> Bool[np.ndarray, " n"]:
     """Pareto-optimal settings: no other one gains at least as much for at most the cost, and is better in one."""
     g, c = np.asarray(gain, np.float64), np.asarray(cost, np.float64)
     no_worse = (g[:, None] >= g) & (c[:, None] <= c)

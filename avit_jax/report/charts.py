@@ -52,12 +52,14 @@ def _chart(name: str, draw: Callable[[Axes], None], size: tuple[float, float] = 
     svg = svg[svg.index("<svg") :]
     # A rule for every element of the page; report.css has it for charts alone.
     svg = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", svg, flags=re.DOTALL)
+    # figure_1, axes_1: every chart has them, and nothing refers to them; shapes that are referred to have hashed names.
+    svg = re.sub(r'<g id="(?!point-)[^"]*"', "<g", svg)
     for colour, variable in _VARIABLES.items():
         svg = svg.replace(colour, f"var({variable})")
     return Markup(svg)  # matplotlib escapes the text that it writes
 
 
-def accuracy_by_depth(bins: Sequence[dict[str, float]]) -> Markup:
+def accuracy_by_depth(bins: Sequence[dict[str, Any]]) -> Markup:
     """Top-1 of the images in each bin of mean depth, with Wilson's 95 % interval."""
 
     def draw(axes: Axes) -> None:
@@ -70,7 +72,7 @@ def accuracy_by_depth(bins: Sequence[dict[str, float]]) -> Markup:
     return _chart("accuracy_by_depth", draw)
 
 
-def by_layer(layers: Sequence[dict[str, float]], mean_depth: float) -> Markup:
+def by_layer(layers: Sequence[dict[str, Any]], mean_depth: float) -> Markup:
     """Tokens that stop at each layer, and tokens that it computes, in percent of all."""
 
     def draw(axes: Axes) -> None:
@@ -130,7 +132,7 @@ def position_map(depths: Sequence[Sequence[float]]) -> Markup:
     return _chart("position_map", draw, (4.7, max(2.0, min(4.6, 3.7 * rows / columns))))
 
 
-def reliability(bins: Sequence[dict[str, float]]) -> Markup:
+def reliability(bins: Sequence[dict[str, Any]]) -> Markup:
     """Accuracy against mean confidence; the size of a point is the share of the images in its bin."""
 
     def draw(axes: Axes) -> None:

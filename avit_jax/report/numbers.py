@@ -63,7 +63,7 @@ def _shares(values: np.ndarray, depth: int) -> list[float]:
     return (np.bincount(values, minlength=depth + 1)[1:] / len(values)).tolist()
 
 
-def _by_layer(result: Evaluation) -> list[dict[str, float]]:
+def _by_layer(result: Evaluation) -> list[dict[str, Any]]:
     """For each layer the tokens that it computes, and those that stop at it, as shares of all."""
     stopped = np.asarray(result.depth_histogram)
     computed = 1 - np.concatenate([[0], np.cumsum(stopped)[:-1]])
@@ -73,7 +73,7 @@ def _by_layer(result: Evaluation) -> list[dict[str, float]]:
     ]
 
 
-def by_depth(images: ImageFigures, bins: int = DEPTH_BINS) -> list[dict[str, float]]:
+def by_depth(images: ImageFigures, bins: int = DEPTH_BINS) -> list[dict[str, Any]]:
     """Images ordered by mean depth, in bins of equal numbers; images of the same depth stay in the data's order."""
     order = np.argsort(images.mean_depth, kind="stable")
     found = []

@@ -44,29 +44,29 @@ def _source(pages: Environment, name: str) -> str:
     return pages.loader.get_source(pages, name)[0]
 
 
-def percent(value: float | None, digits: int = 1) -> str:
+def percent(value: float | int | None, digits: int = 1) -> str:
     """97.7 %"""
     return _MISSING if _none(value) else _signed(f"{100 * value:.{digits}f} %")  # type: ignore[operator]
 
 
-def number(value: float | None, digits: int = 2) -> str:
+def number(value: float | int | None, digits: int = 2) -> str:
     """7.05"""
     return _MISSING if _none(value) else _signed(f"{value:.{digits}f}")
 
 
-def speed(value: float | None) -> str:
+def speed(value: float | int | None) -> str:
     """Three digits that count: 1,450 or 106 or 18.7"""
     if _none(value):
         return _MISSING
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"  # type: ignore[operator]
 
 
-def work(value: float | None) -> str:
+def work(value: float | int | None) -> str:
     """GMACs: 0.0192 or 0.705 or 17.58"""
     return _MISSING if _none(value) else f"{value:.{work_digits(value)}f}"  # type: ignore[arg-type]
 
 
-def work_digits(value: float) -> int:
+def work_digits(value: float | int) -> int:
     """Decimals with which GMACs are written."""
     return 4 if value < 0.1 else 3 if value < 1 else 2
 
@@ -76,14 +76,14 @@ def whole(value: int) -> str:
     return f"{value:,}"
 
 
-def interval(figure: dict[str, float | None], style: str = "number", digits: int | None = None) -> str:
+def interval(figure: dict[str, Any], style: str = "number", digits: int | None = None) -> str:
     """96.7 to 98.5 %, of a figure with low and high; style: percent, number, or work (GMACs)."""
     if _none(figure["low"]) or _none(figure["high"]):
         return _MISSING
     factor, unit = (100, " %") if style == "percent" else (1, "")
     if digits is None:
-        digits = {"percent": 1, "number": 2, "work": work_digits(figure["low"] or 0)}[style]
-    low, high = (factor * figure[end] for end in ("low", "high"))  # type: ignore[operator]
+        digits = work_digits(figure["low"]) if style == "work" else {"percent": 1, "number": 2}[style]
+    low, high = (factor * figure[end] for end in ("low", "high"))
     return _signed(f"{low:.{digits}f} to {high:.{digits}f}{unit}")
 
 
@@ -91,7 +91,7 @@ def _signed(text: str) -> str:
     return text.replace("-", "\N{MINUS SIGN}")
 
 
-def _none(value: float | None) -> bool:
+def _none(value: float | int | None) -> bool:
     return value is None or not math.isfinite(value)
 
 

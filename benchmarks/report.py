@@ -1,0 +1,136 @@
+"""Seconds, page size and peak memory of eval.py --report at two numbers of images: memory must not grow with them.
+
+    python benchmarks/report.py                      28x28 at 2,000 and 10,000, 224x224 at 500 and 2,000; 10 min
+
+Images are drawn when they are asked for, as a data set on disk would be read: noise of several brightnesses, of 10
+(28x28) and 1,000 classes. 28x28: the MNIST model's architecture, its gate spread; 224x224: the same layers with patches
+of 32 pixels, so that 2 cores get through 2,000 images; what is kept of an image is the same for any model. Each size
+runs in its own process. "report" is what the page takes beyond evaluation: pictures, intervals, images/s, charts.
+Writes runs/benchmarks/report.json.
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import jax
+import numpy as np
+from flax import nnx
+
+from avit_jax import AViT, AViTConfig, Preprocessing
+from avit_jax.evaluation import evaluate
+from avit_jax.mesh import data_mesh, use_all_cores
+from avit_jax.report.speed import environment
+from avit_jax.report.writer import Subject, write_report
+
+SIZES = ((28, 2_000), (28, 10_000), (224, 500), (224, 2_000))
+BATCH = 200
+
+
+class Drawn:
+    """A data set without its images in memory: image i is drawn from seed i. What Split is, read lazily."""
+
+    def __init__(self, count: int, config: AViTConfig) -> None:
+        self.labels = (np.arange(count) % config.num_classes).astype(np.int32)
+        self._shape = (*config.image_shape, config.in_channels)
+
+    @property
+    def images(self) -> "Drawn":
+        """Slices of the data set are arrays of images."""
+        return self
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index):  # type: ignore[no-untyped-def]
+        if isinstance(index, slice):
+            return np.stack([self[i]["image"] for i in range(*index.indices(len(self)))])
+        rng = np.random.default_rng(int(index))
+        top = rng.integers(2, 256)
+        return {"image": rng.integers(0, top, self._shape, dtype=np.uint8), "label": self.labels[index]}
+
+
+def model_for(size: int) -> AViT:
+    """Random weights, made large enough that tokens stop at many layers."""
+    small = size == 28
+    config = AViTConfig(
+        image_size=size,
+        patch_size=4 if small else 32,
+        in_channels=1 if small else 3,
+        num_classes=10 if small else 1000,
+        embed_dim=64,
+        num_heads=4,
+        gate_scale=4.0,
+        gate_center=3.0,
+        preprocessing=Preprocessing((0.5,), (0.3,)) if small else Preprocessing(),
+    )
+    model = AViT(config, rngs=nnx.Rngs(0))
+    nnx.update(model, jax.tree.map(lambda x: 3 * x if x.ndim >= 2 else x, nnx.state(model, nnx.Param)))
+    return model
+
+
+def measure(size: int, count: int, folder: Path) -> dict[str, float]:
+    """One report; resident memory in MB, at its peak after the first evaluated batch and at the end."""
+    use_all_cores()
+    model = model_for(size)
+    split = Drawn(count, model.config)
+    mesh = data_mesh(BATCH)
+    evaluate(model, Drawn(BATCH, model.config), BATCH, "packed", mesh)  # type: ignore[arg-type]
+    first = _peak_mb()
+    began = time.perf_counter()
+    result = evaluate(model, split, BATCH, "packed", mesh)  # type: ignore[arg-type]
+    evaluated = time.perf_counter()
+    folder.mkdir(parents=True, exist_ok=True)
+    subject = Subject(f"drawn {size}", model, result)
+    page = write_report(folder, subject, split, data=f"{count} drawn images", batch_size=BATCH)  # type: ignore[arg-type]
+    done = time.perf_counter()
+    return {
+        "size": size,
+        "images": count,
+        "evaluation_seconds": evaluated - began,
+        "report_seconds": done - evaluated,
+        "page_kb": page.stat().st_size / 1e3,
+        "first_batch_mb": first,
+        "peak_mb": _peak_mb(),
+        "mean_depth": result.mean_depth,
+    }
+
+
+def _peak_mb() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def main() -> None:
+    """All sizes, each in a process of its own, as a table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--one", nargs=2, type=int, metavar=("SIZE", "COUNT"), help="one size, as JSON")
+    arguments = parser.parse_args()
+    out = Path("runs/benchmarks")
+    out.mkdir(parents=True, exist_ok=True)
+    if arguments.one:
+        size, count = arguments.one
+        print(json.dumps(measure(size, count, out / f"report_{size}_{count}")))
+        return
+    print(f"{'images':>16}{'evaluate s':>12}{'report s':>10}{'page kB':>9}{'first MB':>10}{'peak MB':>9}{'depth':>7}")
+    rows = []
+    for size, count in SIZES:
+        command = [sys.executable, __file__, "--one", str(size), str(count)]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        row = json.loads(done.stdout.splitlines()[-1])
+        rows.append(row)
+        print(
+            f"{count:>7} {size}x{size:<4}{row['evaluation_seconds']:>11.1f}{row['report_seconds']:>10.1f}"
+            f"{row['page_kb']:>9.0f}{row['first_batch_mb']:>10.0f}{row['peak_mb']:>9.0f}{row['mean_depth']:>7.2f}",
+            flush=True,
+        )
+    (out / "report.json").write_text(json.dumps({"environment": environment(), "rows": rows}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
