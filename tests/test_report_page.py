@@ -169,9 +169,12 @@ def test_the_one_bright_patch_shows_up_in_its_own_place(distilled: bool) -> None
     assert brightness.shape == (3, 2)
     assert np.argwhere(brightness > brightness.min()).tolist() == [[1, 0]]
     depth = gallery.token_depths(model, Split(images, np.zeros(1, np.int32)), [0])[0]
-    steps = gallery.strip(depth, config)
-    assert [step["alive"] for step in steps] == [config.num_tokens, 1, 0]
-    assert (pixels(steps[1]["cover"])[..., 3] == 0).tolist() == [[False, False], [True, False], [False, False]]
+    assert gallery.alive(depth, config) == [config.num_tokens, 1, 0]
+    assert (pixels(gallery.covers(depth, config)[1])[..., 3] == 0).tolist() == [
+        [False, False],
+        [True, False],
+        [False, False],
+    ]
     both = np.asarray(gallery.overlay(images[0], depth, config)).astype(int)
     right = both[:, both.shape[1] // 2 + 4 :]
     rows, columns = np.nonzero(right.sum(-1) == right.sum(-1).max())

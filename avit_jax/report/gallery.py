@@ -4,7 +4,6 @@ import base64
 import dataclasses
 import io
 from collections.abc import Sequence
-from typing import Any
 
 import matplotlib
 import numpy as np
@@ -60,7 +59,6 @@ class Frame:
 
     photo: str
     map: str
-    mean_depth: float
 
 
 def frames(model: AViT, split: Split, indices: Sequence[int]) -> dict[int, Frame]:
@@ -71,7 +69,7 @@ def frames(model: AViT, split: Split, indices: Sequence[int]) -> dict[int, Frame
     images = np.stack([split[index]["image"] for index in wanted])
     depths = np.asarray(predict(model, normalize(images, model.config)).token_depth)
     return {
-        index: Frame(photo_uri(image), map_uri(depth, model.config), float(depth.mean()))
+        index: Frame(photo_uri(image), map_uri(depth, model.config))
         for index, image, depth in zip(wanted, images, depths, strict=True)
     }
 
@@ -82,21 +80,19 @@ def token_depths(model: AViT, split: Split, indices: Sequence[int]) -> Int[np.nd
     return np.asarray(predict(model, normalize(images, model.config)).token_depth)
 
 
-def strip(token_depth: Int[np.ndarray, " n"], config: AViTConfig) -> list[dict[str, Any]]:
-    """For each layer the patches that go on after it (a data: URI that covers the others) and how many tokens do."""
+def alive(token_depth: Int[np.ndarray, " n"], config: AViTConfig) -> list[int]:
+    """The tokens, special ones included, that go on after each layer."""
+    return [int((token_depth > layer).sum()) for layer in range(1, config.depth + 1)]
+
+
+def covers(token_depth: Int[np.ndarray, " n"], config: AViTConfig) -> list[str]:
+    """For each layer a data: URI that covers the patches which do not go on after it."""
     depths = depth_map(token_depth, config)
-    return [
-        {
-            "layer": layer,
-            "alive": int((token_depth > layer).sum()),
-            "cover": png_uri(_cover(depths > layer)),
-        }
-        for layer in range(1, config.depth + 1)
-    ]
+    return [png_uri(_cover(depths > layer)) for layer in range(1, config.depth + 1)]
 
 
-def _cover(alive: Bool[np.ndarray, "rows columns"]) -> UInt8[np.ndarray, "rows columns 4"]:
-    return np.where(alive[..., None], np.uint8(0), np.array(_HALTED, np.uint8))
+def _cover(going: Bool[np.ndarray, "rows columns"]) -> UInt8[np.ndarray, "rows columns 4"]:
+    return np.where(going[..., None], np.uint8(0), np.array(_HALTED, np.uint8))
 
 
 def coloured(token_depth: Int[np.ndarray, " n"], config: AViTConfig) -> UInt8[np.ndarray, "rows columns 3"]:

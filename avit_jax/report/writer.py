@@ -2,6 +2,7 @@
 
 import dataclasses
 import datetime
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,15 @@ class Subject:
     name: str  # of its checkpoint
     model: AViT
     result: Evaluation
+
+
+@dataclasses.dataclass(frozen=True)
+class _Setting:
+    """One gate setting: the model under it, and its figures."""
+
+    value: float
+    model: AViT
+    figures: dict[str, float]
 
 
 def write_report(
@@ -64,22 +74,24 @@ def write_report(
             **evaluation_numbers(baseline.result, baseline.model.config),
             "disagreements": disagreements(result, baseline.result),
         }
+    chosen = _chosen(subject, baseline)
+    report["galleries"] = {name: [_image(i, subject, baseline) for i in indices] for name, indices in chosen.items()}
+    shown = {index for indices in chosen.values() for index in indices}
+    pictures: dict[str, Any] = {}
+    if model.config.halts:
+        widest = int(np.argmax(result.per_image.depth_std))
+        (depth,) = gallery.token_depths(model, split, [widest])
+        report["strip"] = _image(widest, subject) | {"alive": gallery.alive(depth, model.config)}
+        pictures["covers"] = gallery.covers(depth, model.config)
+        shown.add(widest)
     if sweep:
-        rates = speeds["images_per_second"]
-        own = getattr(model.config, sweep.field)
-        nearest = int(np.argmin([abs(value - own) for value in sweep.values]))
-        report["sweep"] = {"field": sweep.field, "nearest": nearest, "settings": _judged(settings, rates)}
-    report, frames = _galleries(as_json(report), subject, split, baseline)
-    fixed = gallery.spread(result, _FIXED)
-    pictures = {
-        "frames": frames,
-        "charts": _charts(report),
-        "strip": gallery.strip(gallery.token_depths(model, split, [report["strip"]["image"]])[0], model.config)
-        if model.config.halts
-        else [],
-        "sweep": [_sweep_frames(s["model"], split, fixed) for s in settings],
-        "sweep_photos": gallery.frames(model, split, fixed.tolist()) if settings else {},
-    }
+        fixed = gallery.spread(result, _FIXED).tolist()
+        maps = [gallery.token_depths(setting.model, split, fixed) for setting in settings]
+        report["sweep"] = _sweep_numbers(sweep, settings, model, speeds["images_per_second"], fixed, maps)
+        pictures["sweep"] = [[gallery.map_uri(depth, model.config) for depth in depths] for depths in maps]
+        shown.update(fixed)
+    report = as_json(report)
+    pictures |= {"frames": gallery.frames(model, split, sorted(shown)), "charts": _charts(report)}
     write_json(folder / "report.json", report)
     return write_page(folder, render(report, pictures))
 
@@ -106,7 +118,7 @@ def _describe(subject: Subject) -> dict[str, Any]:
     }
 
 
-def _variants(subject: Subject, baseline: Subject | None, settings: list[dict[str, Any]]) -> dict[str, Any]:
+def _variants(subject: Subject, baseline: Subject | None, settings: Sequence[_Setting]) -> dict[str, tuple[AViT, str]]:
     """What is timed: dense is the model itself with the gate taken out."""
     model = subject.model
     variants = {"dense": (with_gate(model, gate_scale=None, gate_center=None), "masked")}
@@ -114,58 +126,65 @@ def _variants(subject: Subject, baseline: Subject | None, settings: list[dict[st
         variants |= {"masked": (model, "masked"), "packed": (model, "packed")}
     if baseline:
         variants["baseline"] = (baseline.model, "packed" if baseline.model.config.halts else "masked")
-    return variants | {_key(s["value"]): (s["model"], "packed") for s in settings}
+    return variants | {_key(setting): (setting.model, "packed") for setting in settings}
 
 
-def _key(value: float) -> str:
-    return f"setting {value:g}"
+def _key(setting: _Setting) -> str:
+    return f"setting {setting.value:g}"
 
 
-def _settings(model: AViT, split: Split, batch_size: int, sweep: Sweep) -> list[dict[str, Any]]:
-    """Each setting with its model and figures."""
+def _settings(model: AViT, split: Split, batch_size: int, sweep: Sweep) -> list[_Setting]:
     mesh = data_mesh(batch_size)
     found = []
     for value in sweep.values:
         other = with_gate(model, **{sweep.field: value})
         result = evaluate(other, split, batch_size, "packed", mesh)
         names = ("top1", "mean_depth", "class_token_depth", "gmacs", "executed_gmacs")
-        found.append({"value": value, "model": other} | {name: getattr(result, name) for name in names})
+        found.append(_Setting(value, other, {name: getattr(result, name) for name in names}))
     return found
 
 
-def _judged(settings: list[dict[str, Any]], rates: dict[str, float]) -> list[dict[str, Any]]:
-    """The settings with their speeds, and whether another one is at least as good for at most the cost."""
-    rows = [
-        {name: value for name, value in s.items() if name != "model"} | {"images_per_second": rates[_key(s["value"])]}
-        for s in settings
-    ]
-    top1 = [row["top1"] for row in rows]
-    costs = {"gmacs": [row["gmacs"] for row in rows], "images_per_second": [-row["images_per_second"] for row in rows]}
+def _sweep_numbers(
+    sweep: Sweep,
+    settings: Sequence[_Setting],
+    model: AViT,
+    rates: dict[str, float],
+    fixed: Sequence[int],
+    maps: Sequence[np.ndarray],
+) -> dict[str, Any]:
+    """The settings with their speeds, the depths of the fixed images, and whether nothing beats them."""
+    own = getattr(model.config, sweep.field)
+    speeds = [rates[_key(setting)] for setting in settings]
+    top1 = [setting.figures["top1"] for setting in settings]
+    costs = {"gmacs": [setting.figures["gmacs"] for setting in settings], "images_per_second": [-s for s in speeds]}
     marks = {name: unbeaten(top1, cost) for name, cost in costs.items()}
-    return [row | {"unbeaten": {name: bool(mark[i]) for name, mark in marks.items()}} for i, row in enumerate(rows)]
+    rows = [
+        {
+            "value": setting.value,
+            **setting.figures,
+            "images_per_second": speeds[i],
+            "unbeaten": {name: bool(mark[i]) for name, mark in marks.items()},
+            "images": [
+                {"image": index, "mean_depth": float(depth.mean())} for index, depth in zip(fixed, maps[i], strict=True)
+            ],
+        }
+        for i, setting in enumerate(settings)
+    ]
+    nearest = int(np.argmin([abs(setting.value - own) for setting in settings]))
+    return {"field": sweep.field, "nearest": nearest, "settings": rows}
 
 
-def _galleries(
-    report: dict[str, Any], subject: Subject, split: Split, baseline: Subject | None
-) -> tuple[dict[str, Any], dict[int, gallery.Frame]]:
-    """The report with the images that the page shows, and their frames."""
-    result, config = subject.result, subject.model.config
-    chosen: dict[str, np.ndarray] = {}
-    if config.halts:
+def _chosen(subject: Subject, baseline: Subject | None) -> dict[str, list[int]]:
+    """The images that the page shows, found from the few numbers kept of each."""
+    result = subject.result
+    chosen = {}
+    if subject.model.config.halts:
         chosen = {"easiest": gallery.easiest(result), "hardest": gallery.hardest(result)}
-        strip = int(np.argmax(result.per_image.depth_std))
-        report["strip"] = _image(strip, subject)
     if result.labelled:
         chosen["confidently_wrong"] = gallery.confidently_wrong(result)
     if baseline:
         chosen["disagreeing"] = gallery.disagreeing(result, baseline.result)
-    report["galleries"] = {
-        name: [_image(int(index), subject, baseline) for index in indices] for name, indices in chosen.items()
-    }
-    shown = [int(index) for indices in chosen.values() for index in indices]
-    if config.halts:
-        shown.append(strip)
-    return report, gallery.frames(subject.model, split, shown)
+    return {name: indices.tolist() for name, indices in chosen.items()}
 
 
 def _image(index: int, subject: Subject, baseline: Subject | None = None) -> dict[str, Any]:
@@ -184,15 +203,6 @@ def _image(index: int, subject: Subject, baseline: Subject | None = None) -> dic
         found["baseline"] = names[int(baseline.result.per_image.prediction[index])]
         found["baseline_confidence"] = float(baseline.result.per_image.confidence[index])
     return as_json(found)
-
-
-def _sweep_frames(model: AViT, split: Split, fixed: np.ndarray) -> list[tuple[int, str, float]]:
-    """(image, map, mean depth) of the fixed images at one setting."""
-    depths = gallery.token_depths(model, split, fixed.tolist())
-    return [
-        (int(index), gallery.map_uri(depth, model.config), float(depth.mean()))
-        for index, depth in zip(fixed, depths, strict=True)
-    ]
 
 
 def _charts(report: dict[str, Any]) -> dict[str, Any]:
