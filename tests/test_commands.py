@@ -114,6 +114,9 @@ def one_sentence(stderr: str) -> str:
         ("train.py", ["--config.data.source=cifar"], "config.data.source 'cifar' is unknown"),
         ("train.py", ["--config=configs/npz_avit.py:/tmp/none.npz"], "config.data.path '/tmp/none.npz' is not a file"),
         ("eval.py", ["--checkpoint=runs/nothing"], "runs/nothing: the folder is missing"),
+        ("eval.py", ["--reprot=x"], "no option --reprot: did you mean 'report'?"),
+        ("eval.py", ["--sweep=gate_center:9,10"], "--sweep is shown in the report: give --report=FOLDER too"),
+        ("eval.py", ["--report=README.md/page"], "README.md/page cannot be written to (Not a directory): give another folder"),
         ("eval.py", ["--checkpoint=README.md"], "README.md cannot be read as a checkpoint: it is neither a zip file, nor a pickle, nor safetensors"),
     ],
 )  # fmt: skip
@@ -129,3 +132,14 @@ def test_noresume_refuses_a_run_that_has_begun(tmp_path: Path) -> None:
     done = command("train.py", f"--workdir={tmp_path / 'run'}", "--noresume")
     assert done.returncode == 1
     assert "holds a run already: leave --noresume out" in one_sentence(done.stderr)
+
+
+def test_the_installed_package_has_the_pages_parts(tmp_path: Path) -> None:
+    """What setup finds is what a wheel holds; no index is asked."""
+    build = [sys.executable, "-c", "import setuptools; setuptools.setup()", "-q"]
+    build += ["egg_info", "--egg-base", str(tmp_path), "build", "--build-base", str(tmp_path)]
+    done = subprocess.run(build, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    built = tmp_path / "lib" / "avit_jax" / "report" / "templates"
+    own = ROOT / "avit_jax" / "report" / "templates"
+    assert sorted(p.name for p in built.iterdir()) == sorted(p.name for p in own.iterdir()) != []
