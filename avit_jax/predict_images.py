@@ -6,10 +6,11 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ImageOps
 
 from avit_jax.checkpoint import load
 from avit_jax.config import AViTConfig
+from avit_jax.data.decode import BadImage, decode
 from avit_jax.evaluation import masked_program
 from avit_jax.files import writable_folder
 from avit_jax.model import AViT
@@ -59,10 +60,12 @@ def predict_files(model: AViT, files: list[Path], root: Path, out: Path | None, 
         read = {}
         for file in files[start : start + _BATCH]:
             try:
-                read[file] = preprocess(read_image(file), model.config)[0]
-            except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+                # Upright, as the camera says: a person's pictures are not a data set's.
+                picture = ImageOps.exif_transpose(decode(file, str(file.relative_to(root))))
+                read[file] = preprocess(picture, model.config)[0]
+            except BadImage as error:
                 unreadable.append(str(file.relative_to(root)))
-                yield f"{unreadable[-1]:{width}}  unreadable: {_reason(error, file)}"
+                yield f"unreadable: {error}"
         if not read:
             continue
         logits, depths = run(np.stack(list(read.values())))
@@ -115,18 +118,6 @@ def find_images(path: Path) -> tuple[list[Path], Path]:
     return files, path
 
 
-def read_image(path: Path) -> Image.Image:
-    """A picture, upright as its camera says, with 8 bits a channel. Raises OSError for what Pillow cannot read."""
-    with Image.open(path) as opened:
-        opened.load()
-        image = ImageOps.exif_transpose(opened)
-    if image.mode.startswith("I;16"):  # Pillow's own conversion would cut all above 255 off
-        return Image.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8))
-    if image.mode in ("I", "F"):
-        raise ValueError("its 32-bit values have no known range: save it with 8 or 16 bits")
-    return image
-
-
 def read_class_names(path: str | Path, config: AViTConfig) -> tuple[str, ...]:
     """One name a line, as many as the model has classes. Raises ValueError for another number, or no such file."""
     try:
@@ -136,9 +127,3 @@ def read_class_names(path: str | Path, config: AViTConfig) -> tuple[str, ...]:
     if len(names) != config.num_classes:
         raise ValueError(f"--class_names={path} has {len(names)} names and the model {config.num_classes} classes")
     return names
-
-
-def _reason(error: Exception, path: Path) -> str:
-    if isinstance(error, UnidentifiedImageError):
-        return "it is no picture that Pillow knows" if path.stat().st_size else "it is empty"
-    return str(error) or type(error).__name__

@@ -2,28 +2,33 @@
 
     python benchmarks/report.py                      28x28 at 2,000 and 10,000, 224x224 at 500 and 2,000; 10 min
 
-Images are drawn when they are asked for, as a data set on disk would be read: noise of several brightnesses, of 10
-(28x28) and 1,000 classes. 28x28: the MNIST model's architecture, its gate spread; 224x224: the same layers with patches
-of 32 pixels, so that 2 cores get through 2,000 images; what is kept of an image is the same for any model. Each size
-runs in its own process. "report" is what the page takes beyond evaluation: pictures, intervals, images/s, charts.
-Writes runs/benchmarks/report.json.
+Images are noise of several brightnesses, of 10 and 1,000 classes; those of 224x224 are files (BMP) that come into being
+when they are asked for, as a data set on disk would be read. 28x28: the MNIST model's architecture, its gate spread;
+224x224: the same layers with patches of 32 pixels, so that 2 cores get through 2,000 images; what is kept of an image
+is the same for any model. Each size runs in its own process. "report" is what the page takes beyond evaluation:
+pictures, intervals, images/s, charts. Writes runs/benchmarks/report.json.
 """
 
 import argparse
+import io
 import json
 import resource
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import jax
 import numpy as np
 from flax import nnx
+from PIL import Image
 
 from avit_jax import AViT, AViTConfig, Preprocessing
+from avit_jax.data.settings import DataSettings
+from avit_jax.data.sources import Images, Split
 from avit_jax.evaluation import evaluate
 from avit_jax.mesh import data_mesh, use_all_cores
 from avit_jax.report.speed import environment
@@ -34,41 +39,56 @@ BATCH = 200
 
 
 class Drawn:
-    """A data set without its images in memory: image i is drawn from seed i. What Split is, read lazily."""
+    """A data set without its images in memory (sources.Images): image i is drawn from seed i."""
+
+    settings = DataSettings()
 
     def __init__(self, count: int, config: AViTConfig) -> None:
         self.labels = (np.arange(count) % config.num_classes).astype(np.int32)
         self._shape = (*config.image_shape, config.in_channels)
 
-    @property
-    def images(self) -> "Drawn":
-        """Slices of the data set are arrays of images."""
-        return self
-
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, index):  # type: ignore[no-untyped-def]
-        if isinstance(index, slice):
-            return np.stack([self[i]["image"] for i in range(*index.indices(len(self)))])
+    def __getitem__(self, index: int) -> dict[str, Any]:
         rng = np.random.default_rng(int(index))
         top = rng.integers(2, 256)
-        return {"image": rng.integers(0, top, self._shape, dtype=np.uint8), "label": self.labels[index]}
+        pixels = rng.integers(0, top, self._shape, dtype=np.uint8)
+        return {"image": _file(pixels) if pixels.shape[-1] == 3 else pixels, "label": self.labels[index]}
+
+    def name(self, index: int) -> str:
+        """Its number."""
+        return f"image {index}"
+
+
+def _file(pixels: np.ndarray) -> bytes:
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, "BMP")
+    return stream.getvalue()
+
+
+def drawn(count: int, config: AViTConfig) -> Images:
+    """Small images in memory, as MNIST is; large ones drawn when they are asked for."""
+    lazy = Drawn(count, config)
+    if config.in_channels == 3:
+        return lazy
+    return Split(np.stack([lazy[i]["image"] for i in range(count)]), lazy.labels)
 
 
 def model_for(size: int) -> AViT:
     """Random weights, made large enough that tokens stop at many layers."""
     small = size == 28
+    channels = 1 if small else 3
     config = AViTConfig(
         image_size=size,
         patch_size=4 if small else 32,
-        in_channels=1 if small else 3,
+        in_channels=channels,
         num_classes=10 if small else 1000,
         embed_dim=64,
         num_heads=4,
         gate_scale=4.0,
         gate_center=3.0,
-        preprocessing=Preprocessing((0.5,), (0.3,)) if small else Preprocessing(),
+        preprocessing=Preprocessing((0.5,) * channels, (0.3,) * channels, crop_fraction=1.0),
     )
     model = AViT(config, rngs=nnx.Rngs(0))
     nnx.update(model, jax.tree.map(lambda x: 3 * x if x.ndim >= 2 else x, nnx.state(model, nnx.Param)))
@@ -79,16 +99,16 @@ def measure(size: int, count: int, folder: Path) -> dict[str, float]:
     """One report; resident memory in MB, at its peak after the first evaluated batch and at the end."""
     use_all_cores()
     model = model_for(size)
-    split = Drawn(count, model.config)
+    split = drawn(count, model.config)
     mesh = data_mesh(BATCH)
-    evaluate(model, Drawn(BATCH, model.config), BATCH, "packed", mesh)  # type: ignore[arg-type]
+    evaluate(model, drawn(BATCH, model.config), BATCH, "packed", mesh)
     first = _peak_mb()
     began = time.perf_counter()
-    result = evaluate(model, split, BATCH, "packed", mesh)  # type: ignore[arg-type]
+    result = evaluate(model, split, BATCH, "packed", mesh)
     evaluated = time.perf_counter()
     folder.mkdir(parents=True, exist_ok=True)
     subject = Subject(f"drawn {size}", model, result)
-    page = write_report(folder, subject, split, data=f"{count} drawn images", batch_size=BATCH)  # type: ignore[arg-type]
+    page = write_report(folder, subject, split, data=f"{count} drawn images", batch_size=BATCH)
     done = time.perf_counter()
     return {
         "size": size,

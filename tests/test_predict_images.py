@@ -10,7 +10,7 @@ import avit_jax
 from avit_jax import Preprocessing
 from avit_jax.evaluation import predict
 from avit_jax.files import writable_folder
-from avit_jax.predict_images import find_images, predict_checkpoint, predict_files, read_class_names, read_image
+from avit_jax.predict_images import find_images, predict_checkpoint, predict_files, read_class_names
 from avit_jax.preprocessing import denormalize, normalize
 from tests.builders import small_config, spread_gate
 
@@ -45,14 +45,13 @@ def test_every_file_has_its_line(pictures: Path, tmp_path: Path, execution: str)
     output = predict(model, normalize(PIXELS[None, ..., None], CONFIG))
     p = np.exp(output.logits[0]) / np.exp(output.logits[0]).sum()
     depth = np.asarray(output.token_depth).mean()
-    said = {line.split()[0]: " ".join(line.split()[1:]) for line in lines}
+    said = {line.split()[0]: " ".join(line.split()[1:]) for line in lines if not line.startswith("unreadable: ")}
+    bad = {line.split()[1]: line for line in lines if line.startswith("unreadable: ")}
     expected = f"{'abcde'[p.argmax()]} {p.max():.1%} depth {depth:.2f} of 4"
     readable = ["deep.png", "grey.png", "inside/colour.png", "palette.png", "rgba.png"]
     assert {name: said[name] for name in readable} == dict.fromkeys(readable, expected)
-    assert said["empty.jpg"] == "unreadable: it is empty"
-    assert said["notes.txt"] == "unreadable: it is no picture that Pillow knows"
-    assert said["cut.png"].startswith("unreadable: ")
-    assert len(said) == 8
+    assert "is empty" in bad["empty.jpg"] and "no image that Pillow can read" in bad["notes.txt"] and "cut.png" in bad
+    assert len(said) == 5 and len(bad) == 3
     assert total == "5 images, no labels: no accuracy; 3 unreadable: cut.png, empty.jpg, notes.txt"
     assert str(out) in where
     assert sorted(str(p.relative_to(out)) for p in out.rglob("*.png")) == [f"{name}.depth.png" for name in readable]
@@ -69,17 +68,18 @@ def test_one_file_and_a_model_that_never_halts(pictures: Path) -> None:
     assert where == "the model never halts: there are no depths to draw"
 
 
-def test_pictures_are_upright_and_sixteen_bits_become_eight(pictures: Path, tmp_path: Path) -> None:
-    np.testing.assert_array_equal(np.asarray(read_image(pictures / "deep.png")), PIXELS)
-    turned = Image.fromarray(PIXELS)
-    exif = turned.getexif()
-    exif[0x0112] = 6  # the camera was turned: rotate by 90 degrees clockwise to see it
-    turned.save(tmp_path / "turned.png", exif=exif)
-    np.testing.assert_array_equal(np.asarray(read_image(tmp_path / "turned.png")), np.rot90(PIXELS, -1))
-    Image.fromarray(PIXELS.astype(np.float32)).save(tmp_path / "float.tiff")
-    with pytest.raises(ValueError, match="32-bit values have no known range"):
-        read_image(tmp_path / "float.tiff")
-    np.testing.assert_array_equal(denormalize(normalize(PIXELS[None, ..., None], CONFIG), CONFIG)[0, ..., 0], PIXELS)
+def test_pictures_are_upright(tmp_path: Path) -> None:
+    model = spread_gate(small_config(in_channels=1, image_size=12, preprocessing=CONFIG.preprocessing))
+    square = np.pad(PIXELS, ((0, 0), (0, 4)))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: to be rotated by 90 degrees clockwise
+    Image.fromarray(square).save(tmp_path / "turned.png", exif=exif)
+    Image.fromarray(np.rot90(square, -1)).save(tmp_path / "upright.png")
+    files, root = find_images(tmp_path)
+    turned, upright, *_ = (line.split()[1:] for line in predict_files(model, files, root, None, "masked"))
+    assert turned == upright
+    pixels = PIXELS[None, ..., None]
+    np.testing.assert_array_equal(denormalize(normalize(pixels, CONFIG), CONFIG), pixels)
 
 
 def test_what_cannot_be_done_is_said(pictures: Path, tmp_path: Path) -> None:

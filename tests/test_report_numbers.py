@@ -35,6 +35,7 @@ def drawn_split(count: int, seed: int = 0, config: AViTConfig = CONFIG) -> Split
 def drawn_figures(count: int = 200, classes: int = 7, seed: int = 0) -> ImageFigures:
     rng = np.random.default_rng(seed)
     return ImageFigures(
+        index=np.arange(count),
         label=rng.integers(0, classes, count),
         prediction=rng.integers(0, classes, count),
         confidence=rng.uniform(size=count),

@@ -1,4 +1,7 @@
-"""A few images with what the model did to them; a picture and its map of depths are two layers of one frame."""
+"""A few images with what the model did to them; a picture and its map of depths are two layers of one frame.
+
+Images are chosen by their place in the evaluation, and read by their index in the data.
+"""
 
 import base64
 import dataclasses
@@ -11,7 +14,8 @@ from jaxtyping import Bool, Int, UInt8
 from PIL import Image
 
 from avit_jax.config import AViTConfig
-from avit_jax.data.sources import Split
+from avit_jax.data.pipeline import evaluation_images
+from avit_jax.data.sources import Images
 from avit_jax.evaluation import Evaluation, predict
 from avit_jax.model import AViT
 from avit_jax.preprocessing import normalize
@@ -61,12 +65,12 @@ class Frame:
     map: str
 
 
-def frames(model: AViT, split: Split, indices: Sequence[int]) -> dict[int, Frame]:
+def frames(model: AViT, split: Images, indices: Sequence[int]) -> dict[int, Frame]:
     """These images run again, alone; nothing of them was kept."""
     wanted = sorted({int(index) for index in indices})
     if not wanted:
         return {}
-    images = np.stack([split[index]["image"] for index in wanted])
+    images = evaluation_images(split, wanted, model.config)
     depths = np.asarray(predict(model, normalize(images, model.config)).token_depth)
     return {
         index: Frame(photo_uri(image), map_uri(depth, model.config))
@@ -74,9 +78,9 @@ def frames(model: AViT, split: Split, indices: Sequence[int]) -> dict[int, Frame
     }
 
 
-def token_depths(model: AViT, split: Split, indices: Sequence[int]) -> Int[np.ndarray, "k n"]:
+def token_depths(model: AViT, split: Images, indices: Sequence[int]) -> Int[np.ndarray, "k n"]:
     """The depths of these images' tokens."""
-    images = np.stack([split[int(index)]["image"] for index in indices])
+    images = evaluation_images(split, indices, model.config)
     return np.asarray(predict(model, normalize(images, model.config)).token_depth)
 
 

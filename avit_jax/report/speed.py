@@ -9,8 +9,10 @@ from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import Int
 
-from avit_jax.data.sources import Split
+from avit_jax.data.pipeline import evaluation_images
+from avit_jax.data.sources import Images
 from avit_jax.evaluation import images_per_second, masked_program
 from avit_jax.mesh import available_cores, data_mesh
 from avit_jax.model import AViT
@@ -20,16 +22,19 @@ from avit_jax.preprocessing import normalize
 ROUNDS = 7
 
 
-def measure_speeds(variants: dict[str, tuple[AViT, str]], split: Split, batch_size: int) -> dict[str, Any]:
-    """images/s of each (model, "masked" or "packed") on one batch, spread evenly over the data, which may be sorted.
+def measure_speeds(
+    variants: dict[str, tuple[AViT, str]], split: Images, indices: Int[np.ndarray, " n"], batch_size: int
+) -> dict[str, Any]:
+    """images/s of each (model, "masked" or "packed") on one batch, spread evenly over `indices` of the data.
 
+    Evenly, because data may be sorted by class, and classes differ in depth.
     Medians of 7 warm runs, the variants in turn; arrays on the devices, outputs awaited.
     """
-    count = min(batch_size, len(split))
-    chosen = np.linspace(0, len(split) - 1, count).round().astype(int)
+    count = min(batch_size, len(indices))
+    chosen = indices[np.linspace(0, len(indices) - 1, count).round().astype(int)]
     mesh = data_mesh(count)
     first = next(iter(variants.values()))[0]
-    images = normalize(np.stack([split[int(index)]["image"] for index in chosen]), first.config)
+    images = normalize(evaluation_images(split, chosen, first.config), first.config)
     packed = {
         name: compile_packed(model, count, mesh=mesh)
         for name, (model, execution) in variants.items()

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from avit_jax.data.sources import Split
+from avit_jax.data.sources import Images
 from avit_jax.evaluation import Evaluation, evaluate
 from avit_jax.files import write_json
 from avit_jax.mesh import data_mesh
@@ -45,7 +45,7 @@ class _Setting:
 def write_report(
     folder: Path,
     subject: Subject,
-    split: Split,
+    split: Images,
     *,
     data: str,
     batch_size: int,
@@ -59,11 +59,11 @@ def write_report(
     """
     model, result = subject.model, subject.result
     settings = _settings(model, split, batch_size, sweep) if sweep else []
-    speeds = measure_speeds(_variants(subject, baseline, settings), split, batch_size)
+    speeds = measure_speeds(_variants(subject, baseline, settings), split, result.per_image.index, batch_size)
     report: dict[str, Any] = {
         "created": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "environment": environment(),
-        "data": {"name": data, "images": len(split), "labelled": result.labelled},
+        "data": {"name": data, "images": result.images, "labelled": result.labelled},
         "model": _describe(subject),
         **evaluation_numbers(result, model.config),
         "speed": speeds,
@@ -76,16 +76,17 @@ def write_report(
         }
     chosen = _chosen(subject, baseline)
     report["galleries"] = {name: [_image(i, subject, baseline) for i in indices] for name, indices in chosen.items()}
-    shown = {index for indices in chosen.values() for index in indices}
+    shown = {image["image"] for images in report["galleries"].values() for image in images}
     pictures: dict[str, Any] = {}
     if model.config.halts:
         widest = int(np.argmax(result.per_image.depth_std))
-        (depth,) = gallery.token_depths(model, split, [widest])
-        report["strip"] = _image(widest, subject) | {"alive": gallery.alive(depth, model.config)}
+        report["strip"] = _image(widest, subject)
+        (depth,) = gallery.token_depths(model, split, [report["strip"]["image"]])
+        report["strip"]["alive"] = gallery.alive(depth, model.config)
         pictures["covers"] = gallery.covers(depth, model.config)
-        shown.add(widest)
+        shown.add(report["strip"]["image"])
     if sweep:
-        fixed = gallery.spread(result, _FIXED).tolist()
+        fixed = result.per_image.index[gallery.spread(result, _FIXED)].tolist()
         maps = [gallery.token_depths(setting.model, split, fixed) for setting in settings]
         report["sweep"] = _sweep_numbers(sweep, settings, model, speeds["images_per_second"], fixed, maps)
         pictures["sweep"] = [[gallery.map_uri(depth, model.config) for depth in depths] for depths in maps]
@@ -133,7 +134,7 @@ def _key(setting: _Setting) -> str:
     return f"setting {setting.value:g}"
 
 
-def _settings(model: AViT, split: Split, batch_size: int, sweep: Sweep) -> list[_Setting]:
+def _settings(model: AViT, split: Images, batch_size: int, sweep: Sweep) -> list[_Setting]:
     mesh = data_mesh(batch_size)
     found = []
     for value in sweep.values:
@@ -175,7 +176,7 @@ def _sweep_numbers(
 
 
 def _chosen(subject: Subject, baseline: Subject | None) -> dict[str, list[int]]:
-    """The images that the page shows, found from the few numbers kept of each."""
+    """The images that the page shows, by their place in the evaluation: found from the few numbers kept of each."""
     result = subject.result
     chosen = {}
     if subject.model.config.halts:
@@ -187,21 +188,21 @@ def _chosen(subject: Subject, baseline: Subject | None) -> dict[str, list[int]]:
     return {name: indices.tolist() for name, indices in chosen.items()}
 
 
-def _image(index: int, subject: Subject, baseline: Subject | None = None) -> dict[str, Any]:
+def _image(place: int, subject: Subject, baseline: Subject | None = None) -> dict[str, Any]:
     """What is said under a picture."""
     images, names = subject.result.per_image, class_names(subject.model.config)
-    label = int(images.label[index])
+    label = int(images.label[place])
     found = {
-        "image": index,
+        "image": int(images.index[place]),
         "label": names[label] if label >= 0 else None,
-        "prediction": names[int(images.prediction[index])],
-        "right": bool(images.rank[index] <= 1) if label >= 0 else None,
-        "confidence": float(images.confidence[index]),
-        "mean_depth": float(images.mean_depth[index]),
+        "prediction": names[int(images.prediction[place])],
+        "right": bool(images.rank[place] <= 1) if label >= 0 else None,
+        "confidence": float(images.confidence[place]),
+        "mean_depth": float(images.mean_depth[place]),
     }
     if baseline:
-        found["baseline"] = names[int(baseline.result.per_image.prediction[index])]
-        found["baseline_confidence"] = float(baseline.result.per_image.confidence[index])
+        found["baseline"] = names[int(baseline.result.per_image.prediction[place])]
+        found["baseline_confidence"] = float(baseline.result.per_image.confidence[place])
     return as_json(found)
 
 
