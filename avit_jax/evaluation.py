@@ -6,6 +6,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ from tqdm import tqdm
 from avit_jax.config import AViTConfig
 from avit_jax.data.pipeline import evaluation_batches
 from avit_jax.data.sources import Images
+from avit_jax.distributed import gathered
 from avit_jax.flops import image_gmacs
 from avit_jax.mesh import batch_sharding, replicated
 from avit_jax.model import AViT, AViTOutput
@@ -142,11 +144,34 @@ def evaluate(
     Labels of -1 throughout: the data have none. mesh: devices that the batches are split over; one without it.
     Raises ValueError where a label lies outside the model's classes, and for another execution.
     """
-    return figures(totals(model, split, batch_size, execution, mesh), model.config)
+    share = totals(model, split, batch_size, execution, mesh)
+    return figures(share if jax.process_count() == 1 else _of_all_processes(share), model.config)
+
+
+def _of_all_processes(share: Totals) -> Totals:
+    """The sum of the processes' totals, images in the data's order."""
+    images = {field.name: gathered(getattr(share.images, field.name)) for field in dataclasses.fields(ImageFigures)}
+    order = np.argsort(images["index"], kind="stable")
+
+    def total(value: Any) -> Any:
+        return gathered(np.asarray(value)[None]).sum(0)
+
+    return Totals(
+        ImageFigures(**{name: values[order] for name, values in images.items()}),
+        total(share.depth_histogram),
+        total(share.depth_by_token),
+        int(total(share.executed_slots)),
+        float(total(share.executed_gmacs)),
+    )
 
 
 def totals(model: AViT, split: Images, batch_size: int, execution: str = "masked", mesh: Mesh | None = None) -> Totals:
-    """What evaluate is computed from; the totals of parts of a data set, + between them, are those of the whole."""
+    """What evaluate is computed from; the totals of parts of a data set, + between them, are those of the whole.
+
+    With several processes: of this one's share, a part of every batch.
+    """
+    process, processes = jax.process_index(), jax.process_count()
+    own = batch_size // processes
     if execution not in EXECUTIONS:
         raise ValueError(f"execution {execution!r} is unknown: choose one of {', '.join(EXECUTIONS)}")
     config = model.config
@@ -154,19 +179,19 @@ def totals(model: AViT, split: Images, batch_size: int, execution: str = "masked
         _check_labels(split.labels, config)
     packed = None
     if execution == "packed" and config.halts:
-        packed = compile_packed(model, batch_size, image_exit=False, mesh=mesh)
+        packed = compile_packed(model, own, image_exit=False, mesh=mesh)
     program = packed or masked_program(model, mesh)
     images: list[dict[str, np.ndarray]] = []
     histogram, by_token = np.zeros(config.depth, np.int64), np.zeros(config.num_tokens, np.int64)
     slots, performed = 0, 0.0
-    batches = evaluation_batches(split, config, batch_size)
+    batches = evaluation_batches(split, config, batch_size, process_index=process, process_count=processes)
     bar = tqdm(batches, desc="evaluating", total=-(-len(split) // batch_size), unit="batch", delay=2, leave=False)
     for number, batch in enumerate(bar):
         real = np.asarray(batch["weight"]) > 0
         _check_labels(batch["label"][real], config)
         output = program(jax.device_put(batch["image"], batch_sharding(mesh)) if mesh else batch["image"])
         found = jax.device_get(_of_images(config, output, batch["label"]))
-        found |= {"label": batch["label"], "index": number * batch_size + np.arange(batch_size)}
+        found |= {"label": batch["label"], "index": number * batch_size + process * own + np.arange(own)}
         images.append({name: values[real] for name, values in found.items()})
         depth = np.where(real[:, None], output.token_depth, 0)
         histogram += np.bincount(depth.ravel(), minlength=config.depth + 1)[1:]

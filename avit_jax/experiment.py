@@ -33,9 +33,8 @@ from avit_jax.packed import compile_packed
 from avit_jax.predict_images import read_class_names
 from avit_jax.preprocessing import normalize
 from avit_jax.report import draw_curves, draw_depth_histogram, draw_depth_maps
-from avit_jax.speed import parse_profile
-from avit_jax.report.writer import Subject, writable_folder, write_report
 from avit_jax.report.writer import Subject, write_report
+from avit_jax.speed import parse_profile
 from avit_jax.sweep import parse_sweep
 from avit_jax.training import train
 

@@ -15,6 +15,8 @@ from ml_collections import ConfigDict
 from avit_jax.config import AViTConfig
 from avit_jax.flops import image_gmacs
 
+# The figures of a log line that differ from run to run.
+TIMES = ("images_per_second", "data_wait", "device_wait", "checkpoint_wait", "memory_gigabytes", "mfu")
 WAITS = ("data", "device", "checkpoint")
 
 

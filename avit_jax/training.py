@@ -16,7 +16,8 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from avit_jax.checkpoint import RunCheckpoints
-from avit_jax.data.pipeline import TrainingBatches, training_batches
+from avit_jax.data.device import DeviceBatches
+from avit_jax.data.pipeline import training_batches
 from avit_jax.data.sources import Dataset
 from avit_jax.evaluation import Evaluation, evaluate
 from avit_jax.interruption import StopRequest
@@ -45,14 +46,17 @@ def train(
     SIGTERM or SIGINT.
     """
     mesh = training_mesh(config.mesh.data, config.mesh.fsdp, config.batch_size)
-    batches = training_batches(
-        dataset.train,
-        model.config,
-        batch_size=config.batch_size,
-        seed=config.seed,
-        augment=dict(config.augment),
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+    batches = DeviceBatches(
+        training_batches(
+            dataset.train,
+            model.config,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            augment=dict(config.augment),
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        ),
+        place=lambda batch: global_batch(batch, mesh),
     )
     steps = training_steps(config, dataset)
     schedule = learning_rate_schedule(config.optim, steps, epochs=config.epochs, batch_size=config.batch_size)
@@ -116,7 +120,7 @@ class _Run:
     steps: int
     mesh: Mesh
     train_step: Callable[[TrainState, dict[str, Array]], tuple[TrainState, dict[str, Array]]]
-    batches: TrainingBatches
+    batches: DeviceBatches
     checkpoints: RunCheckpoints
     state: TrainState
     began: float
@@ -176,7 +180,7 @@ class _Run:
         while self.step < self.steps:
             clock.trace(self.step + 1)
             with clock.waiting_for("data"):
-                batch = global_batch(next(self.batches), self.mesh)
+                batch = next(self.batches)
             self.state, metrics = self.train_step(self.state, batch)
             step = self.step + 1
             # The step before is read while this one runs, so that the device never waits for Python.

@@ -47,9 +47,7 @@ def topology_mesh(name: str, fsdp: int = 1) -> Mesh:
     """All chips of a topology; v5e:1x1 is one chip of the smallest that there is."""
     devices = topologies.get_topology_desc(platform="tpu", topology_name=name.replace("1x1", "2x4")).devices
     devices = devices[:1] if name.endswith("1x1") else devices
-    return Mesh(
-        np.asarray(devices).reshape(-1, fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto, AxisType.Auto)
-    )
+    return Mesh(np.asarray(devices).reshape(-1, fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto, AxisType.Auto))
 
 
 def abstract_arguments(
@@ -151,7 +149,9 @@ def main() -> None:
     parser.add_argument("--models", default="tiny,small,base", type=lambda text: text.split(","))
     parser.add_argument("--topologies", default="v5e:1x1,v5e:2x4,v5e:16x16", type=lambda text: text.split(","))
     parser.add_argument("--no-packed", action="store_true")
-    parser.add_argument("--fsdp", type=int, default=0, help="one more compile of the step, the state split so many ways")
+    parser.add_argument(
+        "--fsdp", type=int, default=0, help="one more compile of the step, the state split so many ways"
+    )
     options = parser.parse_args()
     rows = []
     for size in options.models:

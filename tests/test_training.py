@@ -22,6 +22,7 @@ from avit_jax.experiment import evaluate_checkpoint, format_summary, initial_mod
 from avit_jax.logs import read_metrics
 from avit_jax.mesh import training_mesh
 from avit_jax.optim import learning_rate_schedule, make_optimizer, update_average, weight_decay_mask
+from avit_jax.speed import TIMES
 from avit_jax.train_step import initial_state, make_train_step
 from tests.builders import small_config, tiny_experiment, toy_arrays
 
@@ -36,7 +37,7 @@ def leaves(folder: Path, **options: Any) -> list[np.ndarray]:
 
 
 def lines_without_times(workdir: Path) -> list[dict[str, Any]]:
-    return [{k: v for k, v in line.items() if k != "images_per_second"} for line in read_metrics(workdir)]
+    return [{k: v for k, v in line.items() if k not in TIMES} for line in read_metrics(workdir)]
 
 
 class Killed(Exception):
