@@ -291,7 +291,9 @@ def _measure(
             evaluate(baseline, dataset.test, config.eval_batch_size, "packed"),
         )
     count = min(config.eval_batch_size, len(dataset.test))
-    batch = normalize(evaluation_images(dataset.test, range(count), model.config), model.config)
+    # Evenly over the set, which may be sorted by class.
+    timed = np.linspace(0, len(dataset.test) - 1, count).astype(int)
+    batch = normalize(evaluation_images(dataset.test, timed, model.config), model.config)
     mesh = data_mesh(count)
     programs = [
         compile_packed(row_model, count, mesh=mesh) if row_model.config.halts else masked_program(row_model, mesh)

@@ -42,7 +42,7 @@ def jax_step(config: AViTConfig, batch_size: int) -> Callable[[], None]:
     experiment.batch_size = batch_size
     experiment.loss.distillation = "none"  # a teacher's forward pass is no part of the comparison
     optimizer = make_optimizer(
-        experiment.optim, learning_rate_schedule(experiment.optim, 10_000, epochs=100, batch_size=batch_size)
+        experiment.optim, learning_rate_schedule(experiment.optim, 10_000, epochs=100.0, batch_size=batch_size)
     )
     model = AViT(config, rngs=nnx.Rngs(0))
     mesh = training_mesh(-1, 1, batch_size)

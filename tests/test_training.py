@@ -272,7 +272,7 @@ def test_a_teacher_that_does_not_fit_is_refused(config: ConfigDict, tmp_path: Pa
 
 
 def optimizer_of(config: ConfigDict, steps: int) -> optax.GradientTransformation:
-    return make_optimizer(config.optim, learning_rate_schedule(config.optim, steps, epochs=1, batch_size=12))
+    return make_optimizer(config.optim, learning_rate_schedule(config.optim, steps, epochs=1.0, batch_size=12))
 
 
 def first_step(config: ConfigDict, model: avit_jax.AViT, teacher: avit_jax.AViT | None = None) -> tuple[Any, Any]:
@@ -286,11 +286,11 @@ def first_step(config: ConfigDict, model: avit_jax.AViT, teacher: avit_jax.AViT 
 
 def test_learning_rate_warms_up_and_decays_to_its_end(config: ConfigDict) -> None:
     config.optim.update({"learning_rate": 0.4, "final_learning_rate": 0.1, "warmup_steps": 4})
-    schedule = learning_rate_schedule(config.optim, 12, epochs=1, batch_size=12)
+    schedule = learning_rate_schedule(config.optim, 12, epochs=1.0, batch_size=12)
     found = [float(schedule(step)) for step in (0, 2, 4, 8, 12, 50)]
     np.testing.assert_allclose(found, [0, 0.2, 0.4, 0.25, 0.1, 0.1], atol=1e-6)
     with pytest.raises(ValueError, match="config.optim.warmup_steps 4 is not below the 4 steps"):
-        learning_rate_schedule(config.optim, 4, epochs=1, batch_size=12)
+        learning_rate_schedule(config.optim, 4, epochs=1.0, batch_size=12)
 
 
 def test_the_optimizer_clips_and_decays_kernels_alone(config: ConfigDict) -> None:
