@@ -25,7 +25,7 @@ def preprocess(images: Any, config: AViTConfig) -> Float[np.ndarray, "b h w c"]:
     Raises ValueError for any other type or number of channels.
     """
     arrays = [_to_array(image, config.in_channels) for image in _as_sequence(images, config.in_channels)]
-    return normalize(np.stack([resize_and_crop(array, config) for array in arrays]), config)
+    return normalize(np.stack([_cut(array, config) for array in arrays]), config)
 
 
 def normalize(images: UInt8[AnyArray, "b h w c"], config: AViTConfig) -> Float[AnyArray, "b h w c"]:
@@ -36,7 +36,10 @@ def normalize(images: UInt8[AnyArray, "b h w c"], config: AViTConfig) -> Float[A
             f"{config.in_channels}: give Preprocessing(mean=..., std=...) one value for each channel"
         )
     mean, std = (np.asarray(v, np.float32) * 255 for v in (config.preprocessing.mean, config.preprocessing.std))
-    return (images.astype(np.float32) - mean) / std
+    pixels = images.astype(np.float32)
+    pixels -= mean  # in place, which takes a third of the time; JAX makes new arrays
+    pixels /= std
+    return pixels
 
 
 def denormalize(images: Float[np.ndarray, "b h w c"], config: AViTConfig) -> UInt8[np.ndarray, "b h w c"]:
@@ -78,7 +81,7 @@ def _to_array(image: Any, channels: int) -> np.ndarray:
     return array
 
 
-def resize_and_crop(image: UInt8[np.ndarray, "h w c"], config: AViTConfig) -> UInt8[np.ndarray, "height width c"]:
+def resize_and_crop(picture: Image.Image, config: AViTConfig) -> Image.Image:
     """Resized so that the model's size is crop_fraction of its shorter side, then cropped in the middle.
 
     Sizes are rounded as torchvision and timm round them: down when resizing, to the nearest pixel (half to even) when
@@ -86,14 +89,19 @@ def resize_and_crop(image: UInt8[np.ndarray, "h w c"], config: AViTConfig) -> UI
     """
     height, width = config.image_shape
     rows, columns = (int(side / config.preprocessing.crop_fraction) for side in (height, width))
-    if rows / image.shape[0] >= columns / image.shape[1]:
-        columns = max(int(rows * image.shape[1] / image.shape[0]), width)
+    if rows / picture.height >= columns / picture.width:
+        columns = max(int(rows * picture.width / picture.height), width)
     else:
-        rows = max(int(columns * image.shape[0] / image.shape[1]), height)
-    if (rows, columns) != image.shape[:2]:
-        resampling = RESAMPLING[config.preprocessing.interpolation]
-        planes = [image] if image.shape[-1] == 3 else [image[..., channel] for channel in range(image.shape[-1])]
-        resized = [np.asarray(Image.fromarray(plane).resize((columns, rows), resampling)) for plane in planes]
-        image = resized[0] if image.shape[-1] == 3 else np.stack(resized, axis=-1)
+        rows = max(int(columns * picture.height / picture.width), height)
+    if (columns, rows) != picture.size:
+        picture = picture.resize((columns, rows), RESAMPLING[config.preprocessing.interpolation])
     top, left = round((rows - height) / 2), round((columns - width) / 2)
-    return image[top : top + height, left : left + width]
+    return picture.crop((left, top, left + width, top + height))
+
+
+def _cut(image: UInt8[np.ndarray, "h w c"], config: AViTConfig) -> UInt8[np.ndarray, "height width c"]:
+    """resize_and_crop of an array, channel by channel unless they are red, green and blue."""
+    if image.shape[-1] == 3:
+        return np.asarray(resize_and_crop(Image.fromarray(image), config))
+    planes = [Image.fromarray(plane) for plane in np.moveaxis(image, -1, 0)]
+    return np.stack([np.asarray(resize_and_crop(plane, config)) for plane in planes], axis=-1)

@@ -88,7 +88,7 @@ class EvaluationCrop(grain.transforms.Map):
 
     def map(self, element: dict[str, Any]) -> dict[str, Any]:
         """The element with its picture cut."""
-        return element | {"image": as_picture(resize_and_crop(as_array(element["image"]), self.config))}
+        return element | {"image": resize_and_crop(element["image"], self.config)}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -158,8 +158,8 @@ def evaluation_images(
     """Some images of a split as evaluation sees them, not normalised."""
     if isinstance(split, Split):
         return split.images[np.asarray(indices)]
-    pictures = [as_array(decode(split[int(i)]["image"], split.name(int(i)))) for i in indices]
-    return np.stack([resize_and_crop(picture, model) for picture in pictures])
+    pictures = [decode(split[int(i)]["image"], split.name(int(i))) for i in indices]
+    return np.stack([as_array(resize_and_crop(picture, model)) for picture in pictures])
 
 
 class _Reindexed(grain.MapDataset):
