@@ -1,6 +1,7 @@
 """One image on its way into a batch: decoded, checked, cut for evaluation, and back to an array."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import grain
@@ -68,7 +69,7 @@ class Decode(grain.transforms.Map):
             if isinstance(image, np.ndarray):
                 image = as_picture(image)
             elif image is not None:
-                image = decode(image, self.split.name(element["index"]))
+                image = decode(image, functools.partial(self.split.name, element["index"]))
         except BadImage:
             if not self.skip_bad:
                 raise

@@ -158,7 +158,7 @@ def evaluation_images(
     """Some images of a split as evaluation sees them, not normalised."""
     if isinstance(split, Split):
         return split.images[np.asarray(indices)]
-    pictures = [decode(split[int(i)]["image"], split.name(int(i))) for i in indices]
+    pictures = [decode(split[int(i)]["image"], functools.partial(split.name, int(i))) for i in indices]
     return np.stack([as_array(resize_and_crop(picture, model)) for picture in pictures])
 
 
@@ -270,7 +270,7 @@ def _count_bad(split: Images, batch: Batch, known: set[int]) -> None:
 def _reason(split: Images, index: int) -> str:
     """Why an image is bad; it is decoded once more, because here the message can be shown."""
     try:
-        decode(split[index]["image"], split.name(index))
+        decode(split[index]["image"], functools.partial(split.name, index))
     except BadImage as error:
         return str(error)
     return f"{split.name(index)} could not be read and can be now"
