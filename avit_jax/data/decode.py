@@ -23,8 +23,8 @@ class BadImage(BadData):
 def decode(source: bytes | Path, name: Callable[[], str]) -> Image.Image:
     """The picture in mode RGB, as PyTorch's loader has it: alpha is dropped, CMYK converted, EXIF rotation left alone.
 
-    source: a file or its content; name: gives what an error calls it. Raises BadImage for what is no image, is cut off or has
-    more than 89 megapixels.
+    source: a file or its content; name: gives what an error calls it. Raises BadImage for what is no image, is cut off
+    or has more than 89 megapixels.
     """
     try:
         data = source if isinstance(source, bytes) else source.read_bytes()
