@@ -20,11 +20,11 @@ class BadImage(BadData):
     """An image that cannot be decoded; on_bad_image = "skip" lets it pass."""
 
 
-def decode(source: bytes | Path, name: Callable[[], str]) -> Image.Image:
+def decode(source: bytes | Path, name: str | Callable[[], str]) -> Image.Image:
     """The picture in mode RGB, as PyTorch's loader has it: alpha is dropped, CMYK converted, EXIF rotation left alone.
 
-    source: a file or its content; name: gives what an error calls it. Raises BadImage for what is no image, is cut off
-    or has more than 89 megapixels.
+    source: a file or its content; name: what an error calls it, or makes that. Raises BadImage for what is no image, is
+    cut off or has more than 89 megapixels.
     """
     try:
         data = source if isinstance(source, bytes) else source.read_bytes()
@@ -33,15 +33,19 @@ def decode(source: bytes | Path, name: Callable[[], str]) -> Image.Image:
             return as_rgb(picture)
     except Image.UnidentifiedImageError:
         what = "is no image that Pillow can read" if data else "is empty"
-        raise BadImage(f"{name()} {what}: remove it or replace it") from None
+        raise BadImage(f"{_called(name)} {what}: remove it or replace it") from None
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         limit = (Image.MAX_IMAGE_PIXELS or 0) / 1e6
         raise BadImage(
-            f"{name()} has more than {limit:.0f} megapixels, which may be a decompression bomb: make it smaller"
+            f"{_called(name)} has more than {limit:.0f} megapixels, which may be a decompression bomb: make it smaller"
         ) from None
     except Exception as error:  # Pillow's formats raise OSError, SyntaxError, struct.error and others
         reason = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
-        raise BadImage(f"{name()} cannot be read ({reason}): replace the file") from error
+        raise BadImage(f"{_called(name)} cannot be read ({reason}): replace the file") from error
+
+
+def _called(name: str | Callable[[], str]) -> str:
+    return name if isinstance(name, str) else name()
 
 
 def as_rgb(picture: Image.Image) -> Image.Image:
