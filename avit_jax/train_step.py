@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from avit_jax import losses
 from avit_jax.data.mix import augment_on_device
 from avit_jax.data.settings import AugmentSettings
-from avit_jax.mesh import batch_sharding, replicated, state_shardings
+from avit_jax.mesh import batch_sharding, place, replicated, state_shardings
 from avit_jax.model import AViT
 from avit_jax.optim import update_average
 
@@ -41,7 +41,7 @@ def initial_state(
     params = jax.tree.map(jnp.copy, nnx.state(model, nnx.Param))
     ema = jax.tree.map(jnp.copy, params) if ema_decay else None
     state = TrainState(jnp.zeros((), jnp.int32), params, ema, optimizer.init(params))
-    return state if mesh is None else jax.device_put(state, state_shardings(mesh, state))
+    return state if mesh is None else place(state, state_shardings(mesh, state))
 
 
 def make_train_step(
@@ -59,7 +59,7 @@ def make_train_step(
     """
     teacher_graphdef, teacher_state = (None, None) if teacher is None else nnx.split(teacher)
     if teacher is not None:
-        teacher_state = jax.device_put(teacher_state, replicated(mesh))
+        teacher_state = place(teacher_state, replicated(mesh))
     step = build_train_step(graphdef, optimizer, config, mesh, teacher_graphdef)
     jitted: list[Any] = []  # made at the first call, when the state's structure is known
 

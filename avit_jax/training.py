@@ -22,7 +22,7 @@ from avit_jax.data.sources import Dataset
 from avit_jax.evaluation import Evaluation, evaluate
 from avit_jax.interruption import StopRequest
 from avit_jax.logs import RunLog
-from avit_jax.mesh import global_batch, replicated, state_shardings, training_mesh
+from avit_jax.mesh import global_batch, place, replicated, state_shardings, training_mesh
 from avit_jax.model import AViT
 from avit_jax.optim import learning_rate_schedule, make_optimizer
 from avit_jax.speed import StepClock
@@ -105,7 +105,7 @@ def state_with(state: TrainState, items: dict[str, Any], step: int) -> TrainStat
         lambda path, _: items["optimizer"][jax.tree_util.keystr(path, simple=True, separator=".")], state.optimizer
     )
     return TrainState(
-        step=jax.device_put(np.asarray(step, np.int32), state.step.sharding),
+        step=place(np.asarray(step, np.int32), state.step.sharding),
         params=filled(state.params, items["model"]),
         ema=None if state.ema is None else filled(state.ema, items["ema"]),
         optimizer=optimizer,
@@ -143,7 +143,7 @@ class _Run:
 
     def _take(self, found: Any) -> None:
         state = state_with(self.state, found.items, found.step)
-        self.state = jax.device_put(state, state_shardings(self.mesh, state))
+        self.state = place(state, state_shardings(self.mesh, state))
         self.batches.set_state(found.data)
         self.step, self.window = found.step, found.progress["window"]
         self.top1, self.rolled_back = found.progress["top1"], found.progress["rolled_back"]
@@ -265,7 +265,7 @@ class _Run:
 
     def _show(self, params: nnx.State) -> None:
         """Give the model the weights, whole and on one device of this process, for evaluation."""
-        whole = jax.device_put(params, replicated(self.mesh))
+        whole = place(params, replicated(self.mesh))
         nnx.update(self.model, jax.tree.map(lambda x: x.addressable_data(0), whole))
 
     def _roll_back(self, error: FloatingPointError) -> None:
