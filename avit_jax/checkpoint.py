@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
 from flax.traverse_util import flatten_dict
@@ -31,8 +32,13 @@ def save(model: AViT, path: str | Path) -> None:
     partial = path.with_name(path.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)  # what a killed process left
     partial.mkdir(parents=True)
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(partial / "params", nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+    # By this process alone, of however many; orbax takes arrays of one process as NumPy's.
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=jax.process_index(), active_processes={jax.process_index()}, barrier_sync_key_prefix="save"
+    )
+    with ocp.StandardCheckpointer(multiprocessing_options=alone) as checkpointer:
+        params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+        checkpointer.save(partial / "params", jax.tree.map(np.asarray, params) if jax.process_count() > 1 else params)
     write_json(partial / "config.json", model.config.to_json())
     partial.rename(path)
 
