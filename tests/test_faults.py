@@ -1,0 +1,126 @@
+"""What ends a run from outside: it stops cleanly, or goes on from the last whole checkpoint."""
+
+import os
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from avit_jax import training
+from avit_jax.checkpoint import checkpoint_steps
+from avit_jax.experiment import run
+from avit_jax.interruption import FolderLock
+from avit_jax.logs import read_metrics
+from avit_jax.mesh import state_shardings, training_mesh
+from avit_jax.training import Stopped
+from tests.builders import tiny_experiment
+from tests.test_training import leaves, lines_without_times
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> ConfigDict:
+    return tiny_experiment(tmp_path / "toy.npz")
+
+
+def at_step(monkeypatch: pytest.MonkeyPatch, wanted: int, act: Any) -> None:
+    """Call act(metrics) when the metrics of a step are read."""
+    checked = training._checked
+
+    def acting(step: int, metrics: Any) -> Any:
+        return checked(step, act(metrics) if step == wanted else metrics)
+
+    monkeypatch.setattr(training, "_checked", acting)
+
+
+def test_sigterm_writes_a_checkpoint_and_the_run_goes_on_bit_for_bit(
+    config: ConfigDict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(config, tmp_path / "whole")
+
+    def asked(metrics: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return metrics
+
+    with monkeypatch.context() as patch:
+        at_step(patch, 4, asked)
+        with pytest.raises(Stopped, match="stopped by SIGTERM after step . of 8; .* the same command goes on"):
+            run(config, tmp_path / "stopped")
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert checkpoint_steps(tmp_path / "stopped" / "checkpoints")[-1].name in ("4", "5")
+    # The newest checkpoint loses a file: the run goes back one, says so, and deletes nothing.
+    run(config, tmp_path / "stopped")
+    assert lines_without_times(tmp_path / "whole") == lines_without_times(tmp_path / "stopped")
+    for a, b in zip(*(leaves(tmp_path / name / "checkpoints") for name in ("whole", "stopped")), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_a_damaged_checkpoint_is_passed_over(
+    config: ConfigDict, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(config, tmp_path / "whole")
+    workdir = tmp_path / "damaged"
+    shutil.copytree(tmp_path / "whole", workdir)
+    (workdir / "summary.json").unlink()
+    older, newest = checkpoint_steps(workdir / "checkpoints")
+    shutil.rmtree(newest / "optimizer")
+    run(config, workdir)
+    said = capsys.readouterr().out
+    assert f"{newest / 'optimizer'} is incomplete or damaged" in said
+    assert f"going on from step {older.name} of 8" in said
+    assert (workdir / "checkpoints" / f"damaged-{newest.name}" / "model").is_dir()
+    assert lines_without_times(tmp_path / "whole") == lines_without_times(workdir)
+
+
+def test_a_second_run_in_the_folder_is_refused(config: ConfigDict, tmp_path: Path) -> None:
+    with FolderLock(tmp_path / "run"), pytest.raises(ValueError, match="another run is at work in .*run: wait"):
+        run(config, tmp_path / "run")
+
+
+def test_a_loss_that_is_not_finite_rolls_back_once(
+    config: ConfigDict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config.on_nan = "roll back"
+
+    def broken(metrics: Any) -> Any:
+        return metrics | {"ponder": np.float32(np.nan)}
+
+    with monkeypatch.context() as patch:
+        at_step(patch, 5, broken)
+        with pytest.raises(FloatingPointError, match="the ponder is nan at step 5"):
+            run(config, tmp_path / "twice")  # the same step is broken again after the roll-back
+    assert "rolled back to step 3; the data up to step 5 are skipped" in capsys.readouterr().out
+    run(config, tmp_path / "twice")
+    assert [line["step"] for line in read_metrics(tmp_path / "twice") if line["split"] == "train"] == [2, 4, 6, 8]
+
+
+def test_a_folder_that_is_a_file(config: ConfigDict, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoints").write_text("no folder")
+    with pytest.raises((ValueError, OSError), match="checkpoints"):
+        run(config, tmp_path / "run")
+
+
+def test_the_mesh_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    count = len(jax.devices())
+    with pytest.raises(ValueError, match=f"data=3, fsdp=2 and there are {count} devices: their product"):
+        training_mesh(3, 2, 12)
+    with pytest.raises(ValueError, match="give numbers of devices, or data=-1"):
+        training_mesh(0, 1, 12)
+
+
+def test_state_is_split_along_its_longest_axis_but_never_over_layers() -> None:
+    mesh = jax.sharding.AbstractMesh((1, 4), ("data", "fsdp"))
+    tree = {
+        "blocks": {"kernel": jax.ShapeDtypeStruct((12, 8, 32), np.float32)},
+        "head": {"kernel": jax.ShapeDtypeStruct((16, 6), np.float32)},
+        "bias": jax.ShapeDtypeStruct((7,), np.float32),
+    }
+    specs = jax.tree.map(lambda sharding: tuple(sharding.spec), state_shardings(mesh, tree))
+    assert specs["blocks"]["kernel"] == (None, None, "fsdp")
+    assert specs["head"]["kernel"] == ("fsdp",)
+    assert specs["bias"] == ()
