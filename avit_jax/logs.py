@@ -22,11 +22,21 @@ class RunLog:
         self._schedule = schedule
         if not self._writes:
             return
-        self._path = workdir / "metrics.jsonl"
-        lines = [line for line in read_metrics(workdir) if line["step"] <= start]
-        self._path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-        self._file = self._path.open("a")
-        self._tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1)
+        self._workdir = workdir
+        self._open(start)
+
+    def _open(self, start: int) -> None:
+        path = self._workdir / "metrics.jsonl"
+        lines = [line for line in read_metrics(self._workdir) if line["step"] <= start]
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        self._file = path.open("a")
+        self._tensorboard = SummaryWriter(str(self._workdir / "tensorboard"), purge_step=start + 1)
+
+    def back_to(self, step: int) -> None:
+        """Remove what was written after this step."""
+        if self._writes:
+            self.__exit__()
+            self._open(step)
 
     def train(self, step: int, means: dict[str, Any]) -> None:
         """Means over the steps since the last line."""

@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 
 def available_cores() -> int:
@@ -58,7 +58,7 @@ def training_mesh(data: int, fsdp: int, batch_size: int) -> Mesh:
     return jax.make_mesh((count, fsdp), ("data", "fsdp"), axis_types=axes, devices=devices)
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
+def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
     """The same array on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
@@ -68,7 +68,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(mesh.axis_names))
 
 
-def state_shardings(mesh: Mesh, state: Any) -> Any:
+def state_shardings(mesh: Mesh | AbstractMesh, state: Any) -> Any:
     """How each array of a training state lies: split over `fsdp` along its longest axis that it divides.
 
     Never along the layers of stacked blocks, which are scanned over; whole on every device where nothing divides.

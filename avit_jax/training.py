@@ -165,6 +165,7 @@ class _Run:
                     self._some_steps(log, stop, clock, bar)
                 except FloatingPointError as error:
                     self._roll_back(error)
+                    log.back_to(self.step)
                     bar.n = self.step
                     clock.start(self.step)
         self.checkpoints.wait()

@@ -36,7 +36,13 @@ def get_config(arg: str = "small") -> ConfigDict:
     config.augment.update({"flip": True, "randaugment": "rand-m9-mstd0.5-inc1", "erasing": 0.25})
     config.augment.update({"mixup": 0.8, "cutmix": 1.0})
     config.model = ConfigDict(
-        {"preset": f"deit_{arg}_patch16_224", "drop_path_rate": 0.1, "dtype": "bfloat16", "remat": True}
+        {
+            "preset": f"deit_{arg}_patch16_224",
+            "image_size": 224,
+            "drop_path_rate": 0.1,
+            "dtype": "bfloat16",
+            "remat": True,
+        }
     )
     config.optim.update({"learning_rate": LEARNING_RATES[arg], "reference_batch": 512, "final_learning_rate": 1e-5})
     config.optim.update({"schedule": "epoch", "warmup_epochs": 5, "warmup_learning_rate": 1e-6})

@@ -93,7 +93,7 @@ def test_a_loss_that_is_not_finite_rolls_back_once(
         at_step(patch, 5, broken)
         with pytest.raises(FloatingPointError, match="the ponder is nan at step 5"):
             run(config, tmp_path / "twice")  # the same step is broken again after the roll-back
-    assert "rolled back to step 3; the data up to step 5 are skipped" in capsys.readouterr().out
+    assert "rolled back to step 3; the data up to step 6 are skipped" in capsys.readouterr().out
     run(config, tmp_path / "twice")
     assert [line["step"] for line in read_metrics(tmp_path / "twice") if line["split"] == "train"] == [2, 4, 6, 8]
 
