@@ -107,14 +107,22 @@ def compile_packed_evaluation(size: str, topology: str) -> Any:
     return jax.jit(program).lower(params, images, number).compile()
 
 
-def collectives(text: str) -> dict[str, dict[str, int]]:
-    """How often each kind of collective stands in a compiled program, and the bytes of its results on a device."""
+def collectives(text: str, layers: int) -> dict[str, dict[str, int]]:
+    """Each kind of collective in a step: how many run, and the bytes of their results on a device.
+
+    What stands outside the entry computation is in the loop over layers, and counted once for each.
+    """
     count: Counter[str] = Counter()
     size: Counter[str] = Counter()
-    for shapes, kind in COLLECTIVE.findall(text):
-        count[kind] += 1
-        for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", shapes):
-            size[kind] += BYTES.get(dtype, 4) * int(np.prod([int(d) for d in dims.split(",") if d], dtype=np.int64))
+    times = 1
+    for line in text.splitlines():
+        if line.endswith("{") and not line.startswith(" "):
+            times = 1 if line.startswith("ENTRY") else layers
+        for shapes, kind in COLLECTIVE.findall(line):
+            count[kind] += times
+            for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", shapes):
+                one = BYTES.get(dtype, 0) * int(np.prod([int(d) for d in dims.split(",") if d], dtype=np.int64))
+                size[kind] += times * one
     return {kind: {"count": count[kind], "bytes": size[kind]} for kind in count}
 
 
@@ -123,7 +131,7 @@ def row(name: str, size: str, topology: str, compiled: Any, seconds: float) -> d
     memory = compiled.memory_analysis()
     needed = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
     needed += memory.output_size_in_bytes - memory.alias_size_in_bytes
-    found = collectives(compiled.as_text())
+    found = collectives(compiled.as_text(), layers=12)
     result = {
         "program": name,
         "model": size,
