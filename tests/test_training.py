@@ -24,6 +24,7 @@ from avit_jax.mesh import training_mesh
 from avit_jax.optim import learning_rate_schedule, make_optimizer, update_average, weight_decay_mask
 from avit_jax.speed import TIMES
 from avit_jax.train_step import initial_state, make_train_step
+from configs import imagenet_avit
 from tests.builders import small_config, tiny_experiment, toy_arrays
 
 
@@ -291,6 +292,26 @@ def test_learning_rate_warms_up_and_decays_to_its_end(config: ConfigDict) -> Non
     np.testing.assert_allclose(found, [0, 0.2, 0.4, 0.25, 0.1, 0.1], atol=1e-6)
     with pytest.raises(ValueError, match="config.optim.warmup_steps 4 is not below the 4 steps"):
         learning_rate_schedule(config.optim, 4, epochs=1.0, batch_size=12)
+
+
+def test_a_batch_in_parts_has_the_whole_batchs_gradient(config: ConfigDict) -> None:
+    config.loss.prior_weight = 0.0  # the one term that is no mean over images
+    model = initial_model(config, load_dataset("npz", config.data.path))
+    whole, _ = first_step(config, model)
+    config.accumulation = 3
+    parts, _ = first_step(config, model)
+    for name in ("loss", "classification", "ponder", "accuracy", "mean_depth", "gradient_norm"):
+        np.testing.assert_allclose(parts[name], whole[name], rtol=1e-5)
+
+
+def test_the_learning_rate_by_epoch_is_timms() -> None:
+    """configs/imagenet_avit.py:tiny at batch 1024, against recorded values: constant within each of 100 epochs."""
+    config = imagenet_avit.get_config("tiny")
+    schedule = learning_rate_schedule(config.optim, 100 * 1251, epochs=config.epochs, batch_size=1024)
+    recorded = json.loads((Path(__file__).parent / "data" / "timm_schedule.json").read_text())
+    for place in (0, 625, 1250):
+        found = jax.vmap(schedule)(1251 * jnp.arange(100) + place)
+        np.testing.assert_allclose(found, recorded, rtol=2e-6)
 
 
 def test_the_optimizer_clips_and_decays_kernels_alone(config: ConfigDict) -> None:
