@@ -38,7 +38,7 @@ def main() -> None:
         for line in predict_checkpoint(path, IMAGES.value, folder=REPORT.value, **settings, **comparison):
             print(line)
     else:
-        from avit_jax.experiment import evaluate_checkpoint
+        from avit_jax.checkpoint_evaluation import evaluate_checkpoint
 
         print(evaluate_checkpoint(CONFIG.value, path, report=REPORT.value, **settings, **comparison))
 

@@ -8,11 +8,12 @@ import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
+from avit_jax.checks import check_values
 from avit_jax.config import AViTConfig, config_from
 from avit_jax.data.open import open_dataset
 from avit_jax.data.settings import DataSettings
-from avit_jax.evaluation import config_gmacs
-from avit_jax.experiment import check_values, model_config
+from avit_jax.evaluation import whole_gmacs
+from avit_jax.experiment import model_config
 from avit_jax.mesh import batch_sharding, global_batch, replicated, state_shardings, training_mesh
 from avit_jax.model import AViT
 from avit_jax.optim import learning_rate_schedule, make_optimizer, peak_learning_rate
@@ -85,12 +86,11 @@ def made_up_batch(model: AViTConfig, count: int) -> dict[str, np.ndarray]:
 
 def _model_lines(model: AViTConfig, params: nnx.State, config: ConfigDict) -> list[str]:
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
-    gmacs = float(config_gmacs(jax.numpy.full((1, model.num_tokens), model.depth), model)[0])
     gate = f"gate {model.gate_scale:g} / {model.gate_center:g}" if model.halts else "never halts"
     height, width = model.image_shape
     return [
         f"model     {config.model.get('preset') or 'of its own'}: {model.depth} layers of width {model.embed_dim}, "
         f"{height}x{width} images in patches of {model.patch_size}, {model.num_classes} classes, {gate}, {model.dtype}",
-        f"          {count:,} parameters, {gmacs:.3g} GMACs an image with all layers; starts from "
+        f"          {count:,} parameters, {whole_gmacs(model):.3g} GMACs an image with all layers; starts from "
         f"{config.init_from or 'random weights'}",
     ]

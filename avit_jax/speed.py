@@ -6,14 +6,13 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from avit_jax.config import AViTConfig
-from avit_jax.flops import image_gmacs
+from avit_jax.evaluation import whole_gmacs
 
 # The figures of a log line that differ from run to run.
 TIMES = ("images_per_second", "data_wait", "device_wait", "checkpoint_wait", "memory_gigabytes", "mfu")
@@ -26,9 +25,9 @@ class StepClock:
     def __init__(self, config: ConfigDict, model: AViTConfig, mesh: Mesh, workdir: Path) -> None:
         self._batch_size = config.batch_size
         self._first, self._steps = parse_profile(config.profile)
-        self._trace_folder = workdir / "profile"
+        self._trace_folder, self._tracing = workdir / "profile", False
         # Dense multiply-adds, 2 flops each; the backward pass costs twice the forward one. Remat is not counted.
-        self._step_flops = 3 * 2e9 * model_gmacs(model) * config.batch_size
+        self._step_flops = 3 * 2e9 * whole_gmacs(model) * config.batch_size
         self._peak_flops = config.peak_tflops * 1e12 * mesh.size
         self.start(0)
 
@@ -64,20 +63,14 @@ class StepClock:
         return found
 
     def trace(self, step: int) -> None:
-        """Called before each step: starts and ends the trace."""
-        if self._steps and step == self._first:
+        """Called before each step: starts and ends the trace; a run that goes on in the middle of it has none."""
+        if self._steps and step == self._first and not self._tracing:
             jax.profiler.start_trace(str(self._trace_folder), create_perfetto_trace=True)
-        if self._steps and step == self._first + self._steps:
+            self._tracing = True
+        if self._tracing and step == self._first + self._steps:
             jax.profiler.stop_trace()
+            self._tracing = False
             print(f"trace of steps {self._first} to {step - 1}: {self._trace_folder}", file=sys.stderr)
-
-
-def model_gmacs(config: AViTConfig) -> float:
-    """10^9 multiply-adds of an image whose tokens all run through every layer."""
-    depth = jax.numpy.full((1, config.num_tokens), config.depth)
-    fields: dict[str, Any] = {name: getattr(config, name) for name in ("depth", "embed_dim", "mlp_dim", "num_classes")}
-    values = config.patch_size**2 * config.in_channels
-    return float(image_gmacs(depth, patch_values=values, num_special=config.num_special, **fields)[0])
 
 
 def peak_memory() -> int:

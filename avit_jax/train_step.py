@@ -34,14 +34,12 @@ class TrainState:
     optimizer: Any  # optax.OptState
 
 
-def initial_state(
-    model: AViT, optimizer: optax.GradientTransformation, ema_decay: float, mesh: Mesh | None = None
-) -> TrainState:
+def initial_state(model: AViT, optimizer: optax.GradientTransformation, ema_decay: float, mesh: Mesh) -> TrainState:
     """The state before step 1, laid out over the mesh; it owns copies, because the step donates its buffers."""
     params = jax.tree.map(jnp.copy, nnx.state(model, nnx.Param))
     ema = jax.tree.map(jnp.copy, params) if ema_decay else None
     state = TrainState(jnp.zeros((), jnp.int32), params, ema, optimizer.init(params))
-    return state if mesh is None else place(state, state_shardings(mesh, state))
+    return place(state, state_shardings(mesh, state))
 
 
 def make_train_step(

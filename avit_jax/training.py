@@ -158,7 +158,7 @@ class _Run:
             desc="training",
             mininterval=1,
             dynamic_ncols=True,
-            disable=None if jax.process_index() else False,
+            disable=jax.process_index() != 0,
         ) as bar:
             while self.step < self.steps:
                 try:
@@ -171,7 +171,7 @@ class _Run:
         self.checkpoints.wait()
         self._show(self.state.params if self.state.ema is None else self.state.ema)
         if self.state.ema is not None and self.config.optim.compare_ema:
-            self._keep_better(log)
+            self._keep_better()
 
     def _some_steps(self, log: RunLog, stop: StopRequest, clock: StepClock, bar: tqdm) -> None:
         """Until the end, or a loss that is not finite."""
@@ -252,7 +252,7 @@ class _Run:
     def _on_validation(self) -> Evaluation:
         return evaluate(self.model, self.dataset.val, self.config.eval_batch_size)
 
-    def _keep_better(self, log: RunLog) -> None:
+    def _keep_better(self) -> None:
         """Leave the model with the moving average or the raw weights, whichever is better on validation; say which."""
         average = self._on_validation().top1
         assert self.state.ema is not None

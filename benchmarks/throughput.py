@@ -31,7 +31,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from avit_jax import PRESETS, AViT, AViTConfig, compile_packed
-from avit_jax.evaluation import config_gmacs
+from avit_jax.evaluation import config_gmacs, whole_gmacs
 from avit_jax.layers import Block
 from avit_jax.mesh import available_cores, batch_sharding, data_mesh, replicated, use_all_cores
 from benchmarks.drawn import dense_parts, drawn_depths, drawn_images, drawn_model, in_bfloat16
@@ -194,7 +194,7 @@ def profile_rows(
     name: str, config: AViTConfig, profile: Profile, depths: np.ndarray, variants: list[Variant]
 ) -> list[dict[str, Any]]:
     """A row for each variant, printed."""
-    whole = float(config_gmacs(jnp.full((1, config.num_tokens), config.depth), config)[0])
+    whole = whole_gmacs(config)
     class_depths = np.full((len(depths), 1), profile.class_depth(config))
     all_depths = np.concatenate([class_depths, depths], axis=1).astype(int)
     at_batch = {v.batch: v.images_per_second for v in variants if v.name == "dense"}

@@ -52,7 +52,6 @@ def test_sigterm_writes_a_checkpoint_and_the_run_goes_on_bit_for_bit(
             run(config, tmp_path / "stopped")
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     assert checkpoint_steps(tmp_path / "stopped" / "checkpoints")[-1].name in ("4", "5")
-    # The newest checkpoint loses a file: the run goes back one, says so, and deletes nothing.
     run(config, tmp_path / "stopped")
     assert lines_without_times(tmp_path / "whole") == lines_without_times(tmp_path / "stopped")
     for a, b in zip(*(leaves(tmp_path / name / "checkpoints") for name in ("whole", "stopped")), strict=True):

@@ -45,7 +45,7 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
     assert [(line["split"], line["step"]) for line in one] == [(line["split"], line["step"]) for line in two]
     assert len(one) == 6
     for a, b in zip(one, two, strict=True):
-        # Adam turns rounding into updates: the first line is before any of them.
+        # Adam turns rounding into updates, later lines grow apart by it; the first has the step before any of them.
         tolerance = 1e-6 if a["step"] == one[0]["step"] else 1e-3
         np.testing.assert_allclose(b["loss"], a["loss"], rtol=tolerance)
         np.testing.assert_allclose(b["mean_depth"], a["mean_depth"], rtol=tolerance)

@@ -17,8 +17,9 @@ from ml_collections import ConfigDict
 
 import avit_jax
 from avit_jax import losses, training
+from avit_jax.checkpoint_evaluation import evaluate_checkpoint
 from avit_jax.data.sources import load_dataset
-from avit_jax.experiment import evaluate_checkpoint, format_summary, initial_model, run
+from avit_jax.experiment import format_summary, initial_model, run
 from avit_jax.logs import read_metrics
 from avit_jax.mesh import training_mesh
 from avit_jax.optim import learning_rate_schedule, make_optimizer, update_average, weight_decay_mask

@@ -1,0 +1,105 @@
+"""What a run refuses before it begins: values that cannot work, a folder that holds another run."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from avit_jax.checkpoint import checkpoint_steps
+from avit_jax.data.settings import AugmentSettings, DataSettings
+from avit_jax.files import read_json
+from avit_jax.speed import parse_profile
+
+# What a stopped run may go on with changed: where and how it runs, and what it says of itself.
+FREE_TO_CHANGE = {
+    "checkpoint_every",
+    "data.path",
+    "data.threads",
+    "data.workers",
+    "eval_batch_size",
+    "eval_every",
+    "keep_best",
+    "keep_checkpoints",
+    "keep_every",
+    "log_every",
+    "mesh.data",
+    "mesh.fsdp",
+    "on_nan",
+    "peak_tflops",
+    "profile",
+}
+ON_NAN = ("stop", "roll back")
+
+
+def check_values(config: ConfigDict) -> None:
+    """Raises ValueError for numbers that no run can work with, naming the key."""
+    limits = {
+        "batch_size": 1,
+        "eval_batch_size": 1,
+        "log_every": 1,
+        "eval_every": 1,
+        "checkpoint_every": 1,
+        "keep_checkpoints": 1,
+        "keep_every": 0,
+        "keep_best": 0,
+        "accumulation": 1,
+        "epochs": 0,
+        "loss.ponder_weight": 0,
+        "loss.prior_weight": 0,
+        "loss.label_smoothing": 0,
+        "optim.learning_rate": 0,
+    }
+    DataSettings.from_config(dict(config.data))
+    AugmentSettings.from_config(dict(config.augment))
+    values = flat(resolved(config))
+    for name, least in limits.items():
+        if values[name] < least:
+            raise ValueError(f"config.{name} is {values[name]}: it must be at least {least}")
+    if config.batch_size % config.accumulation:
+        raise ValueError(
+            f"config.batch_size {config.batch_size} is no multiple of config.accumulation {config.accumulation}"
+        )
+    if config.on_nan not in ON_NAN:
+        raise ValueError(f"config.on_nan {config.on_nan!r} is unknown: choose {' or '.join(map(repr, ON_NAN))}")
+    parse_profile(config.profile)
+    if config.loss.label_smoothing >= 1:
+        raise ValueError(f"config.loss.label_smoothing is {config.loss.label_smoothing}: it must be below 1")
+    if (config.loss.distillation == "none") != (not config.teacher):
+        raise ValueError(
+            f"config.teacher is {config.teacher!r} and config.loss.distillation {config.loss.distillation!r}: "
+            "give a teacher and hard or soft, or neither"
+        )
+
+
+def check_folder(config: ConfigDict, workdir: Path, resume: bool) -> None:
+    """Raises ValueError where workdir holds a begun run of another config, or any if not resume."""
+    if not (workdir / "summary.json").exists() and not checkpoint_steps(workdir / "checkpoints"):
+        return
+    if not resume:
+        raise ValueError(f"{workdir} holds a run already: leave --noresume out, or give another --workdir")
+    there, here = flat(read_json(workdir / "train_config.json")["config"]), flat(resolved(config))
+    changed = [
+        name
+        for name in sorted(there.keys() | here.keys())
+        if there.get(name) != here.get(name) and name not in FREE_TO_CHANGE
+    ]
+    if changed:
+        name = changed[0]
+        raise ValueError(
+            f"{workdir} holds a run with config.{name}={there.get(name)!r}, this one has {here.get(name)!r}: "
+            "give another --workdir, or remove that folder"
+        )
+
+
+def resolved(config: ConfigDict) -> dict[str, Any]:
+    """The config as plain JSON."""
+    return json.loads(config.to_json())
+
+
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested keys joined by dots."""
+    found: dict[str, Any] = {}
+    for name, value in tree.items():
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return found
