@@ -42,7 +42,7 @@ def training_mesh(data: int, fsdp: int, batch_size: int) -> Mesh:
         raise ValueError(f"config.mesh is data={data}, fsdp={fsdp}: give numbers of devices, or data=-1 for the rest")
     if data == -1 and jax.process_count() == 1 and jax.default_backend() == "cpu":
         fitting = [n for n in range(1, len(devices) // fsdp + 1) if batch_size % (n * fsdp) == 0]
-        devices = devices[: (fitting or [len(devices) // fsdp])[-1] * fsdp]
+        devices = devices[: fitting[-1] * fsdp] if fitting else devices
     count = len(devices) // fsdp if data == -1 else data
     if count * fsdp != len(devices):
         raise ValueError(

@@ -108,6 +108,8 @@ def test_the_mesh_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     count = len(jax.devices())
     with pytest.raises(ValueError, match=f"data=3, fsdp=2 and there are {count} devices: their product"):
         training_mesh(3, 2, 12)
+    with pytest.raises(ValueError, match=f"data=-1, fsdp={count + 1} and there are {count} devices: their product"):
+        training_mesh(-1, count + 1, 12)
     with pytest.raises(ValueError, match="give numbers of devices, or data=-1"):
         training_mesh(0, 1, 12)
 
