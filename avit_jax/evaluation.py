@@ -26,6 +26,7 @@ from avit_jax.mesh import batch_sharding, replicated
 from avit_jax.model import AViT, AViTOutput
 from avit_jax.packed import compile_packed
 from avit_jax.plan import executed_gmacs, layer_loads
+from avit_jax.preprocessing import normalize
 
 EXECUTIONS = ("masked", "packed")
 
@@ -116,6 +117,9 @@ def config_gmacs(token_depth: Int[Array, "b n"], config: AViTConfig) -> Float[Ar
     )
 
 
+_normalized = jax.jit(lambda config, images: normalize(images, config), static_argnums=0)
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def _of_images(config: AViTConfig, output: AViTOutput, label: Int[Array, " b"]) -> dict[str, Array]:
     """ImageFigures of a batch."""
@@ -189,7 +193,8 @@ def totals(model: AViT, split: Images, batch_size: int, execution: str = "masked
     for number, batch in enumerate(bar):
         real = np.asarray(batch["weight"]) > 0
         _check_labels(batch["label"][real], config)
-        output = program(jax.device_put(batch["image"], batch_sharding(mesh)) if mesh else batch["image"])
+        pixels = jax.device_put(batch["image"], batch_sharding(mesh)) if mesh else batch["image"]
+        output = program(_normalized(config, pixels) if pixels.dtype == np.uint8 else pixels)
         found = jax.device_get(_of_images(config, output, batch["label"]))
         found |= {"label": batch["label"], "index": number * batch_size + process * own + np.arange(own)}
         images.append({name: values[real] for name, values in found.items()})

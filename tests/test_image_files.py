@@ -1,19 +1,24 @@
 """Images on disk: folders by class, what is wrong with files, and batches that do not depend on who makes them."""
 
+import dataclasses
 import io
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
+from flax import nnx
 from PIL import Image
 
-from avit_jax import AViTConfig, preprocess
+from avit_jax import AViT, AViTConfig, preprocess
 from avit_jax.data import folder as folder_module
 from avit_jax.data.decode import BadImage, decode
 from avit_jax.data.open import open_dataset
 from avit_jax.data.pipeline import RepeatedRows, TrainingBatches, evaluation_batches, training_batches
 from avit_jax.data.settings import AugmentSettings, DataSettings
 from avit_jax.data.sources import Dataset
+from avit_jax.evaluation import evaluate
+from avit_jax.preprocessing import normalize
 
 MODEL = AViTConfig(image_size=16, patch_size=8, num_classes=3)
 FULL = {"crop_scale": (0.08, 1.0), "flip": 0.5, "randaugment": "rand-m9-mstd0.5-inc1"}
@@ -269,8 +274,20 @@ def test_validation_sees_every_image_once_over_all_processes(tmp_path: Path, pro
     assert weight.tolist() == [1] * 21 + [0] * 3
     images = np.concatenate([row["image"] for row in rows])[weight > 0]
     expected = preprocess([Image.open(split.name(i)) for i in range(21)], MODEL)
-    np.testing.assert_array_equal(images, expected)
+    assert images.dtype == np.uint8
+    np.testing.assert_array_equal(normalize(images, MODEL), expected)
     assert np.concatenate([row["label"] for row in rows])[weight > 0].tolist() == split.labels.tolist()
+
+
+def test_evaluation_normalises_images_from_disk(tmp_path: Path) -> None:
+    split = opened(image_folder(tmp_path / "set", val=7)).val
+    model = AViT(dataclasses.replace(MODEL, embed_dim=16, num_heads=2, depth=2), rngs=nnx.Rngs(0))
+    found = evaluate(model, split, 8).per_image
+    output = model(preprocess([Image.open(split.name(i)) for i in range(21)], MODEL))
+    expected = jax.nn.softmax(output.logits).max(-1)
+    assert np.ptp(expected) > 1e-4, "the images differ"
+    np.testing.assert_allclose(found.confidence, expected, rtol=1e-5)
+    np.testing.assert_array_equal(found.prediction, output.logits.argmax(-1))
 
 
 @pytest.mark.parametrize("batch_size", [6, 8, 16, 100, 128])

@@ -121,9 +121,10 @@ def _augmented(
 def evaluation_batches(
     split: Images, model: AViTConfig, batch_size: int, *, process_index: int = 0, process_count: int = 1
 ) -> Iterator[Batch]:
-    """Every image once over all processes, in order, normalised; this process's rows of batches of batch_size.
+    """Every image once over all processes, in order; this process's rows of batches of batch_size.
 
-    The last batch is padded to full size with images of `weight` 0; bad images, where they are skipped, have it too.
+    "image" is normalised float32 for arrays in memory, uint8 for images from disk, as in training. The last batch
+    is padded to full size with images of `weight` 0; bad images, where they are skipped, have it too.
     """
     _check_shares(batch_size, process_count)
     own = batch_size // process_count
@@ -147,7 +148,7 @@ def evaluation_batches(
         for _ in range(len(rows) // own):
             batch = _next(iterator)
             _count_bad(split, batch, bad)
-            yield batch | {"image": normalize(batch["image"], model)}
+            yield batch
     finally:
         iterator.close()
 
