@@ -87,30 +87,32 @@ def ponder_loss(ponder_cost: Float[Array, "b n"], image_weight: Float[Array, " b
     return image_mean(ponder_cost, image_weight)
 
 
-def log_depth_prior(num_layers: int, kind: str, target_depth: float) -> Float[Array, " l"]:
-    """Logarithm of the target distribution over layers 1..L: a bell of deviation 1 around a layer.
+def log_depth_prior(num_layers: int, kind: str, target_depth: float, deviation: float = 1.0) -> Float[Array, " l"]:
+    """Logarithm of the target distribution over layers 1..L: a bell around a layer.
 
-    "kl": the normal density at 1..L around target_depth, normalised. "official": as the published code has it, around
-    layer 9 whatever target_depth says, times 0.98 / (sum of the first 8 values); it does not sum to 1.
-    Raises ValueError for an unknown kind.
+    "kl": the normal density at 1..L around target_depth, normalised; deviation in layers. "official": as the published
+    code has it, around layer 9 with deviation 1 whatever the arguments say, times 0.98 / (sum of the first 8 values);
+    it does not sum to 1. Raises ValueError for an unknown kind.
     """
     layers = jnp.arange(1, num_layers + 1, dtype=jnp.float32)
     if kind == "official":
         log_density = jax.scipy.stats.norm.logpdf(layers, 9.0)
         return log_density + jnp.log(0.98) - jax.nn.logsumexp(log_density[:8])
     if kind == "kl":
-        return jax.nn.log_softmax(jax.scipy.stats.norm.logpdf(layers, target_depth))
+        return jax.nn.log_softmax(jax.scipy.stats.norm.logpdf(layers, target_depth, deviation))
     raise ValueError(f"prior {kind!r} is unknown: choose one of {', '.join(PRIORS)}")
 
 
-def prior_loss(layer_halting_mean: Float[Array, " l"], kind: str = "kl", target_depth: float = 9.0) -> Float[Array, ""]:
+def prior_loss(
+    layer_halting_mean: Float[Array, " l"], kind: str = "kl", target_depth: float = 9.0, deviation: float = 1.0
+) -> Float[Array, ""]:
     """How far the mean halting scores H by layer are from the depth prior p, in nats; q = H / sum(H).
 
     "kl": KL(q || p), as in the paper. "official": sum(p * (log p - log q)) / L with q clipped to 0.01..0.99, counted
     when positive. q is computed as softmax(log(max(H, tiny))): a far gate gives H near 1e-33, where the gradient of
     the plain quotient overflows. Raises ValueError for an unknown kind.
     """
-    log_prior = log_depth_prior(layer_halting_mean.shape[0], kind, target_depth)
+    log_prior = log_depth_prior(layer_halting_mean.shape[0], kind, target_depth, deviation)
     log_halting = jnp.log(jnp.maximum(layer_halting_mean, jnp.finfo(jnp.float32).tiny))
     if kind == "official":
         q = jnp.clip(jax.nn.softmax(log_halting), 0.01, 0.99)
@@ -127,6 +129,7 @@ def halting_losses(
     prior_weight: float,
     prior: str,
     prior_target_depth: float,
+    prior_deviation: float = 1.0,
     image_weight: Float[Array, " b"] | None = None,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """The two weighted halting terms: ponder_weight * mean ponder cost and prior_weight * prior."""
@@ -134,5 +137,5 @@ def halting_losses(
         by_layer = halting_scores.mean((1, 2))
     else:
         by_layer = jax.vmap(image_mean, (0, None))(halting_scores, image_weight)
-    prior_term = prior_loss(by_layer, prior, prior_target_depth)
+    prior_term = prior_loss(by_layer, prior, prior_target_depth, prior_deviation)
     return ponder_weight * ponder_loss(ponder_cost, image_weight), prior_weight * prior_term

@@ -114,6 +114,7 @@ def build_train_step(
                 prior_weight=loss_config.prior_weight,
                 prior=loss_config.prior,
                 prior_target_depth=loss_config.prior_target_depth,
+                prior_deviation=loss_config.prior_deviation,
                 image_weight=weight,
             )
         terms = losses.LossTerms(classification, ponder, prior)

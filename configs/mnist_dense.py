@@ -46,6 +46,7 @@ def get_config(arg: str = "") -> ConfigDict:
             "prior_weight": 0.0,
             "prior": "kl",
             "prior_target_depth": 9.0,
+            "prior_deviation": 1.0,  # layers, of prior "kl"; "official" is always around layer 9 with deviation 1
             "distillation": "none",
             "distillation_weight": 0.5,
             "distillation_temperature": 1.0,

@@ -13,12 +13,12 @@ from tests.builders import small_config, spread_gate
 H = np.array([0.02, 0.001, 0.1, 0.3, 0.2, 0.15, 0.02, 0.3, 0.25, 0.4, 0.1, 0.05], np.float32)
 
 
-@pytest.mark.parametrize("target", [3.0, 7.2, 9.0, 30.0])
-def test_kl_prior_is_the_divergence_that_scipy_computes(target: float) -> None:
+@pytest.mark.parametrize(("target", "deviation"), [(3.0, 1.0), (7.2, 1.0), (9.0, 2.5), (30.0, 1.0)])
+def test_kl_prior_is_the_divergence_that_scipy_computes(target: float, deviation: float) -> None:
     q = H.astype(np.float64) / H.sum(dtype=np.float64)
-    p = scipy.stats.norm.pdf(np.arange(1, 13), target, 1)
+    p = scipy.stats.norm.pdf(np.arange(1, 13), target, deviation)
     expected = scipy.stats.entropy(q, p)  # KL(q || p / sum(p))
-    np.testing.assert_allclose(losses.prior_loss(jnp.asarray(H), "kl", target), expected, rtol=1e-5)
+    np.testing.assert_allclose(losses.prior_loss(jnp.asarray(H), "kl", target, deviation), expected, rtol=1e-5)
 
 
 def test_kl_prior_is_zero_on_target_and_positive_elsewhere() -> None:
