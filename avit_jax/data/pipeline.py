@@ -231,8 +231,9 @@ def _read(
         # One thread: it makes the next batches while the step runs, and two would take the step's cores.
         batches = dataset.batch(size, drop_remainder=True).map(finish)[start:]
         return iter(batches.to_iter_dataset(grain.ReadOptions(settings.threads or 1, prefetch_buffer_size=4)))
-    # Image by image, so that all threads work on the batch that is needed next, and few wait in memory.
-    options = grain.ReadOptions(settings.threads or available_cores(), prefetch_buffer_size=2 * size)
+    # Image by image, so that all threads work on the batch that is needed next; few wait for it, and so in the cache.
+    threads = settings.threads or available_cores()
+    options = grain.ReadOptions(threads, prefetch_buffer_size=4 * threads)
     images = dataset[start * size :].to_iter_dataset(options)
     batches = images.batch(size, drop_remainder=True).map(finish)
     return iter(grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=1))
