@@ -8,7 +8,8 @@
 speed: 500x375 JPEGs (parts of scikit-image's photographs) through DeiT's training augmentation and through evaluation,
 in one process (images per CPU second) and in a worker process for each core; in turn, medians; the peer alike, and the
 median of the rounds' ratios to it. Both read, decode, crop and augment. Ours hands over uint8 and leaves normalising
-and erasing to the step on the device; the peer does them on the host, as DeiT's code does. stages: where one image's time goes, one thread.
+and erasing to the step on the device; the peer does them on the host, as DeiT's code does.
+stages: where one image's time goes, one thread.
 memory: of this process over 10,000 images.
 start: seconds to the first batch of 128, in a fresh process. Writes runs/benchmarks/input_pipeline.json.
 """

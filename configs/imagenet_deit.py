@@ -33,8 +33,8 @@ def get_config(arg: str = "small") -> ConfigDict:
     config.data.update({"repeated_augmentation": 3, "workers": 16})
     # The affine changes are for digits; the rest is DeiT's.
     config.augment.update({"rotate": 0.0, "scale": 0.0, "shear": 0.0, "translate": 0.0})
-    config.augment.update({"flip": True, "randaugment": "rand-m9-mstd0.5-inc1", "erasing": 0.25})
-    config.augment.update({"mixup": 0.8, "cutmix": 1.0})
+    config.augment.update({"crop_scale": (0.08, 1.0), "flip": 0.5, "randaugment": "rand-m9-mstd0.5-inc1"})
+    config.augment.update({"erasing": 0.25, "mixup": 0.8, "cutmix": 1.0})
     config.model = ConfigDict(
         {
             "preset": f"deit_{arg}_patch16_224",

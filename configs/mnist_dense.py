@@ -5,8 +5,12 @@
 Expected: 98.0 % on the 1,000 test images (99 % on the 400 of validation). Its result is checkpoints/mnist_dense.
 """
 
+import dataclasses
+
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
+
+from avit_jax.data.settings import AugmentSettings, DataSettings
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -15,9 +19,11 @@ def get_config(arg: str = "") -> ConfigDict:
     config = ConfigDict()
     config.name = "mnist_dense"
     config.seed = 0
-    config.data = ConfigDict({"source": "mnist", "path": "", "mean": (0.1307,), "std": (0.3081,), "class_names": ()})
+    # Every key is there, with its default and its meaning in avit_jax/data/settings.py.
+    config.data = ConfigDict(dataclasses.asdict(DataSettings(source="mnist", mean=(0.1307,), std=(0.3081,))))
     # In pixels, degrees and fractions: what handwriting varies by, without turning a 6 into a 9.
-    config.augment = ConfigDict({"rotate": 12.0, "scale": 0.12, "shear": 0.15, "translate": 2.0})
+    affine = AugmentSettings(rotate=12.0, scale=0.12, shear=0.15, translate=2.0)
+    config.augment = ConfigDict(dataclasses.asdict(affine))
     # Image size, channels, classes and class names come from the data where they are not given.
     config.model = ConfigDict(
         {

@@ -1,10 +1,12 @@
 """The loop: it learns, it stops at the right time, it goes on as if nothing had happened."""
 
+import dataclasses
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import jax
@@ -18,6 +20,7 @@ from ml_collections import ConfigDict
 import avit_jax
 from avit_jax import losses, training
 from avit_jax.checkpoint_evaluation import evaluate_checkpoint
+from avit_jax.data.settings import AugmentSettings, DataSettings
 from avit_jax.data.sources import load_dataset
 from avit_jax.experiment import format_summary, initial_model, run
 from avit_jax.logs import read_metrics
@@ -25,7 +28,7 @@ from avit_jax.mesh import training_mesh
 from avit_jax.optim import learning_rate_schedule, make_optimizer, update_average, weight_decay_mask
 from avit_jax.speed import TIMES
 from avit_jax.train_step import initial_state, make_train_step
-from configs import imagenet_avit
+from configs import imagenet_avit, imagenet_deit
 from tests.builders import small_config, tiny_experiment, toy_arrays
 
 
@@ -303,6 +306,23 @@ def test_a_batch_in_parts_has_the_whole_batchs_gradient(config: ConfigDict) -> N
     parts, _ = first_step(config, model)
     for name in ("loss", "classification", "ponder", "accuracy", "mean_depth", "gradient_norm"):
         np.testing.assert_allclose(parts[name], whole[name], rtol=1e-5)
+
+
+@pytest.mark.parametrize("module", [imagenet_deit, imagenet_avit])
+def test_the_imagenet_configs_hold_deits_published_settings(module: ModuleType) -> None:
+    """arXiv 2012.12877, table 9, and its repository's defaults; every key can be set on the command line."""
+    config = module.get_config("tiny")
+    augment, optim = AugmentSettings.from_config(dict(config.augment)), config.optim
+    assert augment == AugmentSettings(
+        crop_scale=(0.08, 1.0), flip=0.5, randaugment="rand-m9-mstd0.5-inc1", erasing=0.25, mixup=0.8, cutmix=1.0
+    )
+    assert DataSettings.from_config(dict(config.data)).repeated_augmentation == 3
+    assert set(config.data) == {field.name for field in dataclasses.fields(DataSettings)}
+    assert set(config.augment) == {field.name for field in dataclasses.fields(AugmentSettings)}
+    assert (optim.learning_rate, optim.reference_batch, optim.weight_decay) == (5e-4, 512, 0.05)
+    assert (optim.beta1, optim.beta2, optim.ema_decay, optim.clip_norm) == (0.9, 0.999, 0.99996, 0)
+    assert (optim.warmup_epochs, optim.warmup_learning_rate, optim.final_learning_rate) == (5, 1e-6, 1e-5)
+    assert (config.loss.label_smoothing, config.model.drop_path_rate) == (0.1, 0.1)
 
 
 def test_the_learning_rate_by_epoch_is_timms() -> None:

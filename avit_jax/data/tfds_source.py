@@ -79,7 +79,7 @@ def _check_prepared(root: Path, name: str) -> None:
     if not versions:
         raise ValueError(
             f"{folder} holds no prepared data set {name!r}: prepare it once with '{prepare}' "
-            "(pip install 'avit_jax[prepare]')"
+            "(pip install '.[prepare]' in avit_jax's folder)"
         )
     if any(any(file.parent.glob("*.array_record*")) for file in versions):
         return
@@ -88,7 +88,7 @@ def _check_prepared(root: Path, name: str) -> None:
     raise ValueError(
         f"{found} holds {kind}, and only ArrayRecord can be read: prepare it with '{prepare}', or convert it with "
         f"'python -m tensorflow_datasets.scripts.convert_format --dataset_version_dir={found} "
-        "--out_file_format=array_record' (pip install 'avit_jax[prepare]')"
+        "--out_file_format=array_record' (pip install '.[prepare]' in avit_jax's folder)"
     )
 
 
