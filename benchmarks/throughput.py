@@ -34,6 +34,7 @@ from avit_jax import PRESETS, AViT, AViTConfig, compile_packed
 from avit_jax.evaluation import config_gmacs, whole_gmacs
 from avit_jax.layers import Block
 from avit_jax.mesh import available_cores, batch_sharding, data_mesh, replicated, use_all_cores
+from avit_jax.plan import plan_packed
 from benchmarks.drawn import dense_parts, drawn_depths, drawn_images, drawn_model, in_bfloat16
 from benchmarks.peers import peers
 
@@ -116,10 +117,11 @@ def compiled_variant(name: str, model: AViT, images: np.ndarray, mesh: Mesh, las
     return Variant(name, len(images), lambda: jax.block_until_ready(program(*placed)), took, _memory(program))
 
 
-def packed_variant(name: str, model: AViT, images: np.ndarray, mesh: Mesh) -> Variant:
-    """Packed execution with image exit and the default plan."""
+def packed_variant(name: str, model: AViT, images: np.ndarray, mesh: Mesh, sample: np.ndarray | None = None) -> Variant:
+    """Packed execution with image exit and the default plan, or the one that plan_packed makes from a sample."""
+    plan = None if sample is None else plan_packed(model, sample, len(images))
     began = time.perf_counter()
-    packed = compile_packed(model, len(images), mesh=mesh)
+    packed = compile_packed(model, len(images), plan, mesh=mesh)
     took = time.perf_counter() - began
     placed = jax.device_put(images, batch_sharding(mesh))
     return Variant(name, len(images), lambda: jax.block_until_ready(packed(placed)), took, _memory(packed.compiled))
@@ -144,7 +146,7 @@ def measure(variants: list[Variant], rounds: int) -> None:
 
 
 def variants_of(
-    config: AViTConfig, profile: Profile, depths: np.ndarray, batches: list[int], all_of_them: bool
+    config: AViTConfig, profile: Profile, depths: np.ndarray, batches: list[int], all_of_them: bool, planned: bool
 ) -> list[Variant]:
     """What is measured on a profile, for each batch size."""
     model = drawn_model(config, profile.class_depth(config))
@@ -160,6 +162,9 @@ def variants_of(
             variants.append(compiled_variant("masked", model, images, mesh, False))
             variants.append(compiled_variant("dense, bfloat16", dense_half, images, mesh, False))
             variants.append(packed_variant("packed, bfloat16", half, images, mesh))
+        if planned:
+            sample = drawn_images(config, depths[-max(64, batch) :])  # not the images that are timed, up to batch 448
+            variants.append(packed_variant("packed, planned", model, images, mesh, sample))
     return variants
 
 
@@ -176,7 +181,8 @@ def benchmark(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
         measured = []
         for profile in members:
             depths = profile.depths(config)
-            measured.append((profile, depths, variants_of(config, profile, depths, batches, published)))
+            planned = published and options.planned
+            measured.append((profile, depths, variants_of(config, profile, depths, batches, published, planned)))
         if published and not options.no_peers:
             _, depths, variants = measured[0]
             for batch in batches:
@@ -276,6 +282,7 @@ def main() -> None:
     parser.add_argument("--batches", default="1,8,16,32,64,128", type=lambda text: [int(b) for b in text.split(",")])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--no-peers", action="store_true")
+    parser.add_argument("--planned", action="store_true", help="packed once more, with the plan that plan_packed makes")
     options = parser.parse_args()
     use_all_cores()
     where = f"{platform.machine()}, {available_cores()} cores, {jax.default_backend()}, jax {jax.__version__}"
