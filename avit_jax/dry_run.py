@@ -33,7 +33,7 @@ def dry_run(config: ConfigDict) -> str:
         fields = dict(config.model)
         wanted, images = config_from(fields.pop("preset", None), **fields), IMAGENET_IMAGES
         data = f"not to be read here ({error}); steps are counted for ImageNet's {images} images"
-    mesh = training_mesh(config.mesh.data, config.mesh.fsdp, config.batch_size)
+    mesh = training_mesh(config.mesh.data, config.mesh.fsdp, config.batch_size, config.accumulation)
     steps = max(1, round(config.epochs * images / config.batch_size))
     schedule = learning_rate_schedule(config.optim, steps, epochs=config.epochs, batch_size=config.batch_size)
     optimizer = make_optimizer(config.optim, schedule)

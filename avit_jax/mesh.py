@@ -31,17 +31,18 @@ def data_mesh(batch_size: int) -> Mesh:
     return jax.make_mesh((count,), ("data",), axis_types=(AxisType.Auto,), devices=devices[:count])
 
 
-def training_mesh(data: int, fsdp: int, batch_size: int) -> Mesh:
+def training_mesh(data: int, fsdp: int, batch_size: int, parts: int = 1) -> Mesh:
     """The mesh of config.mesh: the batch is split over `data` and `fsdp`, the training state over `fsdp`.
 
     data -1 takes the devices that fsdp leaves; on one machine without accelerators as many as divide the batch.
-    Raises ValueError where the axes do not make up the devices, or the devices do not divide the batch.
+    parts: config.accumulation; each part is split over all devices. Raises ValueError where the axes do not make up the
+    devices, or the devices do not divide a part.
     """
     devices = jax.devices()
     if fsdp < 1 or (data < 1 and data != -1):
         raise ValueError(f"config.mesh is data={data}, fsdp={fsdp}: give numbers of devices, or data=-1 for the rest")
     if data == -1 and jax.process_count() == 1 and jax.default_backend() == "cpu":
-        fitting = [n for n in range(1, len(devices) // fsdp + 1) if batch_size % (n * fsdp) == 0]
+        fitting = [n for n in range(1, len(devices) // fsdp + 1) if batch_size % (n * fsdp * parts) == 0]
         devices = devices[: fitting[-1] * fsdp] if fitting else devices
     count = len(devices) // fsdp if data == -1 else data
     if count * fsdp != len(devices):
@@ -49,10 +50,11 @@ def training_mesh(data: int, fsdp: int, batch_size: int) -> Mesh:
             f"config.mesh is data={data}, fsdp={fsdp} and there are {len(devices)} devices: their product must be "
             "the number of devices; data=-1 fills"
         )
-    if batch_size % len(devices):
+    if batch_size % (slots := len(devices) * parts):
+        in_parts = f"in {parts} parts " if parts > 1 else ""
         raise ValueError(
-            f"config.batch_size {batch_size} cannot be split over {len(devices)} devices: "
-            f"choose {max(1, round(batch_size / len(devices))) * len(devices)}"
+            f"config.batch_size {batch_size} cannot be split {in_parts}over {len(devices)} devices: "
+            f"choose {max(1, round(batch_size / slots)) * slots}"
         )
     axes = (AxisType.Auto, AxisType.Auto)
     return jax.make_mesh((count, fsdp), ("data", "fsdp"), axis_types=axes, devices=devices)

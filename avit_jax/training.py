@@ -45,7 +45,7 @@ def train(
     FloatingPointError at a NaN or infinite loss (config.on_nan); the last good checkpoint stays. Raises Stopped after
     SIGTERM or SIGINT.
     """
-    mesh = training_mesh(config.mesh.data, config.mesh.fsdp, config.batch_size)
+    mesh = training_mesh(config.mesh.data, config.mesh.fsdp, config.batch_size, config.accumulation)
     batches = DeviceBatches(
         training_batches(
             dataset.train,
