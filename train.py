@@ -19,6 +19,7 @@ COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port of process 0, 
 NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes there are, with --coordinator.")
 PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which one this is, from 0, with --coordinator.")
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "Say what the run would be, and take two steps on made-up data.")
+PROFILE = flags.DEFINE_string("profile", None, "START:STEPS, a trace of those steps; sets config.profile.")
 RESUME = flags.DEFINE_bool("resume", True, "Continue the run in the folder; --noresume refuses one that has begun.")
 
 
@@ -26,6 +27,8 @@ def main() -> None:
     """What the flags ask for."""
     from avit_jax.distributed import start_distributed
 
+    if PROFILE.value is not None:
+        CONFIG.value.profile = PROFILE.value
     processes = COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value
     start_distributed(DISTRIBUTED.value or any(value is not None for value in processes), *processes)
     if DRY_RUN.value:

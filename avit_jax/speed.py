@@ -85,5 +85,5 @@ def parse_profile(text: str) -> tuple[int, int]:
         return 0, 0
     first, _, steps = text.partition(":")
     if not (first.isdigit() and steps.isdigit() and int(first) >= 1 and int(steps) >= 1):
-        raise ValueError(f"config.profile {text!r} is not START:STEPS: give two numbers from 1, as 20:5")
+        raise ValueError(f"--profile or config.profile {text!r} is not START:STEPS: give two numbers from 1, as 20:5")
     return int(first), int(steps)

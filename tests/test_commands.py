@@ -52,9 +52,13 @@ def small(toy: Path, workdir: Path) -> list[str]:
 
 def test_train_evaluate_and_run_again(toy: Path, tmp_path: Path) -> None:
     workdir = tmp_path / "run"
-    trained = command("train.py", *small(toy, workdir))
+    trained = command("train.py", *small(toy, workdir), "--profile=2:2")
     assert trained.returncode == 0, trained.stderr
     assert "A-ViT" in trained.stdout
+    assert f"trace of steps 2 to 3: {workdir / 'profile'}" in trained.stderr
+    traces = [path.name for path in (workdir / "profile").rglob("*.*") if path.stat().st_size > 1000]
+    assert any(name.endswith(".xplane.pb") for name in traces), "for TensorBoard"
+    assert "perfetto_trace.json.gz" in traces
     assert "picture:" in trained.stdout
     assert "training: 100%" in trained.stderr
     summary = json.loads((workdir / "summary.json").read_text())
@@ -106,6 +110,7 @@ def one_sentence(stderr: str) -> str:
         ("train.py", ["--config.model.embed_dim.x=1"], "config.model.embed_dim is a value and has no key 'x'"),
         ("train.py", ["--config.log_every=0"], "config.log_every is 0: it must be at least 1"),
         ("train.py", ["--config.loss.distillation=none"], "give a teacher and hard or soft, or neither"),
+        ("train.py", ["--profile=20"], "--profile or config.profile '20' is not START:STEPS: give two numbers from 1, as 20:5"),
         ("train.py", ["mnist_avit"], "'mnist_avit' is not an option"),
         ("train.py", ["--config.model.patch_size=5"], "image height 28 is not divisible by patch_size 5"),
         ("train.py", ["--config.model.num_heads=5"], "embed_dim 64 is not divisible by num_heads 5"),
