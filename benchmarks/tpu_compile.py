@@ -1,23 +1,28 @@
 """The train step and packed evaluation, compiled for real TPU topologies without the chips: memory, collectives, time.
 
     pip install -r requirements-tpu.txt
-    JAX_PLATFORMS=cpu python benchmarks/tpu_compile.py --models=tiny,small,base --topologies=v5e:1x1,v5e:2x4,v5e:16x16
+    python benchmarks/tpu_compile.py                            everything, about 40 minutes of one core
+    python benchmarks/tpu_compile.py --models=tiny --topologies=v5e:2x4 --programs=train,fsdp
 
-libtpu's compiler runs here, on the CPU: memory is what it reserves for a device; nothing is measured on a TPU. Writes
-runs/benchmarks/tpu_compile.json.
+libtpu's compiler runs here, on the CPU: memory is what it reserves for a chip, collectives are those of the program;
+nothing is run on a TPU. The train step is configs/imagenet_avit.py's (bfloat16, remat, mixup, EMA), at its batch of
+1024 on one chip (in parts) and on v5e:2x4, of 4096 on v5e:16x16; "fsdp" splits the state over 4 chips. Packed
+evaluation has 256 images a chip, 128 with Base. Fails where a program does not fit a v5e chip's 16 GB, or where
+anything but gradients, scalars, [L] statistics and (fsdp) parameters crosses chips. Writes
+runs/benchmarks/tpu_compile.json, row by row; rows of earlier runs with the same compiler stay.
 """
 
 import argparse
+import importlib.metadata
 import json
 import os
-import re
 import sys
 import time
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
 os.environ.update(TPU_SKIP_MDS_QUERY="1", TPU_ACCELERATOR_TYPE="v5litepod-8", TPU_WORKER_HOSTNAMES="localhost")
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import jax
@@ -35,12 +40,14 @@ from avit_jax.optim import learning_rate_schedule, make_optimizer
 from avit_jax.packed import packed_program
 from avit_jax.plan import default_plan
 from avit_jax.train_step import TrainState, build_train_step
+from benchmarks.collectives import collectives, said, what_crosses
 from configs import imagenet_avit
 
-IMAGES_A_CHIP = {"tiny": 256, "small": 256, "base": 128}
-CHIP_BYTES = 16 * 2**30
-BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "f32": 4, "s32": 4, "u32": 4}
-COLLECTIVE = re.compile(r"= (.*?) (all-reduce|all-gather|reduce-scatter|collective-permute|all-to-all)(?:-start)?\(")
+GLOBAL_BATCH = {"v5e:1x1": 1024, "v5e:2x4": 1024, "v5e:16x16": 4096}
+IMAGES_AT_ONCE = {"tiny": 256, "small": 256, "base": 128}  # on a chip; what is more is worked on in parts
+FSDP = 4
+CHIP_BYTES = 16e9  # of a v5e
+OUT = Path("runs/benchmarks/tpu_compile.json")
 
 
 def topology_mesh(name: str, fsdp: int = 1) -> Mesh:
@@ -50,133 +57,133 @@ def topology_mesh(name: str, fsdp: int = 1) -> Mesh:
     return Mesh(np.asarray(devices).reshape(-1, fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto, AxisType.Auto))
 
 
-def abstract_arguments(
-    config: ConfigDict, model: AViTConfig, mesh: Mesh
-) -> tuple[nnx.GraphDef, Any, TrainState, dict[str, jax.ShapeDtypeStruct]]:
-    """The graph, the optimiser, and shapes with their layouts of the state and the batch."""
+def experiment(size: str, topology: str) -> ConfigDict:
+    """configs/imagenet_avit.py at a sensible batch, in parts where a chip would have more images than it should."""
+    config = imagenet_avit.get_config(size)
+    config.batch_size = GLOBAL_BATCH[topology]
+    config.accumulation = max(1, config.batch_size // (topology_mesh(topology).size * IMAGES_AT_ONCE[size]))
+    return config
+
+
+def model_of(config: ConfigDict) -> AViTConfig:
+    """The architecture of config.model."""
+    fields = dict(config.model)
+    return config_from(fields.pop("preset", None), **fields)
+
+
+def compile_train_step(config: ConfigDict, mesh: Mesh) -> Any:
+    """The compiled train step of an experiment."""
+    model = model_of(config)
     graphdef, params = nnx.split(nnx.eval_shape(lambda: AViT(model, rngs=nnx.Rngs(0))), nnx.Param)
-    steps = 100_000
-    schedule = learning_rate_schedule(config.optim, steps, epochs=config.epochs, batch_size=config.batch_size)
+    schedule = learning_rate_schedule(config.optim, 100_000, epochs=config.epochs, batch_size=config.batch_size)
     optimizer = make_optimizer(config.optim, schedule)
     state = jax.eval_shape(
         lambda params: TrainState(jnp.zeros((), jnp.int32), params, params, optimizer.init(params)), params
     )
-
-    def placed(leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-    state = jax.tree.map(placed, state, state_shardings(mesh, state))
+    layout = state_shardings(mesh, state)
+    state = jax.tree.map(
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), state, layout
+    )
     shape = (config.batch_size, *model.image_shape, model.in_channels)
     batch = {
         "image": jax.ShapeDtypeStruct(shape, jnp.uint8, sharding=batch_sharding(mesh)),
         "label": jax.ShapeDtypeStruct(shape[:1], jnp.int32, sharding=batch_sharding(mesh)),
     }
-    return graphdef, optimizer, state, batch
-
-
-def compile_train_step(size: str, topology: str, fsdp: int = 1) -> Any:
-    """The compiled train step of configs/imagenet_avit.py at a sensible batch."""
-    mesh = topology_mesh(topology, fsdp)
-    config = imagenet_avit.get_config(size)
-    config.batch_size = IMAGES_A_CHIP[size] * mesh.size
-    fields = dict(config.model)
-    model = config_from(fields.pop("preset"), **fields)
-    graphdef, optimizer, state, batch = abstract_arguments(config, model, mesh)
     step = jax.jit(
         build_train_step(graphdef, optimizer, config, mesh, None),
         donate_argnums=0,
-        in_shardings=(state_shardings(mesh, state), batch_sharding(mesh), None),
-        out_shardings=(state_shardings(mesh, state), replicated(mesh)),
+        in_shardings=(layout, batch_sharding(mesh), None),
+        out_shardings=(layout, replicated(mesh)),
     )
     return step.lower(state, batch, None).compile()
 
 
-def compile_packed_evaluation(size: str, topology: str) -> Any:
-    """The compiled packed program of an A-ViT at the same batch."""
-    mesh = topology_mesh(topology)
+def compile_packed_evaluation(model: AViTConfig, images_a_chip: int, mesh: Mesh) -> Any:
+    """The compiled packed program, every chip with its own images."""
     data = Mesh(mesh.devices.reshape(-1), ("data",), axis_types=(AxisType.Auto,))
-    model = config_from(f"avit_{size}_patch16_224", dtype="bfloat16")
     graphdef, params = nnx.split(nnx.eval_shape(lambda: AViT(model, rngs=nnx.Rngs(0))))
     params = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=replicated(data)), params)
-    count = IMAGES_A_CHIP[size] * data.size
     images = jax.ShapeDtypeStruct(
-        (count, *model.image_shape, 3), jnp.float32, sharding=NamedSharding(data, PartitionSpec("data"))
+        (images_a_chip * data.size, *model.image_shape, model.in_channels),
+        jnp.float32,
+        sharding=NamedSharding(data, PartitionSpec("data")),
     )
-    program = packed_program(graphdef, default_plan(model, IMAGES_A_CHIP[size], "tpu"), True, data)
+    program = packed_program(graphdef, default_plan(model, images_a_chip, "tpu"), True, data)
     number = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(data))
     return jax.jit(program).lower(params, images, number).compile()
 
 
-def collectives(text: str, layers: int) -> dict[str, dict[str, int]]:
-    """Each kind of collective in a step: how many run, and the bytes of their results on a device.
-
-    What stands outside the entry computation is in the loop over layers, and counted once for each.
-    """
-    count: Counter[str] = Counter()
-    size: Counter[str] = Counter()
-    times = 1
-    for line in text.splitlines():
-        if line.endswith("{") and not line.startswith(" "):
-            times = 1 if line.startswith("ENTRY") else layers
-        for shapes, kind in COLLECTIVE.findall(line):
-            count[kind] += times
-            for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", shapes):
-                one = BYTES.get(dtype, 0) * int(np.prod([int(d) for d in dims.split(",") if d], dtype=np.int64))
-                size[kind] += times * one
-    return {kind: {"count": count[kind], "bytes": size[kind]} for kind in count}
-
-
-def row(name: str, size: str, topology: str, compiled: Any, seconds: float) -> dict[str, Any]:
-    """What is reported of a program, printed."""
+def bytes_needed(compiled: Any) -> int:
+    """What a program reserves on each chip: arguments, results, work space and code."""
     memory = compiled.memory_analysis()
     needed = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
-    needed += memory.output_size_in_bytes - memory.alias_size_in_bytes
-    found = collectives(compiled.as_text(), layers=12)
-    result = {
-        "program": name,
-        "model": size,
-        "topology": topology,
-        "images_a_chip": IMAGES_A_CHIP[size],
-        "gigabytes": needed / 1e9,
-        "fits": needed <= CHIP_BYTES,
-        "compile_seconds": seconds,
-        "collectives": found,
-    }
-    said = ", ".join(f"{v['count']} {kind} {v['bytes'] / 1e6:.2f} MB" for kind, v in found.items()) or "none"
+    return needed + memory.output_size_in_bytes - memory.alias_size_in_bytes
+
+
+def check_crossing(compiled: Any, model: AViTConfig, allowed: set[str], fsdp: int) -> dict[str, Any]:
+    """What crosses chips in a program. Raises ValueError where it is more than `allowed`."""
+    _, params = nnx.split(nnx.eval_shape(lambda: AViT(model, rngs=nnx.Rngs(0))), nnx.Param)
+    shapes = [(jax.tree_util.keystr(path), leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(params)]
+    found = collectives(compiled.as_text())
+    crossing = what_crosses(found, shapes, model.depth, fsdp)
+    if more := crossing.keys() - allowed:
+        raise ValueError(f"{', '.join(sorted(more))} crosses chips and should not: {said(crossing)}\n{found}")
+    return crossing
+
+
+def compiled_row(program: str, size: str, topology: str) -> dict[str, Any]:
+    """Compile one program and report it. Raises ValueError where it is not what was promised."""
+    fsdp = FSDP if program == "fsdp" else 1
+    mesh = topology_mesh(topology, fsdp)
+    began = time.perf_counter()
+    if program == "packed":
+        model = config_from(f"avit_{size}_patch16_224", dtype="bfloat16")
+        images, parts, allowed = IMAGES_AT_ONCE[size], 1, set[str]()
+        compiled = compile_packed_evaluation(model, images, mesh)
+    else:
+        config = experiment(size, topology)
+        model, images, parts = model_of(config), config.batch_size // mesh.size, config.accumulation
+        allowed = {"gradients", "scalars", "statistics"} | ({"parameters"} if fsdp > 1 else set())
+        compiled = compile_train_step(config, mesh)
+    seconds = time.perf_counter() - began
+    row = {"program": program, "model": size, "topology": topology, "images_a_chip": images, "parts": parts}
+    needed = bytes_needed(compiled)
+    if needed > CHIP_BYTES:
+        raise ValueError(f"{row} needs {needed / 1e9:.1f} GB a chip and there are {CHIP_BYTES / 1e9:.0f}")
+    crossing = check_crossing(compiled, model, allowed, fsdp)
     print(
-        f"{name:20}{size:6}{topology:11}{IMAGES_A_CHIP[size]:6} images a chip{needed / 1e9:7.2f} GB"
-        f"{'' if result['fits'] else ' DOES NOT FIT'}{seconds:7.0f} s   {said}",
+        f"{program:8}{size:7}{topology:11}{images:6}{parts:6}{needed / 1e9:9.2f}{seconds:8.0f}   {said(crossing)}",
         flush=True,
     )
-    return result
+    return row | {"gigabytes": needed / 1e9, "compile_seconds": seconds, "crossing": crossing}
 
 
 def main() -> None:
     """Print the table, write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", default="tiny,small,base", type=lambda text: text.split(","))
-    parser.add_argument("--topologies", default="v5e:1x1,v5e:2x4,v5e:16x16", type=lambda text: text.split(","))
-    parser.add_argument("--no-packed", action="store_true")
-    parser.add_argument(
-        "--fsdp", type=int, default=0, help="one more compile of the step, the state split so many ways"
-    )
+
+    def several(text: str) -> list[str]:
+        return text.split(",")
+
+    parser.add_argument("--models", default=list(IMAGES_AT_ONCE), type=several)
+    parser.add_argument("--topologies", default=list(GLOBAL_BATCH), type=several)
+    parser.add_argument("--programs", default=["train", "fsdp", "packed"], type=several)
     options = parser.parse_args()
-    rows = []
+    versions = {name: importlib.metadata.version(name) for name in ("jax", "libtpu")}
+    earlier = json.loads(OUT.read_text()) if OUT.is_file() else {}
+    rows = earlier.get("rows", []) if earlier.get("versions") == versions else []
+    OUT.parent.mkdir(parents=True, exist_ok=True)
+    print("program model  topology   images parts GB a chip seconds   crosses chips in a step")
     for size in options.models:
         for topology in options.topologies:
-            programs: dict[str, Any] = {"train step": lambda: compile_train_step(size, topology)}  # noqa: B023
-            if options.fsdp and not topology.endswith("1x1"):
-                programs[f"train step, fsdp {options.fsdp}"] = lambda: compile_train_step(size, topology, options.fsdp)  # noqa: B023
-            if not options.no_packed:
-                programs["packed evaluation"] = lambda: compile_packed_evaluation(size, topology)  # noqa: B023
-            for name, build in programs.items():
-                began = time.perf_counter()
-                compiled = build()
-                rows.append(row(name, size, topology, compiled, time.perf_counter() - began))
-    out = Path("runs/benchmarks/tpu_compile.json")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps({"jax": jax.__version__, "rows": rows}, indent=2) + "\n")
-    print(f"written: {out}")
+            for program in options.programs:
+                if program == "fsdp" and topology.endswith("1x1"):
+                    continue
+                row = compiled_row(program, size, topology)
+                named = ("program", "model", "topology")
+                rows = [other for other in rows if any(other[name] != row[name] for name in named)] + [row]
+                OUT.write_text(json.dumps({"versions": versions, "rows": rows}, indent=2) + "\n")
+    print(f"written: {OUT}")
 
 
 if __name__ == "__main__":

@@ -219,12 +219,6 @@ def test_weights_are_arguments_of_the_program(model: AViT) -> None:
     )
 
 
-def test_it_lowers_for_cuda(model: AViT) -> None:
-    packed = compile_packed(model, 2)
-    exported = jax.export.export(packed.jitted, platforms=["cuda"])(*packed.abstract_arguments)
-    assert exported.platforms == ("cuda",)
-
-
 def test_plans_are_printed_saved_and_checked(tmp_path: Path, model: AViT) -> None:
     plan = PackedPlan(7, 2, (3, 7))
     plan.save(tmp_path / "plan.json")

@@ -1,0 +1,147 @@
+"""Programs for machines that are not here: compiled for TPU chips, lowered for CUDA; what crosses devices in them."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+from flax import nnx
+
+from avit_jax import AViT
+from avit_jax.mesh import training_mesh
+from avit_jax.optim import learning_rate_schedule, make_optimizer
+from avit_jax.packed import packed_program
+from avit_jax.plan import default_plan
+from avit_jax.train_step import TrainState, build_train_step
+from benchmarks.collectives import Collective, collectives, what_crosses
+from configs import npz_avit
+from tests.builders import small_config
+
+TESTS = Path(__file__).parent
+
+
+def run_script(name: str, **environment: str) -> str:
+    """What a script of this folder prints, in a process of its own: the number of devices is fixed when JAX starts."""
+    command = [sys.executable, str(TESTS / name)]
+    given = os.environ | {"JAX_PLATFORMS": "cpu"} | environment
+    done = subprocess.run(command, capture_output=True, text=True, env=given, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_eight_devices_give_one_devices_loss_and_gradient() -> None:
+    """The halting terms are means over the global batch, not means of the devices' own; also on an fsdp mesh."""
+    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"  # compiles in half the time
+    assert "8 devices agree" in run_script("step_on_devices.py", XLA_FLAGS=flags)
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install -r requirements-tpu.txt"
+)
+def test_it_compiles_for_a_tpu() -> None:
+    assert "as promised" in run_script("compile_for_tpu.py")
+
+
+@pytest.mark.parametrize("gate", [(None, None), (4.0, 1.0)])
+def test_train_step_and_packed_evaluation_lower_for_cuda(gate: tuple[float | None, float | None]) -> None:
+    model = small_config(dtype="bfloat16", gate_scale=gate[0], gate_center=gate[1])
+    config = npz_avit.get_config("")
+    config.loss.distillation = "none"
+    config.augment.update({"mixup": 0.8, "cutmix": 1.0, "erasing": 0.25})
+    optimizer = make_optimizer(config.optim, learning_rate_schedule(config.optim, 1000, epochs=1.0, batch_size=4))
+    graphdef, params = nnx.split(nnx.eval_shape(lambda: AViT(model, rngs=nnx.Rngs(0))), nnx.Param)
+    state = TrainState(jax.ShapeDtypeStruct((), "int32"), params, params, jax.eval_shape(optimizer.init, params))
+    batch = {"image": jax.ShapeDtypeStruct((4, 12, 8, 2), "float32"), "label": jax.ShapeDtypeStruct((4,), "int32")}
+    mesh = training_mesh(-1, 1, 1)  # one device
+    step = jax.jit(build_train_step(graphdef, optimizer, config, mesh, None), donate_argnums=0)
+    exported = jax.export.export(step, platforms=["cuda"])(state, batch, None)
+    assert exported.platforms == ("cuda",)
+    state_out, metrics = jax.tree.unflatten(exported.out_tree, exported.out_avals)
+    assert jax.tree.map(lambda x: x.shape, state_out.params) == jax.tree.map(lambda x: x.shape, params)
+    assert metrics["halting_by_layer"].shape == (4,)
+    packed = jax.jit(packed_program(graphdef, default_plan(model, 4, "cuda"), True, None))
+    exported = jax.export.export(packed, platforms=["cuda"])(params, batch["image"], jax.ShapeDtypeStruct((), "int32"))
+    assert exported.platforms == ("cuda",)
+    assert [leaf.shape for leaf in exported.out_avals] == [(4, 5), (1, 4, 5), (4, 7), (4, 7), (4, 4, 7)]
+
+
+PROGRAM = """HloModule jit_f
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  ROOT %sum = f32[] add(%a, %b)
+}
+
+%body (carry: (s32[], f32[8,4])) -> (s32[], f32[8,4]) {
+  %x = bf16[8,4]{1,0:T(8,128)(2,1)} get-tuple-element(%carry), index=1
+  %reduced = (bf16[8,4]{1,0}, /*index=1*/f32[]) all-reduce(%x, %one), channel_id=1, to_apply=%add
+}
+
+%condition (carry: (s32[], f32[8,4])) -> pred[] {
+  %limit = s32[] constant(5)
+  %i = s32[] get-tuple-element(%carry), index=0
+  ROOT %less = pred[] compare(%i, %limit), direction=LT
+}
+
+%open (carry: (s32[], f32[8,4])) -> pred[] {
+  %any = u32[] get-tuple-element(%carry), index=0
+  %all = u32[] all-reduce(%any), channel_id=9, to_apply=%add
+  ROOT %true = pred[] bitcast(%all)
+}
+
+%unused (p: f32[]) -> f32[] {
+  ROOT %never = f32[8,4] all-reduce(%p), channel_id=7, to_apply=%add
+}
+
+%fusion.1 (p: f32[5,2]) -> f32[5,8] {
+  %p = f32[5,2]{1,0} parameter(0)
+  ROOT %gathered.1 = f32[5,8]{1,0} all-gather(%p), channel_id=3, dimensions={1}
+}
+
+%fusion.2 (p: f32[5,2]) -> f32[5,8] {
+  %p = f32[5,2]{1,0} parameter(0)
+  ROOT %gathered.2 = f32[5,8]{1,0} all-gather(%p), channel_id=3, dimensions={1}
+}
+
+ENTRY %main (p: f32[1,8]) -> f32[5,8] {
+  %p = f32[1,8]{1,0} parameter(0)
+  %started = f32[5,8] fusion(%p), kind=kCustom, calls=%fusion.1
+  %done = f32[5,8] fusion(%started), kind=kCustom, calls=%fusion.2
+  %loop = (s32[], f32[8,4]) while(%done), condition=%condition, body=%body
+  %noted = (s32[], f32[8,4]) while(%loop), condition=%open, body=%body, backend_config={"known_trip_count":{"n":"2"}}
+  %along = f32[5,8]{1,0} all-gather(%p), channel_id=4, dimensions={0}
+  ROOT %moved = f32[5,8]{1,0} all-to-all(%along), channel_id=5
+}
+"""
+
+
+def test_collectives_are_counted_as_often_as_they_run() -> None:
+    text = PROGRAM.replace("%x = bf16", "%one = f32[] constant(1)\n  %x = bf16")
+    found = collectives(text)
+    assert sorted((one.kind, one.times) for one in found) == [
+        ("all-gather", 1),  # that along the layers
+        ("all-gather", 1),  # in two fusions, begun and ended: once
+        ("all-reduce", 2),  # the condition of the loop of 2
+        ("all-reduce", 7),  # the body: 5 and 2; not the computation that nobody calls
+        ("all-to-all", 1),
+    ]
+    parameters = [("blocks.kernel", (5, 8)), ("head", (8, 4))]
+    crossing = what_crosses(found, parameters, layers=5, fsdp=4)
+    assert crossing == {
+        "gradients": {"count": 7, "bytes": 7 * 2 * 32},
+        "scalars": {"count": 9, "bytes": 4 * 9},
+        "parameters": {"count": 1, "bytes": 4 * 40},
+        "other": {"count": 2, "bytes": 2 * 4 * 40},
+    }
+    with pytest.raises(ValueError, match="it has no ENTRY"):
+        collectives("module {}")
+
+
+def test_a_loop_that_the_data_end_is_counted_apart() -> None:
+    scalar = (("u32", ()), ("u32", ()))
+    crossing = what_crosses([Collective("all-reduce", (scalar,), times=0)], [("head", (8,))], layers=5, fsdp=1)
+    assert crossing == {"scalars": {"in loops": 1, "bytes": 0}}
+    activations = (("f32", (16, 7)), ("f32", (16, 7)))
+    assert what_crosses([Collective("all-reduce", (activations,), 1)], [("head", (8,))], 5, 1).keys() == {"other"}
