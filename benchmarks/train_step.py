@@ -27,7 +27,7 @@ from flax import nnx
 
 from avit_jax import PRESETS, AViT, AViTConfig
 from avit_jax.config import config_from, nearest
-from avit_jax.mesh import available_cores, training_mesh, use_all_cores
+from avit_jax.mesh import available_cores, global_batch, training_mesh, use_all_cores
 from avit_jax.optim import learning_rate_schedule, make_optimizer
 from avit_jax.train_step import initial_state, make_train_step
 from configs import mnist_avit
@@ -49,7 +49,7 @@ def jax_step(config: AViTConfig, batch_size: int) -> Callable[[], None]:
     state = initial_state(model, optimizer, 0.0, mesh)
     step = make_train_step(nnx.graphdef(model), optimizer, experiment, mesh)
     images, labels = random_batch(config, batch_size)
-    batch = {"image": jax.numpy.asarray(images), "label": jax.numpy.asarray(labels)}
+    batch = global_batch({"image": images, "label": labels}, mesh)
 
     def run() -> None:
         nonlocal state
