@@ -1,0 +1,198 @@
+"""Training step time against the number of devices, computed, not measured: a model with every assumption in sight.
+
+    python benchmarks/step_model.py                             the tables of docs/scaling.md, and docs/scaling.png
+
+step = work + update + sums, one after the other: nothing is assumed to hide behind anything else.
+- work: 4 forward passes' multiply-adds (1 forward, 2 backward, 1 again for remat) of avit_jax.flops, 2 flops each, at
+  40 % of the peak bfloat16 matmul rate. An A-ViT trains masked: it costs what its DeiT costs.
+- update: AdamW and the moving average read and write 36 bytes a parameter at the memory's stated rate.
+- sums: 26 sums of gradients in a step, as the compiled program has (benchmarks/tpu_compile.py), of 2 bytes a parameter
+  of the blocks and 4 of the others; a ring moves 2 (n - 1) / n of that through every device, at 80 % of its links'
+  stated rate, and each sum waits for its hops.
+Loading images is left out: `cores` are what would keep up, at benchmarks/input_pipeline.py's images a CPU second.
+Writes runs/benchmarks/step_model.json.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import jax
+from flax import nnx
+
+from avit_jax import AViT
+from avit_jax.config import config_from
+from avit_jax.evaluation import whole_gmacs
+
+PASSES, MATMUL_SHARE, LINK_SHARE = 4, 0.4, 0.8
+UPDATE_BYTES = 36  # a parameter: gradient, weight, two moments and average read, all but the gradient written, float32
+SUMS = 26
+INPUT_RATE = 275  # training images a CPU second (README)
+SIZES = ("tiny", "small", "base")
+
+
+@dataclasses.dataclass(frozen=True)
+class Machine:
+    """What a data sheet says of a device and its links."""
+
+    name: str
+    counts: tuple[int, ...]
+    peak: float  # flops a second, bfloat16, dense
+    memory: float  # bytes a second
+
+    def links(self, count: int) -> float:
+        """Bytes a second out of a device, in a sum over so many."""
+        raise NotImplementedError
+
+    def wait(self, count: int) -> float:
+        """Seconds that a sum takes, however small."""
+        raise NotImplementedError
+
+
+class V5e(Machine):
+    """cloud.google.com/tpu/docs/v5e: 197 TF/s, 819 GB/s, links 400 GB/s a chip, both directions; 16x16 is a torus."""
+
+    def links(self, count: int) -> float:
+        """Smaller slices lack the links that close the rings: half."""
+        return 200e9 if count == 256 else 100e9
+
+    def wait(self, count: int) -> float:
+        """1 microsecond a hop, there and back along both axes of the slice."""
+        rows = 2 ** (int(math.log2(count)) // 2)
+        return 2 * (rows - 1 + count // rows - 1) * 1e-6
+
+
+class H100(Machine):
+    """NVIDIA's data sheet, SXM: 989 TF/s, 3.35 TB/s, NVLink 900 GB/s in both directions together."""
+
+    def links(self, count: int) -> float:
+        """Through the switch of one box."""
+        return 450e9
+
+    def wait(self, count: int) -> float:
+        """A kernel's launch and its meeting."""
+        return 20e-6
+
+
+MACHINES = (
+    V5e("v5e", (1, 8, 16, 32, 64, 128, 256), 197e12, 819e9),
+    H100("H100", (1, 2, 4, 8), 989e12, 3.35e12),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """What a step's time depends on."""
+
+    name: str
+    gmacs: float
+    parameters: int
+    sum_bytes: int
+
+
+def model_of(size: str) -> Model:
+    """A-ViT of a size at 224x224."""
+    config = config_from(f"avit_{size}_patch16_224")
+    _, params = nnx.split(nnx.eval_shape(lambda: AViT(config, rngs=nnx.Rngs(0))), nnx.Param)
+    count, sum_bytes = 0, 0
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        count += leaf.size
+        sum_bytes += leaf.size * (2 if "blocks" in jax.tree_util.keystr(path) else 4)
+    return Model(size, whole_gmacs(config), count, sum_bytes)
+
+
+def step_seconds(model: Model, machine: Machine, devices: int, images_a_device: float) -> dict[str, float]:
+    """The three parts of a step's time."""
+    return {
+        "work": PASSES * 2e9 * model.gmacs * images_a_device / (MATMUL_SHARE * machine.peak),
+        "update": UPDATE_BYTES * model.parameters / machine.memory,
+        "sums": (devices > 1)
+        * (
+            2 * (devices - 1) / devices * model.sum_bytes / (LINK_SHARE * machine.links(devices))
+            + SUMS * machine.wait(devices)
+        ),
+    }
+
+
+def computed(images: int, each: bool) -> list[dict[str, float | str]]:
+    """A row for every model and number of devices: `images` on each of them, or on all together."""
+    rows: list[dict[str, float | str]] = []
+    for machine in MACHINES:
+        for model in map(model_of, SIZES):
+            one = None
+            for devices in machine.counts:
+                parts = step_seconds(model, machine, devices, images if each else images / devices)
+                seconds = sum(parts.values())
+                rate = images * (devices if each else 1) / seconds
+                one = one or rate
+                rows.append(
+                    {"machine": machine.name, "model": model.name, "devices": devices, "step": seconds, **parts}
+                    | {"images_per_second": rate, "efficiency": rate / devices / one, "cores": rate / INPUT_RATE}
+                )
+    return rows
+
+
+def show(title: str, rows: list[dict[str, float | str]]) -> None:
+    """A table of the whole boxes and the ends."""
+    print(f"\n{title}\n| devices | model | step, ms | work | update | sums | images/s | of linear | cores to feed it |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for row in rows:
+        if row["devices"] in (1, 8, 256):
+            parts = " | ".join(f"{1e3 * float(row[part]):.2f}" for part in ("step", "work", "update", "sums"))
+            print(
+                f"| {row['devices']} x {row['machine']} | {row['model']} | {parts} | "
+                f"{row['images_per_second']:,.0f} | {row['efficiency']:.0%} | {row['cores']:,.0f} |"
+            )
+
+
+def draw(tables: dict[str, list[dict[str, float | str]]], path: Path) -> None:
+    """Images a second against the number of devices."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, len(MACHINES), figsize=(10, 4), constrained_layout=True)
+    for machine, axis in zip(MACHINES, axes, strict=True):
+        for size, colour in zip(SIZES, ("tab:green", "tab:blue", "tab:orange"), strict=True):
+            for (label, rows), style in zip(tables.items(), ("-", "--"), strict=True):
+                own = [row for row in rows if (row["machine"], row["model"]) == (machine.name, size)]
+                axis.loglog(
+                    [row["devices"] for row in own],
+                    [row["images_per_second"] for row in own],
+                    style,
+                    color=colour,
+                    label=f"{size}, {label}",
+                )
+        axis.set_xticks(machine.counts, [str(count) for count in machine.counts])
+        axis.minorticks_off()
+        axis.set_xlabel(f"{machine.name} devices")
+        axis.set_title(f"{machine.name}: computed, not run")
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("training images a second")
+    axes[0].legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    """Print the tables, draw the picture, write the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--picture", default="docs/scaling.png", type=Path)
+    options = parser.parse_args()
+    tables = {"128 images a device": computed(128, each=True), "batch 1024": computed(1024, each=False)}
+    for title, rows in tables.items():
+        show(title, rows)
+    draw(tables, options.picture)
+    out = Path("runs/benchmarks/step_model.json")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(tables, indent=2) + "\n")
+    print(f"\nwritten: {out}, {options.picture}")
+
+
+if __name__ == "__main__":
+    main()
