@@ -1,7 +1,7 @@
 """Compile packed execution for a TPU v5e without the chip, and report how a block's cost falls with its capacity.
 
-    pip install libtpu
-    JAX_PLATFORMS=cpu python benchmarks/packed_tpu.py --preset=avit_tiny_patch16_224 --batch=256
+    pip install -r requirements-tpu.txt
+    python benchmarks/packed_tpu.py --preset=avit_tiny_patch16_224 --batch=256
 
 libtpu's own compiler runs here, on the CPU; the costs are its estimates for one chip, not measurements. Writes
 runs/benchmarks/packed_tpu.json.
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ.update(TPU_SKIP_MDS_QUERY="1", TPU_ACCELERATOR_TYPE="v5litepod-8", TPU_WORKER_HOSTNAMES="localhost")
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import jax

@@ -68,6 +68,15 @@ def test_train_step_and_packed_evaluation_lower_for_cuda(gate: tuple[float | Non
     assert [leaf.shape for leaf in exported.out_avals] == [(4, 5), (1, 4, 5), (4, 7), (4, 7), (4, 4, 7)]
 
 
+def test_each_part_of_a_batch_is_split_over_all_devices() -> None:
+    count = len(jax.devices())
+    assert training_mesh(count, 1, 12 * count, 4).size == count
+    with pytest.raises(
+        ValueError, match=rf"{12 * count} cannot be split in 5 parts over {count} devices: choose {10 * count}$"
+    ):
+        training_mesh(count, 1, 12 * count, 5)
+
+
 PROGRAM = """HloModule jit_f
 
 %add (a: f32[], b: f32[]) -> f32[] {
