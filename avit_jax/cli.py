@@ -7,10 +7,12 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+import jax
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from avit_jax.config import nearest
+from avit_jax.distributed import LOST, leave, lost_a_process
 from avit_jax.mesh import use_all_cores
 
 _PACKAGE = Path(__file__).parent
@@ -43,23 +45,33 @@ def run_main(main: Callable[[], None], default_config: Path) -> None:
         if len(argv) > 1:
             raise SystemExit(_say(f"{argv[1]!r} is not an option: write --name=value; --help lists the options"))
         logging.set_verbosity(logging.WARNING)  # orbax tells every rename at INFO
+        # An exception of orbax's threads, which it raises again here.
+        logging.get_absl_logger().addFilter(lambda record: "_SignalingThread" not in str(record.msg))
         use_all_cores()
         try:
             main()
-        except (ValueError, FloatingPointError) as error:
-            # Ours are sentences for the user; one from a library's depths is a bug, and keeps its traceback.
-            raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
-            if _PACKAGE not in raised_in.parents:
+        except (Exception, KeyboardInterrupt) as error:
+            sentence = _sentence(error)
+            several = jax.distributed.is_initialized()
+            if sentence is None and not several:
                 raise
-            raise SystemExit(_say(str(error))) from None
-        except OSError as error:
-            raise SystemExit(_say(str(error))) from None
-        except KeyboardInterrupt:
-            raise SystemExit(
-                _say("stopped; the same command goes on from the last checkpoint, if there is one")
-            ) from None
+            _say(sentence) if sentence else traceback.print_exc()
+            if several:
+                leave(lost=sentence == LOST)
+            raise SystemExit(1) from None
 
     app.run(guarded, flags_parser=parse)
+
+
+def _sentence(error: BaseException) -> str | None:
+    """What a user reads of an error; None for one from a library's depths: a bug, which keeps its traceback."""
+    if isinstance(error, KeyboardInterrupt):
+        return "stopped; the same command goes on from the last checkpoint, if there is one"
+    if lost_a_process(error):
+        return LOST
+    raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+    ours = isinstance(error, ValueError | FloatingPointError) and _PACKAGE in raised_in.parents
+    return str(error) if ours or isinstance(error, OSError) else None
 
 
 def _check_config(argv: list[str]) -> None:

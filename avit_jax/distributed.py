@@ -1,14 +1,28 @@
-"""Several processes as one run: starting them, seeing that they mean the same, adding up what each has found."""
+"""Several processes as one run: starting them, ending with them, seeing that they mean the same."""
 
+import ctypes
 import json
 import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
+from jax._src import distributed as jax_distributed  # the coordinator's address, where the cluster told it
+from jax._src.clusters.cloud_tpu_cluster import GceTpuCluster, GkeTpuCluster  # has no public name
 from jax.experimental import multihost_utils
 
 HEARTBEAT_SECONDS = 30  # after which a process that ended without a word is given up; JAX's default is 100
+LEAVING_SECONDS = 10.0  # a process with an error waits so long for the others to end with theirs
+LOST = (
+    "another process of this run has ended or does not answer any more: see its own messages, then start all of them "
+    "again with the same command; the run goes on from its last checkpoint"
+)
 
 
 def start_distributed(
@@ -19,8 +33,7 @@ def start_distributed(
     coordinator (host:port of process 0), num_processes and process_id where nothing tells them by itself. Call it
     before anything else runs on JAX. Raises ValueError, with the address, where the coordinator does not answer.
     """
-    several = int(os.environ.get("SLURM_NTASKS", "1")) > 1 or "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
-    if not (requested or several):
+    if not (requested or _started_among_several()):
         return
     given = (coordinator, num_processes, process_id)
     if any(value is not None for value in given) and None in given:
@@ -28,25 +41,99 @@ def start_distributed(
     if process_id is not None and num_processes is not None and not 0 <= process_id < num_processes:
         raise ValueError(f"--process_id {process_id} is not one of 0..{num_processes - 1}")
     timeout = int(os.environ.get("AVIT_COORDINATOR_TIMEOUT", "120"))
+    if coordinator is not None and process_id:
+        _await_coordinator(coordinator, timeout)
+    _at_abort(
+        lambda: (
+            f"the coordinator {jax_distributed.global_state.coordinator_address} does not answer, or not all processes "
+            f"have come there, within {timeout} s (AVIT_COORDINATOR_TIMEOUT): see that process 0 runs there, that the "
+            "port is open and that all are started"
+        )
+    )
     try:
         jax.distributed.initialize(
             coordinator,
             num_processes,
             process_id,
             initialization_timeout=timeout,
-            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+            heartbeat_timeout_seconds=int(os.environ.get("AVIT_HEARTBEAT_TIMEOUT", HEARTBEAT_SECONDS)),
         )
     except (RuntimeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0][:200]
+        reason = str(error).strip().splitlines()[0][:200].rstrip(".")
         if coordinator is None:
-            raise ValueError(
-                f"nothing here tells which processes belong together ({reason}): give --coordinator=HOST:PORT, "
-                "--num_processes and --process_id"
-            ) from error
-        raise ValueError(
-            f"the coordinator {coordinator} does not answer within {timeout} s (AVIT_COORDINATOR_TIMEOUT): see that "
-            f"process 0 runs there and that the port is open ({reason})"
-        ) from error
+            reason += "; give --coordinator=HOST:PORT, --num_processes and --process_id"
+        raise ValueError(f"the processes of this run did not find each other: {reason}") from error
+    _at_abort(lambda: LOST)
+
+
+def _await_coordinator(address: str, timeout: int) -> None:
+    """Raises ValueError, with the address, where nobody answers there in time; JAX's runtime would call abort()."""
+    host, _, port = address.rpartition(":")
+    if not (host and port.isdigit()):
+        raise ValueError(f"--coordinator {address!r} is not HOST:PORT: give process 0's, as host0:1234")
+    until = time.monotonic() + timeout
+    while True:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=max(1, timeout)).close()
+            return
+        except OSError as error:
+            if time.monotonic() > until:
+                raise ValueError(
+                    f"the coordinator {address} does not answer within {timeout} s (AVIT_COORDINATOR_TIMEOUT): see "
+                    f"that process 0 runs there and that the port is open ({error.strerror or error})"
+                ) from error
+        time.sleep(0.2)
+
+
+def _started_among_several() -> bool:
+    """Whether SLURM's srun or a TPU pod started this process as one of several."""
+    if int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:  # of this step: an allocation for many may run one process
+        return True
+    return any(pod.is_env_present() and pod.get_process_count() > 1 for pod in (GkeTpuCluster, GceTpuCluster))
+
+
+_HANDLER = ctypes.CFUNCTYPE(None, ctypes.c_int)
+_abort_handler: Any = None  # the system holds no reference to it
+
+
+def _at_abort(sentence: Callable[[], str]) -> None:
+    """End with this sentence and status 1 where JAX's runtime would call abort().
+
+    That is its only answer to a coordinator or a process that is gone. A handler of Python's own signal module would
+    run too late: after abort() has returned, which it does not.
+    """
+
+    def ended(_: int) -> None:
+        os.write(2, f"error: {sentence()}\n".encode())
+        os._exit(1)
+
+    global _abort_handler
+    _abort_handler = _HANDLER(ended)
+    ctypes.CDLL(None).signal(int(signal.SIGABRT), _abort_handler)
+
+
+def lost_a_process(error: BaseException) -> bool:
+    """Whether an error of JAX's runtime says that a process on the other side of a collective has gone."""
+    signs = ("gloo", "nccl", "rccl", "coordination", "connection", "heartbeat", "barrier", "unavailable")
+    return (
+        jax.distributed.is_initialized()
+        and isinstance(error, jax.errors.JaxRuntimeError)
+        and any(sign in str(error).lower() for sign in signs)
+    )
+
+
+def leave(lost: bool) -> None:
+    """End this process of several with status 1; the others would wait for it, and it for them, for minutes.
+
+    lost: another one has gone already. Else they are given a moment to end with the same error.
+    """
+    if not lost:
+        ending = threading.Thread(target=jax.distributed.shutdown, daemon=True)
+        ending.start()
+        ending.join(LEAVING_SECONDS)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)
 
 
 def check_same(settings: dict[str, Any]) -> None:
