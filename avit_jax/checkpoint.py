@@ -5,6 +5,7 @@ import dataclasses
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import jax
@@ -17,7 +18,8 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 from avit_jax.config import AViTConfig
 from avit_jax.convert import Conversion, convert, fit, override
 from avit_jax.convert.weight_files import read_weight_file
-from avit_jax.files import read_json, write_json
+from avit_jax.distributed import lost_a_process
+from avit_jax.files import CannotWrite, read_json, write_json, writing
 from avit_jax.model import AViT
 
 
@@ -31,6 +33,11 @@ def save(model: AViT, path: str | Path) -> None:
         raise ValueError(f"{path} exists already: choose another path or remove it")
     partial = path.with_name(path.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)  # what a killed process left
+    with writing(path):
+        _save(model, path, partial)
+
+
+def _save(model: AViT, path: Path, partial: Path) -> None:
     partial.mkdir(parents=True)
     # By this process alone, of however many; orbax takes arrays of one process as NumPy's.
     alone = ocp.options.MultiprocessingOptions(
@@ -186,10 +193,8 @@ class RunCheckpoints:
             preservation_policy=preservation_policy.AnyPreservationPolicy(policies), cleanup_tmp_directories=True
         )
         self._folder = folder.absolute()
-        try:
+        with writing(self._folder):
             self._manager = ocp.CheckpointManager(self._folder, options=options)
-        except OSError as error:
-            raise ValueError(f"{self._folder} cannot be written: {error.strerror}") from error
 
     def save(
         self,
@@ -216,8 +221,11 @@ class RunCheckpoints:
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
         try:
-            yield
-        except Exception as error:  # orbax raises many kinds, the disk's own among them
+            with writing(self._folder / "a checkpoint"):
+                yield
+        except (CannotWrite, jax.errors.JaxRuntimeError):  # the latter: of a collective, another process has gone
+            raise
+        except Exception as error:  # orbax raises many kinds
             raise ValueError(
                 f"a checkpoint could not be written to {self._folder}: {_first_line(error)}; the ones before it are "
                 "whole, and the same command goes on from there"
@@ -266,6 +274,16 @@ class RunCheckpoints:
         with self._writing():
             self._manager.wait_until_finished()
 
-    def close(self) -> None:
-        """Wait until everything is on disk."""
-        self._manager.close()
+    def __enter__(self) -> "RunCheckpoints":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        """Wait until everything is on disk; not for a process that has gone."""
+        if error is not None and lost_a_process(error):
+            return
+        try:
+            with self._writing():
+                self._manager.close()
+        except ValueError:
+            if error is None:  # else that one is told, which may be the same
+                raise

@@ -22,7 +22,7 @@ from avit_jax.data.settings import DataSettings
 from avit_jax.data.sources import Dataset, Split
 from avit_jax.distributed import check_same
 from avit_jax.evaluation import Evaluation, evaluate, images_per_second, masked_program
-from avit_jax.files import read_json, write_json
+from avit_jax.files import read_json, write_json, writing
 from avit_jax.gate_start import start_gate
 from avit_jax.interruption import FolderLock
 from avit_jax.logs import read_metrics
@@ -121,7 +121,6 @@ def _run(config: ConfigDict, workdir: Path, resume: bool, began: float) -> dict[
     teacher = _teacher(config, model.config)
     first = jax.process_index() == 0
     if first:
-        workdir.mkdir(parents=True, exist_ok=True)
         origin = {"command": shlex.join(["python", *sys.argv]), "versions": _versions(), "config": resolved(config)}
         write_json(workdir / "train_config.json", origin)
     earlier = train(config, dataset, model, workdir, teacher, began=began)
@@ -129,7 +128,8 @@ def _run(config: ConfigDict, workdir: Path, resume: bool, began: float) -> dict[
     summary["seconds"] = earlier + time.perf_counter() - began
     if not first:
         return summary
-    pictures = draw(model, dataset, result, workdir)
+    with writing(workdir / "a picture"):
+        pictures = draw(model, dataset, result, workdir)
     if not (workdir / "model").exists():
         save(model, workdir / "model")
     write_json(summary_path, summary)  # last: a folder with a summary is a finished run

@@ -8,27 +8,29 @@ from typing import Any
 
 import jax
 
+from avit_jax.files import writing
+
 
 class StopRequest:
     """SIGTERM and SIGINT ask for the step to be finished and a checkpoint written; a second one quits at once.
 
-    With several processes a single one's signal is shared through orbax's preemption point instead (RunCheckpoints), so
-    that all stop after the same step.
+    With several processes all must stop after the same step: JAX's runtime has SIGTERM then, and
+    RunCheckpoints.preempted tells every process when one of them got it.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
     def __init__(self) -> None:
-        self.signal: str | None = None
+        self.signal: str | None = None  # of a run with one process
+        self._asked_before = False
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopRequest":
-        if jax.process_count() == 1:
-            for number in self.SIGNALS:
-                try:
-                    self._before[number] = signal.signal(number, self._asked)
-                except ValueError:  # not the main thread: whoever started it has the signals
-                    break
+        for number in self.SIGNALS if jax.process_count() == 1 else (signal.SIGINT,):
+            try:
+                self._before[number] = signal.signal(number, self._asked)
+            except ValueError:  # not the main thread: whoever started it has the signals
+                break
         return self
 
     def __exit__(self, *_: Any) -> None:
@@ -36,11 +38,22 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _asked(self, number: int, _: Any) -> None:
-        if self.signal is not None:
-            # Files are whole at any moment: orbax renames a checkpoint when it is complete.
-            signal.signal(number, signal.SIG_DFL)
+        if self._asked_before:
+            self.agreed()
             os.kill(os.getpid(), number)
-        self.signal = signal.Signals(number).name
+        self._asked_before = True
+        if jax.process_count() > 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        else:
+            self.signal = signal.Signals(number).name
+
+    def agreed(self) -> None:
+        """The run is about to stop: from now on a signal ends this process at once.
+
+        Files are whole at any moment: orbax renames a checkpoint when it is complete.
+        """
+        for number in self.SIGNALS:
+            signal.signal(number, signal.SIG_DFL)
 
 
 class FolderLock:
@@ -54,8 +67,9 @@ class FolderLock:
 
     def __enter__(self) -> "FolderLock":
         if jax.process_index() == 0:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self._path.open("a+")
+            with writing(self._path):
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                self._file = self._path.open("a+")
             try:
                 fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:

@@ -2,13 +2,14 @@
 
 import json
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import jax
 import optax
-from tensorboardX import SummaryWriter
 
 from avit_jax.evaluation import Evaluation
+from avit_jax.files import replace_text, writing
 
 
 class RunLog:
@@ -26,16 +27,19 @@ class RunLog:
         self._open(start)
 
     def _open(self, start: int) -> None:
+        from avit_jax.tensorboard import EventFile  # imports torch where that is installed: two seconds
+
         path = self._workdir / "metrics.jsonl"
         lines = [line for line in read_metrics(self._workdir) if line["step"] <= start]
-        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-        self._file = path.open("a")
-        self._tensorboard = SummaryWriter(str(self._workdir / "tensorboard"), purge_step=start + 1)
+        replace_text(path, "".join(json.dumps(line) + "\n" for line in lines))  # killed here, it has lost none
+        with writing(path):
+            self._file = path.open("a")
+            self._tensorboard = EventFile(self._workdir / "tensorboard", start + 1)
 
     def back_to(self, step: int) -> None:
         """Remove what was written after this step."""
         if self._writes:
-            self.__exit__()
+            self._close()
             self._open(step)
 
     def train(self, step: int, means: dict[str, Any]) -> None:
@@ -49,19 +53,31 @@ class RunLog:
     def _write(self, split: str, step: int, values: dict[str, Any]) -> None:
         if not self._writes:
             return
-        self._file.write(json.dumps({"split": split, "step": step} | values) + "\n")
-        self._file.flush()
-        for name, value in values.items():
-            for layer, number in enumerate(value, start=1) if isinstance(value, list) else ((0, value),):
-                self._tensorboard.add_scalar(f"{split}/{name}" + f"/{layer:02}" * (layer > 0), number, step)
+        with writing(self._workdir / "metrics.jsonl"):
+            self._file.write(json.dumps({"split": split, "step": step} | values) + "\n")
+            self._file.flush()
+            for name, value in values.items():
+                for layer, number in enumerate(value, start=1) if isinstance(value, list) else ((0, value),):
+                    self._tensorboard.scalar(f"{split}/{name}" + f"/{layer:02}" * (layer > 0), number, step)
+
+    def _close(self) -> None:
+        with writing(self._workdir / "metrics.jsonl"):
+            try:
+                self._file.close()
+            finally:
+                self._tensorboard.close()
 
     def __enter__(self) -> "RunLog":
         return self
 
-    def __exit__(self, *_: Any) -> None:
-        if self._writes:
-            self._file.close()
-            self._tensorboard.close()
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        if not self._writes:
+            return
+        try:
+            self._close()
+        except ValueError:
+            if error is None:  # else that one is told: a full disk has more than one
+                raise
 
 
 def read_metrics(workdir: Path) -> list[dict[str, Any]]:

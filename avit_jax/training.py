@@ -1,5 +1,6 @@
 """Training: the loop that logs, evaluates, checkpoints, stops when asked to and goes on as if nothing had happened."""
 
+import contextlib
 import dataclasses
 import math
 import time
@@ -64,17 +65,13 @@ def train(
     graphdef, _ = nnx.split(model)
     state = initial_state(model, optimizer, config.optim.ema_decay, mesh)
     train_step = make_train_step(graphdef, optimizer, config, mesh, teacher)
-    checkpoints = RunCheckpoints(workdir / "checkpoints", config.keep_checkpoints, config.keep_every, config.keep_best)
-    run = _Run(config, dataset, model, steps, mesh, train_step, batches, checkpoints, state, began=began)
-    try:
+    kept = config.keep_checkpoints, config.keep_every, config.keep_best
+    with contextlib.closing(batches), RunCheckpoints(workdir / "checkpoints", *kept) as checkpoints:
+        run = _Run(config, dataset, model, steps, mesh, train_step, batches, checkpoints, state, began=began)
         run.restore(workdir)
-        earlier = run.began_earlier
         with RunLog(workdir, run.step, schedule) as log, StopRequest() as stop:
             run.loop(log, stop, workdir)
-    finally:
-        checkpoints.close()
-        batches.close()
-    return earlier
+    return run.began_earlier
 
 
 def training_steps(config: ConfigDict, dataset: Dataset) -> int:
@@ -190,6 +187,8 @@ class _Run:
                     self.window.append(_checked(*pending))
             pending = (step, metrics)
             stopping = stop.signal is not None or self.checkpoints.preempted(step)
+            if stopping:
+                stop.agreed()
             last = step == self.steps
             logs = last or step % config.log_every == 0
             evaluates = last or step % config.eval_every == 0
