@@ -1,0 +1,353 @@
+"""Real faults at random moments, and whether the run then ends as if nothing had happened.
+
+    python benchmarks/faults.py                                        50 faults, about 10 minutes on 2 cores
+    python benchmarks/faults.py --faults=killed,killed_saving --seed=1
+
+Runs of train.py, with a small model on a made-up data set, meet one fault after the other; after each the same command
+is given again. A fault is survived when the run does what is promised of it (exit status, sentence, in time, no
+traceback) and in the end parameters, moving average, optimiser, data state, metrics.jsonl (times apart) and the saved
+model are bit for bit those of a run that met none. Full and read-only disks are mounted (tmpfs), which needs root: else
+these faults are left out, and named. Writes runs/benchmarks/faults.json.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import numpy as np
+from tqdm import tqdm
+
+from avit_jax.config import nearest
+from avit_jax.distributed import LOST
+from avit_jax.mesh import available_cores
+from benchmarks.real_run import Failed, Job, check_same
+
+STEPS = 160
+FAULTS_A_RUN = 8
+Fault = Callable[[Job, random.Random], bool]  # whether it happened: the run may have ended before
+
+
+def killed(job: Job, rng: random.Random) -> bool:
+    """kill -9 at any moment: while it imports, compiles, restores, trains, measures."""
+    (process,) = job.start()
+    until = time.monotonic() + rng.uniform(0.5, 10.0)
+    while process.alive() and time.monotonic() < until:
+        time.sleep(0.01)
+    happened = process.alive()
+    process.kill()
+    return happened
+
+
+def killed_saving(job: Job, rng: random.Random) -> bool:
+    """kill -9 while a checkpoint is being written."""
+    processes = job.start()
+    happened = job.await_checkpoints(processes, rng.randint(1, 4)) and job.await_saving(processes)
+    time.sleep(rng.uniform(0, 0.08))
+    processes[0].kill()
+    return happened
+
+
+def stopped(job: Job, rng: random.Random) -> bool:
+    """SIGTERM or SIGINT: a checkpoint, exit status 0, a line that says how to go on; with several processes to one."""
+    processes = job.start()
+    if not _training(job, processes, rng):
+        return False
+    rng.choice(processes).send(rng.choice((signal.SIGTERM, signal.SIGINT)))
+    for process in processes:
+        process.expect(0, "the same command goes on")
+    return not job.finished()
+
+
+def stopped_twice(job: Job, rng: random.Random) -> bool:
+    """A second signal: the run ends at once."""
+    processes = job.start()
+    if not _training(job, processes, rng):
+        return False
+    for _ in range(2):
+        processes[0].send(signal.SIGTERM)
+        time.sleep(rng.uniform(0, 0.05))
+    status = processes[0].ended(within=10)
+    if status not in (0, -signal.SIGTERM):
+        raise Failed(f"status {status}: {processes[0].said()[-1500:]}")
+    return status != 0
+
+
+def damaged(job: Job, rng: random.Random) -> bool:
+    """A file of the newest checkpoint is cut or gone."""
+    if not stopped(job, rng) or len(job.checkpoints()) < 2:
+        return False
+    newest = job.checkpoints()[-1]
+    item = rng.choice(("model", "ema", "optimizer", "step", "data"))
+    file = rng.choice(sorted(path for path in (newest / item).rglob("*") if path.is_file()))
+    if rng.random() < 0.5:
+        file.unlink()
+    else:
+        os.truncate(file, file.stat().st_size // 2)
+    (process,) = job.start()
+    while process.alive() and "going on from step" not in process.said():
+        time.sleep(0.005)
+    said, steps = process.said(), [step.name for step in job.checkpoints()]
+    process.kill()
+    if "going on from step" not in said:
+        raise Failed(f"{file.relative_to(newest)} was damaged: {said[-1500:]}")
+    if newest.name not in steps and not newest.with_name(f"damaged-{newest.name}").exists():
+        raise Failed(f"the damaged checkpoint {newest} was deleted: {said[-1500:]}")
+    return True
+
+
+def disk_full(job: Job, rng: random.Random) -> bool:
+    """The disk is full from some moment on, then there is space again."""
+    processes = job.start()
+    if not _training(job, processes, rng):
+        return False
+    filler = job.folder / "filler"
+    try:
+        with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
+            file.write(bytes(max(0, shutil.disk_usage(job.folder).free - rng.randint(0, 400_000))))
+        processes[0].expect(1, "(No space left on device): make space there; the same command goes on")
+    finally:
+        filler.unlink()
+    return True
+
+
+def read_only(job: Job, rng: random.Random) -> bool:
+    """The checkpoints' folder becomes read-only, then it can be written again."""
+    processes = job.start()
+    if not _training(job, processes, rng):
+        return False
+    with read_only_folder(job.workdir / "checkpoints"):
+        processes[0].expect(1, "(Read-only file system): make it writable; the same command goes on")
+    return True
+
+
+def second_run(job: Job, rng: random.Random) -> bool:
+    """The same command while it runs already: refused, the first goes on."""
+    first = job.start()
+    happened = job.await_checkpoints(first, 1)
+    (second,) = job.start("second")
+    if happened:
+        second.expect(1, "another run is at work in")
+    second.kill()
+    happened &= first[0].alive()
+    first[0].kill()
+    return happened
+
+
+def peer_killed(job: Job, rng: random.Random) -> bool:
+    """kill -9 of one of two processes: the other ends within a minute and says why."""
+    return _lost(job, rng, signal.SIGKILL)
+
+
+def peer_hung(job: Job, rng: random.Random) -> bool:
+    """One of two processes hangs (SIGSTOP): the other ends within a minute and says why."""
+    return _lost(job, rng, signal.SIGSTOP)
+
+
+def _lost(job: Job, rng: random.Random, number: signal.Signals) -> bool:
+    processes = job.start()
+    if not _training(job, processes, rng):
+        return False
+    victim = rng.choice(processes)
+    victim.send(number)
+    try:
+        for process in processes:
+            if process is not victim:
+                process.expect(1, LOST, within=60)
+    finally:
+        victim.kill()
+    return True
+
+
+def _training(job: Job, processes: list, rng: random.Random) -> bool:
+    """Until a random moment of the training; False, and the run's end, where it ends before."""
+    if job.await_checkpoints(processes, rng.randint(1, 4)):
+        time.sleep(rng.uniform(0, 0.3))
+        if all(process.alive() for process in processes):
+            return True
+    for process in processes:
+        process.expect(0, "")
+    return False
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path, megabytes: int) -> Iterator[None]:
+    """A file system of its own in the folder. Raises OSError where mounting is not allowed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    _mount("-t", "tmpfs", "-o", f"size={megabytes}m", "none", str(folder))
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+@contextlib.contextmanager
+def read_only_folder(folder: Path) -> Iterator[None]:
+    """Nothing can be written in the folder, not by root either. Raises OSError where mounting is not allowed."""
+    _mount("--bind", str(folder), str(folder))
+    try:
+        for _ in range(2000):
+            with contextlib.suppress(OSError):  # a file is open for writing
+                _mount("-o", "remount,bind,ro", str(folder))
+                break
+            time.sleep(0.005)
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def _mount(*arguments: str) -> None:
+    done = subprocess.run(["mount", *arguments], capture_output=True, text=True)
+    if done.returncode:
+        raise OSError(f"mount {' '.join(arguments)}: {done.stderr.strip()}")
+
+
+# How many of 100 faults are of which kind; the last need two processes.
+ALONE: dict[Fault, int] = {
+    killed: 24,
+    killed_saving: 20,
+    stopped: 8,
+    stopped_twice: 6,
+    damaged: 10,
+    disk_full: 10,
+    read_only: 6,
+    second_run: 2,
+}
+TOGETHER: dict[Fault, int] = {peer_killed: 6, peer_hung: 2, stopped: 6}
+
+
+def toy_data(path: Path) -> Path:
+    """Images whose class is the position of a bright band."""
+    rng = np.random.default_rng(0)
+    labels = np.arange(120) % 3
+    images = rng.integers(0, 60, (120, 8, 8, 1))
+    for image, label in zip(images, labels, strict=True):
+        image[label * 8 // 3 : (label + 1) * 8 // 3] += 150
+    np.savez(path, images=images.astype(np.uint8), labels=labels)
+    return path
+
+
+class Campaign:
+    """Runs of one kind (with one process or two), each with some faults, against one that met none."""
+
+    def __init__(self, folder: Path, processes: int, rng: random.Random) -> None:
+        self._folder, self._processes, self._rng = folder, processes, rng
+        self._runs = 0
+        self._whole = self._job("whole")
+        self._whole.finish()
+
+    def _job(self, name: str) -> Job:
+        environment = {
+            "JAX_COMPILATION_CACHE_DIR": str(self._folder / "xla"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "AVIT_HEARTBEAT_TIMEOUT": "10",
+        }
+        folder = self._folder / f"{self._processes}_{name}"
+        devices = None if self._processes == 1 else 1
+        return Job(
+            folder,
+            self._folder / "toy.npz",
+            steps=STEPS,
+            processes=self._processes,
+            devices=devices,
+            environment=environment,
+        )
+
+    def meet(self, faults: list[Fault], bar: tqdm) -> Iterator[tuple[str, str]]:
+        """Each fault's name, and what went wrong, or nothing."""
+        while faults:
+            job = self._job(str(self._runs))
+            self._runs += 1
+            met: list[str] = []
+            wrong: dict[int, str] = {}
+            while faults and len(met) < FAULTS_A_RUN and not job.finished():
+                try:
+                    happened = faults[0](job, self._rng)
+                except Failed as failure:
+                    happened, wrong[len(met)] = True, str(failure)
+                if happened:
+                    met.append(faults.pop(0).__name__)
+                    bar.update()
+            try:
+                job.finish()
+                check_same(self._whole.workdir, job.workdir)
+            except Failed as failure:
+                wrong = {index: wrong.get(index, f"after {', '.join(met)}: {failure}") for index in range(len(met))}
+            shutil.rmtree(job.folder)
+            yield from ((name, wrong.get(index, "")) for index, name in enumerate(met))
+
+
+def main() -> None:
+    """Parse the flags, run, print the table and write the JSON."""
+    known = {fault.__name__ for fault in ALONE | TOGETHER}
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--faults", default=",".join(sorted(known)))
+    parser.add_argument("--output", type=Path, default=Path("runs/benchmarks/faults.json"))
+    flags = parser.parse_args()
+    wanted = set(flags.faults.split(","))
+    for name in wanted - known:
+        parser.error(f"there is no fault {name!r}: {nearest(name, known)}")
+    began, rng = time.perf_counter(), random.Random(flags.seed)
+    with tempfile.TemporaryDirectory() as temporary, contextlib.ExitStack() as disk:
+        folder = Path(temporary) / "disk"
+        try:
+            disk.enter_context(small_disk(folder, 64))
+        except OSError as error:
+            print(f"disk_full and read_only are left out: {error}")
+            wanted -= {"disk_full", "read_only"}
+            folder.mkdir(exist_ok=True)
+        toy_data(folder / "toy.npz")
+        shares = [
+            (fault, several, share) for several, part in enumerate((ALONE, TOGETHER)) for fault, share in part.items()
+        ]
+        shares = [entry for entry in shares if entry[0].__name__ in wanted]
+        drawn = rng.choices(shares, [share for _, _, share in shares], k=flags.rounds)
+        results: list[tuple[str, str]] = []
+        with tqdm(total=flags.rounds, unit="fault", dynamic_ncols=True) as bar:
+            for several in (0, 1):
+                faults = [fault for fault, kind, _ in drawn if kind == several]
+                if faults:
+                    suffix = " (2 processes)" * several
+                    found = Campaign(folder, 1 + several, rng).meet(faults, bar)
+                    results += [(name + suffix, wrong) for name, wrong in found]
+    show(results, time.perf_counter() - began, flags)
+
+
+def show(results: list[tuple[str, str]], seconds: float, flags: argparse.Namespace) -> None:
+    """The table, what went wrong, and the file."""
+    rows = {
+        name: {"times": len(each), "survived": sum(not wrong for wrong in each)}
+        for name in dict(results)
+        for each in [[wrong for other, wrong in results if other == name]]
+    }
+    print(f"{'fault':28}{'times':>6}{'survived':>10}")
+    for name, row in rows.items():
+        print(f"{name:28}{row['times']:>6}{row['survived']:>10}")
+    total = sum(row["survived"] for row in rows.values())
+    print(f"{total} of {len(results)} survived; seed {flags.seed}; {seconds:.0f} s on {available_cores()} cores")
+    wrongs = [{"fault": name, "what": wrong} for name, wrong in results if wrong]
+    for entry in wrongs:
+        print(f"\n{entry['fault']}: {entry['what']}")
+    flags.output.parent.mkdir(parents=True, exist_ok=True)
+    report = {"machine": platform.processor() or platform.machine(), "cores": available_cores(), "seed": flags.seed}
+    flags.output.write_text(json.dumps(report | {"seconds": seconds, "faults": rows, "not_survived": wrongs}, indent=2))
+    if wrongs:
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()
