@@ -18,7 +18,7 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 from avit_jax.config import AViTConfig
 from avit_jax.convert import Conversion, convert, fit, override
 from avit_jax.convert.weight_files import read_weight_file
-from avit_jax.distributed import lost_a_process
+from avit_jax.distributed import in_any_process, lost_a_process
 from avit_jax.files import CannotWrite, read_json, write_json, writing
 from avit_jax.model import AViT
 
@@ -39,15 +39,20 @@ def save(model: AViT, path: str | Path) -> None:
 
 def _save(model: AViT, path: Path, partial: Path) -> None:
     partial.mkdir(parents=True)
-    # By this process alone, of however many; orbax takes arrays of one process as NumPy's.
-    alone = ocp.options.MultiprocessingOptions(
-        primary_host=jax.process_index(), active_processes={jax.process_index()}, barrier_sync_key_prefix="save"
-    )
-    with ocp.StandardCheckpointer(multiprocessing_options=alone) as checkpointer:
+    # Orbax takes arrays of one process of several as NumPy's.
+    with ocp.StandardCheckpointer(multiprocessing_options=_alone("save")) as checkpointer:
         params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
         checkpointer.save(partial / "params", jax.tree.map(np.asarray, params) if jax.process_count() > 1 else params)
     write_json(partial / "config.json", model.config.to_json())
     partial.rename(path)
+
+
+def _alone(doing: str) -> ocp.options.MultiprocessingOptions:
+    """By this process, of however many, without waiting for the others."""
+    own = jax.process_index()
+    return ocp.options.MultiprocessingOptions(
+        primary_host=own, active_processes={own}, barrier_sync_key_prefix=f"{doing}_{own}"
+    )
 
 
 def load(path: str | Path, preset: str | None = None, *, ema: bool = False, **overrides: Any) -> AViT:
@@ -134,7 +139,7 @@ def restore_tree(path: Path, target: Any) -> Any:
     def placed(leaf: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None) or first)
 
-    with ocp.StandardCheckpointer() as checkpointer:
+    with ocp.StandardCheckpointer(multiprocessing_options=_alone("restore")) as checkpointer:
         try:
             found = ocp.StandardCheckpointHandler().metadata(path).tree
         except Exception as error:  # orbax raises many kinds; all of them mean that the folder is not whole
@@ -238,15 +243,20 @@ class RunCheckpoints:
         """
         steps = checkpoint_steps(self._folder)[::-1]
         for folder in steps:
+            found, damage = None, None
             try:
                 found = self._restore(folder, items)
             except ValueError as error:
-                if folder == steps[-1]:
-                    raise
-                print(f"{error}; going back to the checkpoint before it")
-                continue
-            self._set_aside(step for step in steps if int(step.name) > found.step)
-            return found
+                damage = error
+            # What one of several processes cannot read, none takes.
+            if not in_any_process(damage is not None):
+                assert found is not None
+                self._set_aside(step for step in steps if int(step.name) > found.step)
+                return found
+            damage = damage or ValueError(f"the checkpoint {folder} is damaged for another process: see its message")
+            if folder == steps[-1]:
+                raise damage
+            print(f"{damage}; going back to the checkpoint before it")
         return None
 
     def _restore(self, folder: Path, items: dict[str, Any]) -> Restored:
@@ -263,6 +273,7 @@ class RunCheckpoints:
                 if not target.exists():
                     folder.rename(target)
         if damaged:
+            in_any_process(False)  # not before process 0 has renamed them
             self._manager.reload()
 
     def preempted(self, step: int) -> bool:

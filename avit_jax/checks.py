@@ -1,13 +1,16 @@
 """What a run refuses before it begins: values that cannot work, a folder that holds another run."""
 
 import json
+import zlib
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from avit_jax.checkpoint import checkpoint_steps
 from avit_jax.data.settings import AugmentSettings, DataSettings
+from avit_jax.data.sources import Dataset, Split
 from avit_jax.files import read_json
 from avit_jax.speed import parse_profile
 
@@ -90,6 +93,32 @@ def check_folder(config: ConfigDict, workdir: Path, resume: bool) -> None:
             f"{workdir} holds a run with config.{name}={there.get(name)!r}, this one has {here.get(name)!r}: "
             "give another --workdir, or remove that folder"
         )
+
+
+def data_account(dataset: Dataset) -> dict[str, Any]:
+    """What tells a data set from another one at the same or another path; of images in memory their checksum."""
+    account = {
+        "training images": len(dataset.train),
+        "validation images": len(dataset.val),
+        "classes": len(dataset.class_names),
+    }
+    if isinstance(dataset.train, Split):
+        labels, images = map(np.ascontiguousarray, (dataset.train.labels, dataset.train.images))
+        account["checksum"] = zlib.crc32(labels.data, zlib.crc32(images.data))
+    return account
+
+
+def check_data(account: dict[str, Any], workdir: Path) -> None:
+    """Raises ValueError where the run in workdir began with other data: its order would be another one."""
+    if not checkpoint_steps(workdir / "checkpoints"):
+        return
+    there = read_json(workdir / "train_config.json").get("data", {})
+    for name, value in account.items():
+        if there.get(name, value) != value:
+            raise ValueError(
+                f"config.data.path names other data than the run in {workdir} began with: {name} {value}, not "
+                f"{there[name]}; give the same data, or another --workdir"
+            )
 
 
 def resolved(config: ConfigDict) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from types import TracebackType
 
 import jax
 from absl import app, flags, logging
@@ -45,8 +46,9 @@ def run_main(main: Callable[[], None], default_config: Path) -> None:
         if len(argv) > 1:
             raise SystemExit(_say(f"{argv[1]!r} is not an option: write --name=value; --help lists the options"))
         logging.set_verbosity(logging.WARNING)  # orbax tells every rename at INFO
-        # An exception of orbax's threads, which it raises again here.
-        logging.get_absl_logger().addFilter(lambda record: "_SignalingThread" not in str(record.msg))
+        # Exceptions of orbax's threads, which it raises again here.
+        logging.get_absl_handler().addFilter(lambda record: not (record.exc_info and "orbax" in record.pathname))
+        sys.excepthook = _excepthook
         use_all_cores()
         try:
             main()
@@ -61,6 +63,12 @@ def run_main(main: Callable[[], None], default_config: Path) -> None:
             raise SystemExit(1) from None
 
     app.run(guarded, flags_parser=parse)
+
+
+def _excepthook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Python's own, without what tensorstore's threads print when orbax has given a write up: it is raised already."""
+    if not (isinstance(error, RuntimeError) and str(error) == "Event loop is closed"):
+        sys.__excepthook__(kind, error, trace)
 
 
 def _sentence(error: BaseException) -> str | None:

@@ -158,6 +158,11 @@ def check_same(settings: dict[str, Any]) -> None:
         raise ValueError(f"process {int(np.flatnonzero(found)[0])} has another config than process 0: see its message")
 
 
+def in_any_process(flag: bool) -> bool:
+    """Whether it is so in one of the processes; all wait here for each other."""
+    return flag if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.asarray(flag)).any())
+
+
 def gathered(values: np.ndarray) -> np.ndarray:
     """Every process's rows, one process's after the other's; their numbers of rows may differ."""
     if jax.process_count() == 1:

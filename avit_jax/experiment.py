@@ -13,7 +13,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from avit_jax.checkpoint import load, save
-from avit_jax.checks import check_folder, check_values, flat, resolved
+from avit_jax.checks import check_data, check_folder, check_values, data_account, flat, resolved
 from avit_jax.config import AViTConfig, Preprocessing, config_from
 from avit_jax.convert.weight_files import read_config
 from avit_jax.data.open import open_dataset
@@ -116,13 +116,15 @@ def _run(config: ConfigDict, workdir: Path, resume: bool, began: float) -> dict[
         print(format_summary(summary))
         return summary
     dataset = open_dataset(DataSettings.from_config(dict(config.data)))
+    data = data_account(dataset)
+    check_data(data, workdir)
     model = initial_model(config, dataset)
     baseline = _baseline(config, model.config)
     teacher = _teacher(config, model.config)
     first = jax.process_index() == 0
     if first:
-        origin = {"command": shlex.join(["python", *sys.argv]), "versions": _versions(), "config": resolved(config)}
-        write_json(workdir / "train_config.json", origin)
+        origin = {"command": shlex.join(["python", *sys.argv]), "versions": _versions(), "data": data}
+        write_json(workdir / "train_config.json", origin | {"config": resolved(config)})
     earlier = train(config, dataset, model, workdir, teacher, began=began)
     summary, result = _measure(config, dataset, baseline, model)
     summary["seconds"] = earlier + time.perf_counter() - began

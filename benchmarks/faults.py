@@ -33,9 +33,9 @@ from tqdm import tqdm
 from avit_jax.config import nearest
 from avit_jax.distributed import LOST
 from avit_jax.mesh import available_cores
-from benchmarks.real_run import Failed, Job, check_same
+from benchmarks.real_run import PATIENCE, Failed, Job, check_same
 
-STEPS = 160
+STEPS = 300
 FAULTS_A_RUN = 8
 Fault = Callable[[Job, random.Random], bool]  # whether it happened: the run may have ended before
 
@@ -67,8 +67,12 @@ def stopped(job: Job, rng: random.Random) -> bool:
         return False
     rng.choice(processes).send(rng.choice((signal.SIGTERM, signal.SIGINT)))
     for process in processes:
+        process.expect(0, "")
+    if job.finished():
+        return False
+    for process in processes:
         process.expect(0, "the same command goes on")
-    return not job.finished()
+    return True
 
 
 def stopped_twice(job: Job, rng: random.Random) -> bool:
@@ -115,8 +119,14 @@ def disk_full(job: Job, rng: random.Random) -> bool:
         return False
     filler = job.folder / "filler"
     try:
-        with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
-            file.write(bytes(max(0, shutil.disk_usage(job.folder).free - rng.randint(0, 400_000))))
+        with filler.open("wb", buffering=0) as file:
+            until = time.monotonic() + PATIENCE
+            while processes[0].alive() and time.monotonic() < until:
+                with contextlib.suppress(OSError):  # again and again: checkpoints that are removed make space
+                    file.write(bytes(shutil.disk_usage(job.folder).free))
+                time.sleep(0.01)
+        if processes[0].ended() == 0 and job.finished():  # nothing was left to write
+            return False
         processes[0].expect(1, "(No space left on device): make space there; the same command goes on")
     finally:
         filler.unlink()
@@ -129,6 +139,8 @@ def read_only(job: Job, rng: random.Random) -> bool:
     if not _training(job, processes, rng):
         return False
     with read_only_folder(job.workdir / "checkpoints"):
+        if processes[0].ended() == 0 and job.finished():
+            return False
         processes[0].expect(1, "(Read-only file system): make it writable; the same command goes on")
     return True
 

@@ -1,5 +1,6 @@
 """A small training run in processes of its own, which can be stopped, killed and compared with another."""
 
+import importlib
 import os
 import signal
 import socket
@@ -20,7 +21,6 @@ from avit_jax.data.sources import load_dataset
 from avit_jax.files import read_json
 from avit_jax.logs import read_metrics
 from avit_jax.speed import TIMES
-from configs import npz_avit
 
 ROOT = Path(__file__).parents[1]
 PATIENCE = 240.0  # seconds for a process to end; longer is a hang
@@ -95,6 +95,7 @@ class Job:
         data: Path,
         *,
         steps: int,
+        config: str = "npz_avit",
         processes: int = 1,
         devices: int | None = None,
         environment: Mapping[str, str] | None = None,
@@ -102,7 +103,7 @@ class Job:
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.workdir, self.processes = folder, folder / "run", processes
-        self._data = data
+        self._data, self._config = data, config
         self._settings = SETTINGS | settings
         self._settings["epochs"] = steps * self._settings["batch_size"] / len(load_dataset("npz", str(data)).train)
         self._environment = {**os.environ, "JAX_PLATFORMS": "cpu", **(environment or {})}
@@ -111,7 +112,7 @@ class Job:
 
     def config(self) -> ConfigDict:
         """What the command asks for."""
-        config = npz_avit.get_config(str(self._data))
+        config = importlib.import_module(f"configs.{self._config}").get_config(str(self._data))
         config.update_from_flattened_dict(self._settings)
         return config
 
@@ -120,7 +121,7 @@ class Job:
         command = [
             sys.executable,
             "train.py",
-            f"--config=configs/npz_avit.py:{self._data}",
+            f"--config=configs/{self._config}.py:{self._data}",
             f"--workdir={self.workdir}",
         ]
         command += [f"--config.{key}={value}" for key, value in self._settings.items()]

@@ -5,12 +5,14 @@ import shutil
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
 import avit_jax
 from avit_jax import AViT, Preprocessing
+from avit_jax.checkpoint import RunCheckpoints, checkpoint_steps
 from tests.builders import small_config, spread_gate
 
 
@@ -132,3 +134,59 @@ def test_another_size_and_other_classes_are_fitted_and_said(saved: Path, capsys:
     assert "pos_embed was resized from 3x2 to 4x4 patches" in said
     assert "the head is new and untrained: the checkpoint has 5 classes, the model 3 classes" in said
     np.testing.assert_array_equal(other.blocks.mlp.fc1.kernel[...], avit_jax.load(saved).blocks.mlp.fc1.kernel[...])
+
+
+ITEMS = ("model", "ema", "optimizer")
+
+
+def write_steps(folder: Path, top1: dict[int, float], **kept: int) -> None:
+    """A run's checkpoints whose arrays hold the step."""
+    with RunCheckpoints(folder, **kept) as checkpoints:
+        for step, value in top1.items():
+            items = {name: {"weights": jnp.full((3, 2), step, jnp.float32)} for name in ITEMS}
+            checkpoints.save(step, items, {"step": step}, {"next_index": step}, small_config(), value)
+            checkpoints.wait()
+
+
+def test_the_last_the_best_and_every_nth_are_kept(tmp_path: Path) -> None:
+    top1 = {1: 0.1, 2: 0.9, 3: 0.3, 4: 0.8, 5: 0.7, 6: 0.2, 7: 0.4}
+    write_steps(tmp_path / "run", top1, keep=1, every=3, best=2)
+    assert [step.name for step in checkpoint_steps(tmp_path / "run")] == ["2", "3", "4", "6", "7"]
+
+
+def test_whatever_is_damaged_the_run_goes_back_and_nothing_is_deleted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every item gone; every file of an array item, or of JSON, cut or gone."""
+    whole = tmp_path / "whole"
+    write_steps(whole, {1: 0.0, 2: 0.0}, keep=2)
+    parts = [Path(name) for name in (*ITEMS, "step", "data")]
+    parts += [
+        path.relative_to(whole / "2") for name in ("model", "step", "data") for path in (whole / "2" / name).rglob("*")
+    ]
+    target = {name: {"weights": jnp.zeros((3, 2), jnp.float32)} for name in ITEMS}
+    went_back = set()
+    for number, (part, cut) in enumerate((part, cut) for part in parts for cut in (False, True)):
+        run = tmp_path / str(number)
+        shutil.copytree(whole, run)
+        damaged = run / "2" / part
+        if cut and damaged.is_dir():
+            continue
+        if cut:
+            damaged.write_bytes(damaged.read_bytes()[: damaged.stat().st_size // 2])
+        else:
+            shutil.rmtree(damaged) if damaged.is_dir() else damaged.unlink()
+        files = sum(path.is_file() for path in run.rglob("*"))
+        with RunCheckpoints(run, keep=2) as checkpoints:
+            found = checkpoints.restore_newest(target)
+        assert found is not None
+        assert (found.progress, found.data) == ({"step": found.step}, {"next_index": found.step})
+        for name in ITEMS:
+            np.testing.assert_array_equal(found.items[name]["weights"], found.step)
+        if found.step == 1:
+            went_back.add(str(part))
+            assert f"{run / '2' / part.parts[0]}" in capsys.readouterr().out
+            assert (run / "damaged-2").is_dir()
+        assert sum(path.is_file() for path in run.rglob("*")) == files
+    assert went_back >= {*ITEMS, "step", "data", "step/metadata", "data/metadata", "model/manifest.ocdbt"}
+    assert any(name.startswith("model/d/") for name in went_back)

@@ -1,49 +1,49 @@
-"""Several real processes: the same training as one, and what each says of the others."""
+"""Several real processes: the same training as one, what each says of the others, and what happens without one."""
 
 import os
+import shutil
+import signal
 import socket
-import subprocess
-import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
+from jax._src.clusters import cloud_tpu_cluster
 
-from avit_jax.distributed import start_distributed
+from avit_jax import distributed
+from avit_jax.distributed import LOST, start_distributed
+from avit_jax.experiment import run
 from avit_jax.logs import read_metrics
+from benchmarks.faults import toy_data
+from benchmarks.real_run import Job, Process
+from tests.builders import quick_start
+
+STEPS = 500
 
 
-def started(folder: Path, processes: int, devices: int) -> list[subprocess.Popen[str]]:
-    """The processes of a run, each with so many devices."""
-    folder.mkdir(exist_ok=True)
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
-    environment = os.environ | {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-        "JAX_PLATFORMS": "cpu",
-    }
-    return [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.train_on_processes", str(folder), address, str(processes), str(process)],
-            env=environment,
-            cwd=Path(__file__).parents[1],
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
-        for process in range(processes)
-    ]
+def job_of(
+    folder: Path, processes: int, devices: int, environment: Mapping[str, str] | None = None, **settings: object
+) -> Job:
+    settings = {"checkpoint_every": 50, "log_every": 50, "eval_every": 250, "model.drop_path_rate": 0.0} | settings
+    data = toy_data(folder.parent / "toy.npz")
+    environment = quick_start(folder) | (environment or {})
+    return Job(folder, data, steps=STEPS, processes=processes, devices=devices, environment=environment, **settings)
 
 
-def test_two_processes_train_as_one(tmp_path: Path) -> None:
-    for processes, devices in ((1, 4), (2, 2)):
-        for process in started(tmp_path / str(processes), processes, devices):
-            output, _ = process.communicate(timeout=240)
-            assert process.returncode == 0, output
-    one, two = (read_metrics(tmp_path / name / "run") for name in ("1", "2"))
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run in this process, on one device."""
+    job = job_of(tmp_path_factory.mktemp("whole") / "job", 1, 1)
+    run(job.config(), job.workdir)
+    return job.workdir
+
+
+def check_close(whole: Path, other: Path) -> None:
+    """The same lines, to rounding."""
+    one, two = read_metrics(whole), read_metrics(other)
     assert [(line["split"], line["step"]) for line in one] == [(line["split"], line["step"]) for line in two]
-    assert len(one) == 6
     for a, b in zip(one, two, strict=True):
         # Adam turns rounding into updates, later lines grow apart by it; the first has the step before any of them.
         tolerance = 1e-6 if a["step"] == one[0]["step"] else 1e-3
@@ -51,13 +51,77 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
         np.testing.assert_allclose(b["mean_depth"], a["mean_depth"], rtol=tolerance)
 
 
+def test_two_processes_lose_each_other_and_train_as_one(whole: Path, tmp_path: Path) -> None:
+    """SIGTERM to one, kill -9 of the first, kill -9 of the second; each time the same command again."""
+    job = job_of(tmp_path / "job", 2, 2, **{"mesh.fsdp": 2})
+
+    def meet(act: Callable[[list[Process]], None]) -> None:
+        processes = job.start()
+        assert job.await_checkpoints(processes, 1), [process.said() for process in processes]
+        act(processes)
+
+    def preempt(processes: list[Process]) -> None:
+        processes[1].send(signal.SIGTERM)
+        for process in processes:
+            process.expect(0, "stopped by preemption after step ")
+
+    def lose(victim: int) -> Callable[[list[Process]], None]:
+        def act(processes: list[Process]) -> None:
+            processes[victim].kill()
+            processes[1 - victim].expect(1, LOST, within=60)
+
+        return act
+
+    for act in (preempt, lose(0), lose(1)):
+        meet(act)
+    # What the second process wrote of the newest checkpoint is damaged: both go back.
+    newest = job.checkpoints()[-1]
+    for file in (newest / "model" / "ocdbt.process_1").rglob("*"):
+        if file.is_file():
+            os.truncate(file, file.stat().st_size // 2)
+    job.finish()
+    assert newest.with_name(f"damaged-{newest.name}").is_dir()
+    check_close(whole, job.workdir)
+
+    # The same checkpoints, in one process on one device.
+    alone = job_of(tmp_path / "alone", 1, 1)
+    shutil.copytree(job.workdir, alone.workdir)
+    begun_again(alone)
+    run(alone.config(), alone.workdir)
+    check_close(whole, alone.workdir)
+
+
+def begun_again(job: Job) -> None:
+    """As if the run had been killed before its last checkpoint."""
+    (job.workdir / "summary.json").unlink()
+    shutil.rmtree(job.workdir / "model")
+    shutil.rmtree(job.checkpoints()[-1])
+
+
+def test_a_run_of_one_process_goes_on_with_two(whole: Path, tmp_path: Path) -> None:
+    """And with four devices for one, and the state split over two of them."""
+    job = job_of(tmp_path / "job", 2, 2, **{"mesh.fsdp": 2})
+    shutil.copytree(whole, job.workdir)
+    begun_again(job)
+    job.finish()
+    check_close(whole, job.workdir)
+
+
 def test_processes_with_different_configs_say_so(tmp_path: Path) -> None:
-    outputs = []
-    for process in started(tmp_path / "other", 2, 1):
-        outputs.append(process.communicate(timeout=120)[0])
-        assert process.returncode != 0
-    assert "config.loss.ponder_weight is 0.5 in process 1 and 0.002 in process 0: start all with the same" in outputs[1]
-    assert "process 1 has another config than process 0" in outputs[0]
+    """Started as SLURM's srun starts them: nothing else tells that there are two."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    step = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "2"}
+    processes = []
+    for rank, weight in enumerate((0.002, 0.5)):
+        own = step | {"SLURM_PROCID": str(rank), "SLURM_LOCALID": "0", "JAX_COORDINATOR_PORT": str(port)}
+        job = job_of(tmp_path / str(rank), 1, 1, environment=own, **{"loss.ponder_weight": weight})
+        processes += job.start()
+    processes[1].expect(
+        1, "config.loss.ponder_weight is 0.5 in process 1 and 0.002 in process 0: start all with the same command"
+    )
+    processes[0].expect(1, "process 1 has another config than process 0")
 
 
 def test_half_an_address_is_refused() -> None:
@@ -65,3 +129,41 @@ def test_half_an_address_is_refused() -> None:
         start_distributed(True, "localhost:1", None, 0)
     with pytest.raises(ValueError, match="--process_id 2 is not one of 0..1"):
         start_distributed(True, "localhost:1", 2, 2)
+    with pytest.raises(ValueError, match="--coordinator 'host0' is not HOST:PORT"):
+        start_distributed(True, "host0", 2, 1)
+
+
+def test_a_coordinator_that_does_not_answer_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AVIT_COORDINATOR_TIMEOUT", "0")
+    with pytest.raises(
+        ValueError, match=r"the coordinator localhost:1 does not answer within 0 s .*Connection refused"
+    ):
+        start_distributed(True, "localhost:1", 2, 1)
+
+
+@pytest.mark.parametrize(
+    ("where", "several"),
+    [
+        ({}, False),
+        ({"SLURM_NTASKS": "4"}, False),  # an allocation for four, in which a shell runs one
+        ({"SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "4"}, True),
+        ({"TPU_WORKER_HOSTNAMES": "host0,host1"}, True),
+        ({"TPU_WORKER_HOSTNAMES": "host0"}, False),
+        ({"metadata": "host0,host1"}, True),  # a TPU machine of Google Compute Engine
+        ({"metadata": "host0"}, False),
+    ],
+)
+def test_it_starts_by_itself_where_a_cluster_started_several(
+    monkeypatch: pytest.MonkeyPatch, where: dict[str, str], several: bool
+) -> None:
+    started = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *_, **__: started.append(True))
+    monkeypatch.setattr(distributed, "_at_abort", lambda _: None)
+    monkeypatch.setattr(cloud_tpu_cluster, "running_in_cloud_tpu_vm", not any("SLURM" in name for name in where))
+    metadata = {"worker-network-endpoints": where.pop("metadata", "host0"), "agent-worker-number": "0", "tpu-env": ""}
+    monkeypatch.setattr(cloud_tpu_cluster, "get_metadata", lambda key: (metadata[key], 200))
+    monkeypatch.delenv("TPU_SKIP_MDS_QUERY", raising=False)
+    for name, value in where.items():
+        monkeypatch.setenv(name, value)
+    start_distributed(False)
+    assert started == [True] * several
