@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 
+from avit_jax.distributed import in_any_process
 from avit_jax.files import writing
 
 
@@ -66,18 +67,21 @@ class FolderLock:
         self._path = folder / ".lock"
 
     def __enter__(self) -> "FolderLock":
-        if jax.process_index() == 0:
-            with writing(self._path):
-                self._path.parent.mkdir(parents=True, exist_ok=True)
-                self._file = self._path.open("a+")
-            try:
-                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                self._file.close()
-                raise ValueError(
-                    f"another run is at work in {self._path.parent}: wait for it, or give another --workdir"
-                ) from None
+        # Process 0 holds it for all, and all learn where it cannot.
+        if in_any_process(jax.process_index() == 0 and not self._taken()):
+            raise ValueError(f"another run is at work in {self._path.parent}: wait for it, or give another --workdir")
         return self
+
+    def _taken(self) -> bool:
+        with writing(self._path):
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self._path.open("a+")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._file.close()
+            return False
+        return True
 
     def __exit__(self, *_: Any) -> None:
         if jax.process_index() == 0:

@@ -54,10 +54,10 @@ def killed(job: Job, rng: random.Random) -> bool:
 def killed_saving(job: Job, rng: random.Random) -> bool:
     """kill -9 while a checkpoint is being written."""
     processes = job.start()
-    happened = job.await_checkpoints(processes, rng.randint(1, 4)) and job.await_saving(processes)
-    time.sleep(rng.uniform(0, 0.08))
+    if job.await_checkpoints(processes, rng.randint(1, 4)) and job.await_saving(processes):
+        time.sleep(rng.uniform(0, 0.08))
     processes[0].kill()
-    return happened
+    return job.saving()
 
 
 def stopped(job: Job, rng: random.Random) -> bool:

@@ -1,6 +1,5 @@
 """A small training run in processes of its own, which can be stopped, killed and compared with another."""
 
-import importlib
 import os
 import signal
 import socket
@@ -21,6 +20,7 @@ from avit_jax.data.sources import load_dataset
 from avit_jax.files import read_json
 from avit_jax.logs import read_metrics
 from avit_jax.speed import TIMES
+from configs import npz_avit
 
 ROOT = Path(__file__).parents[1]
 PATIENCE = 240.0  # seconds for a process to end; longer is a hang
@@ -30,8 +30,10 @@ SETTINGS: dict[str, Any] = {
     "loss.distillation": "none",
     "model.patch_size": 4,
     "model.embed_dim": 16,
-    "model.depth": 2,
+    "model.depth": 3,
     "model.num_heads": 2,
+    "model.gate_scale": 4.0,
+    "model.gate_center": 2.0,
     "model.drop_path_rate": 0.2,
     "batch_size": 12,
     "eval_batch_size": 16,
@@ -95,7 +97,6 @@ class Job:
         data: Path,
         *,
         steps: int,
-        config: str = "npz_avit",
         processes: int = 1,
         devices: int | None = None,
         environment: Mapping[str, str] | None = None,
@@ -103,7 +104,7 @@ class Job:
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.workdir, self.processes = folder, folder / "run", processes
-        self._data, self._config = data, config
+        self._data = data
         self._settings = SETTINGS | settings
         self._settings["epochs"] = steps * self._settings["batch_size"] / len(load_dataset("npz", str(data)).train)
         self._environment = {**os.environ, "JAX_PLATFORMS": "cpu", **(environment or {})}
@@ -112,7 +113,7 @@ class Job:
 
     def config(self) -> ConfigDict:
         """What the command asks for."""
-        config = importlib.import_module(f"configs.{self._config}").get_config(str(self._data))
+        config = npz_avit.get_config(str(self._data))
         config.update_from_flattened_dict(self._settings)
         return config
 
@@ -121,7 +122,7 @@ class Job:
         command = [
             sys.executable,
             "train.py",
-            f"--config=configs/{self._config}.py:{self._data}",
+            f"--config=configs/npz_avit.py:{self._data}",
             f"--workdir={self.workdir}",
         ]
         command += [f"--config.{key}={value}" for key, value in self._settings.items()]
@@ -163,9 +164,13 @@ class Job:
     def await_saving(self, processes: list[Process]) -> bool:
         """Until a checkpoint is half written; False where a process ends before."""
         while all(process.alive() for process in processes):
-            if any((self.workdir / "checkpoints").glob("*.orbax-checkpoint-tmp")):
+            if self.saving():
                 return True
         return False
+
+    def saving(self) -> bool:
+        """Whether there is a half-written checkpoint."""
+        return any((self.workdir / "checkpoints").glob("*.orbax-checkpoint-tmp"))
 
 
 def check_same(whole: Path, other: Path) -> None:

@@ -4,7 +4,8 @@ import os
 import shutil
 import signal
 import socket
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax
@@ -17,19 +18,17 @@ from avit_jax.distributed import LOST, start_distributed
 from avit_jax.experiment import run
 from avit_jax.logs import read_metrics
 from benchmarks.faults import toy_data
-from benchmarks.real_run import Job, Process
+from benchmarks.real_run import Job
 from tests.builders import quick_start
-
-STEPS = 500
 
 
 def job_of(
     folder: Path, processes: int, devices: int, environment: Mapping[str, str] | None = None, **settings: object
 ) -> Job:
-    settings = {"checkpoint_every": 50, "log_every": 50, "eval_every": 250, "model.drop_path_rate": 0.0} | settings
+    own = {"checkpoint_every": 10, "log_every": 10, "eval_every": 30, "model.drop_path_rate": 0.0, "model.remat": False}
     data = toy_data(folder.parent / "toy.npz")
     environment = quick_start(folder) | (environment or {})
-    return Job(folder, data, steps=STEPS, processes=processes, devices=devices, environment=environment, **settings)
+    return Job(folder, data, steps=60, processes=processes, devices=devices, environment=environment, **own, **settings)
 
 
 @pytest.fixture(scope="module")
@@ -54,26 +53,17 @@ def check_close(whole: Path, other: Path) -> None:
 def test_two_processes_lose_each_other_and_train_as_one(whole: Path, tmp_path: Path) -> None:
     """SIGTERM to one, kill -9 of the first, kill -9 of the second; each time the same command again."""
     job = job_of(tmp_path / "job", 2, 2, **{"mesh.fsdp": 2})
-
-    def meet(act: Callable[[list[Process]], None]) -> None:
+    processes = job.start()
+    while processes[1].alive() and "[Gloo]" not in processes[1].said():  # they have met
+        time.sleep(0.01)
+    processes[1].send(signal.SIGTERM)
+    for process in processes:
+        process.expect(0, "stopped by preemption after step ")
+    for victim in (0, 1):
         processes = job.start()
         assert job.await_checkpoints(processes, 1), [process.said() for process in processes]
-        act(processes)
-
-    def preempt(processes: list[Process]) -> None:
-        processes[1].send(signal.SIGTERM)
-        for process in processes:
-            process.expect(0, "stopped by preemption after step ")
-
-    def lose(victim: int) -> Callable[[list[Process]], None]:
-        def act(processes: list[Process]) -> None:
-            processes[victim].kill()
-            processes[1 - victim].expect(1, LOST, within=60)
-
-        return act
-
-    for act in (preempt, lose(0), lose(1)):
-        meet(act)
+        processes[victim].kill()
+        processes[1 - victim].expect(1, LOST, within=60)
     # What the second process wrote of the newest checkpoint is damaged: both go back.
     newest = job.checkpoints()[-1]
     for file in (newest / "model" / "ocdbt.process_1").rglob("*"):
