@@ -6,7 +6,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
+from typing import Any
 
 import jax
 from absl import app, flags, logging
@@ -48,7 +48,7 @@ def run_main(main: Callable[[], None], default_config: Path) -> None:
         logging.set_verbosity(logging.WARNING)  # orbax tells every rename at INFO
         # Exceptions of orbax's threads, which it raises again here.
         logging.get_absl_handler().addFilter(lambda record: not (record.exc_info and "orbax" in record.pathname))
-        sys.excepthook = _excepthook
+        sys.unraisablehook = _unraisable
         use_all_cores()
         try:
             main()
@@ -65,10 +65,10 @@ def run_main(main: Callable[[], None], default_config: Path) -> None:
     app.run(guarded, flags_parser=parse)
 
 
-def _excepthook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+def _unraisable(found: Any) -> None:
     """Python's own, without what tensorstore's threads print when orbax has given a write up: it is raised already."""
-    if not (isinstance(error, RuntimeError) and str(error) == "Event loop is closed"):
-        sys.__excepthook__(kind, error, trace)
+    if not (isinstance(found.exc_value, RuntimeError) and str(found.exc_value) == "Event loop is closed"):
+        sys.__unraisablehook__(found)
 
 
 def _sentence(error: BaseException) -> str | None:

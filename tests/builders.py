@@ -63,15 +63,17 @@ def tiny_experiment(path: Path, **loss: Any) -> ConfigDict:
     return config
 
 
-def quick_start(folder: Path) -> dict[str, str]:
-    """An environment in which train.py starts sooner: with this session's compiled programs, without torch.
+def quick_start() -> dict[str, str]:
+    """An environment in which train.py starts sooner: with this session's compiled programs, and without torch.
 
-    tensorboardX would import torch, two seconds; folder: where the module goes that stands in its way.
+    tensorboardX would import torch, two seconds: a module of that name stands in its way.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "torch.py").write_text("raise ImportError\n")
+    programs = Path(jax.config.jax_compilation_cache_dir)
+    modules = programs.with_name(f"{programs.name}_modules")
+    modules.mkdir(exist_ok=True)
+    (modules / "torch.py").write_text("raise ImportError\n")
     return {
-        "PYTHONPATH": str(folder),
-        "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
+        "PYTHONPATH": str(modules),
+        "JAX_COMPILATION_CACHE_DIR": str(programs),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import avit_jax
-from tests.builders import toy_arrays
+from tests.builders import quick_start, toy_arrays
 
 ROOT = Path(__file__).parents[1]
 
@@ -22,7 +22,7 @@ def command(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
         capture_output=True,
         text=True,
         timeout=300,
-        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        env=os.environ | quick_start() | {"JAX_PLATFORMS": "cpu"},
     )
 
 

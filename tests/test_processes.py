@@ -21,13 +21,16 @@ from benchmarks.faults import toy_data
 from benchmarks.real_run import Job
 from tests.builders import quick_start
 
+# Every launch compiles anew: of several processes JAX's cache of programs serves the first alone.
+QUICK_TO_COMPILE = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+
 
 def job_of(
     folder: Path, processes: int, devices: int, environment: Mapping[str, str] | None = None, **settings: object
 ) -> Job:
     own = {"checkpoint_every": 10, "log_every": 10, "eval_every": 30, "model.drop_path_rate": 0.0, "model.remat": False}
     data = toy_data(folder.parent / "toy.npz")
-    environment = quick_start(folder) | (environment or {})
+    environment = quick_start() | {"XLA_FLAGS": QUICK_TO_COMPILE if processes > 1 else ""} | (environment or {})
     return Job(folder, data, steps=60, processes=processes, devices=devices, environment=environment, **own, **settings)
 
 
@@ -51,7 +54,7 @@ def check_close(whole: Path, other: Path) -> None:
 
 
 def test_two_processes_lose_each_other_and_train_as_one(whole: Path, tmp_path: Path) -> None:
-    """SIGTERM to one, kill -9 of the first, kill -9 of the second; each time the same command again."""
+    """SIGTERM to one of them, then kill -9; each time the same command again. benchmarks/faults.py kills either one."""
     job = job_of(tmp_path / "job", 2, 2, **{"mesh.fsdp": 2})
     processes = job.start()
     while processes[1].alive() and "[Gloo]" not in processes[1].said():  # they have met
@@ -59,11 +62,10 @@ def test_two_processes_lose_each_other_and_train_as_one(whole: Path, tmp_path: P
     processes[1].send(signal.SIGTERM)
     for process in processes:
         process.expect(0, "stopped by preemption after step ")
-    for victim in (0, 1):
-        processes = job.start()
-        assert job.await_checkpoints(processes, 1), [process.said() for process in processes]
-        processes[victim].kill()
-        processes[1 - victim].expect(1, LOST, within=60)
+    processes = job.start()
+    assert job.await_checkpoints(processes, 2), [process.said() for process in processes]
+    processes[0].kill()
+    processes[1].expect(1, LOST, within=60)
     # What the second process wrote of the newest checkpoint is damaged: both go back.
     newest = job.checkpoints()[-1]
     for file in (newest / "model" / "ocdbt.process_1").rglob("*"):
@@ -73,28 +75,14 @@ def test_two_processes_lose_each_other_and_train_as_one(whole: Path, tmp_path: P
     assert newest.with_name(f"damaged-{newest.name}").is_dir()
     check_close(whole, job.workdir)
 
-    # The same checkpoints, in one process on one device.
+    # As if it had been killed before its last checkpoint; it goes on in one process on one device.
     alone = job_of(tmp_path / "alone", 1, 1)
     shutil.copytree(job.workdir, alone.workdir)
-    begun_again(alone)
+    (alone.workdir / "summary.json").unlink()
+    shutil.rmtree(alone.workdir / "model")
+    shutil.rmtree(alone.checkpoints()[-1])
     run(alone.config(), alone.workdir)
     check_close(whole, alone.workdir)
-
-
-def begun_again(job: Job) -> None:
-    """As if the run had been killed before its last checkpoint."""
-    (job.workdir / "summary.json").unlink()
-    shutil.rmtree(job.workdir / "model")
-    shutil.rmtree(job.checkpoints()[-1])
-
-
-def test_a_run_of_one_process_goes_on_with_two(whole: Path, tmp_path: Path) -> None:
-    """And with four devices for one, and the state split over two of them."""
-    job = job_of(tmp_path / "job", 2, 2, **{"mesh.fsdp": 2})
-    shutil.copytree(whole, job.workdir)
-    begun_again(job)
-    job.finish()
-    check_close(whole, job.workdir)
 
 
 def test_processes_with_different_configs_say_so(tmp_path: Path) -> None:

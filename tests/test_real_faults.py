@@ -31,7 +31,7 @@ def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def job_of(folder: Path, data: Path) -> Job:
     settings = {"model.drop_path_rate": 0.0, "model.remat": False, "checkpoint_every": 10}  # less to compile
-    return Job(folder, data, steps=80, devices=len(jax.devices()), environment=quick_start(folder), **settings)
+    return Job(folder, data, steps=80, devices=len(jax.devices()), environment=quick_start(), **settings)
 
 
 def test_killed_and_started_again_it_ends_bit_for_bit_the_same(data: Path, whole: Path, tmp_path: Path) -> None:
