@@ -329,13 +329,12 @@ def main() -> None:
         shares = [entry for entry in shares if entry[0].__name__ in wanted]
         drawn = rng.choices(shares, [share for _, _, share in shares], k=flags.rounds)
         results: list[tuple[str, str]] = []
-        with tqdm(total=flags.rounds, unit="fault", dynamic_ncols=True) as bar:
-            for several in (0, 1):
+        with tqdm(total=flags.rounds, unit="fault", dynamic_ncols=True) as bar, contextlib.suppress(KeyboardInterrupt):
+            for several in (0, 1):  # Ctrl-C ends it with the table so far
                 faults = [fault for fault, kind, _ in drawn if kind == several]
-                if faults:
-                    suffix = " (2 processes)" * several
-                    found = Campaign(folder, 1 + several, rng).meet(faults, bar)
-                    results += [(name + suffix, wrong) for name, wrong in found]
+                suffix = " (2 processes)" * several
+                for name, wrong in Campaign(folder, 1 + several, rng).meet(faults, bar) if faults else ():
+                    results.append((name + suffix, wrong))
     show(results, time.perf_counter() - began, flags)
 
 

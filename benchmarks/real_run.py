@@ -23,7 +23,7 @@ from avit_jax.speed import TIMES
 from configs import npz_avit
 
 ROOT = Path(__file__).parents[1]
-PATIENCE = 240.0  # seconds for a process to end; longer is a hang
+PATIENCE = 900.0  # seconds for a process to end, on a machine with other work; longer is a hang
 SETTINGS: dict[str, Any] = {
     "init_from": "",
     "teacher": "",
