@@ -53,6 +53,7 @@ def check_close(whole: Path, other: Path) -> None:
         np.testing.assert_allclose(b["mean_depth"], a["mean_depth"], rtol=tolerance)
 
 
+@pytest.mark.slow
 def test_two_processes_lose_each_other_and_train_as_one(whole: Path, tmp_path: Path) -> None:
     """SIGTERM to one of them, then kill -9; each time the same command again. benchmarks/faults.py kills either one."""
     job = job_of(tmp_path / "job", 2, 2, **{"mesh.fsdp": 2})

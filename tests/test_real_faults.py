@@ -15,6 +15,8 @@ from benchmarks.faults import killed_saving, read_only_folder, small_disk, stopp
 from benchmarks.real_run import Job, check_same
 from tests.builders import quick_start
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
