@@ -47,8 +47,10 @@ def run_main(main: Callable[[], None], default_config: Path) -> None:
         if len(argv) > 1:
             raise SystemExit(_say(f"{argv[1]!r} is not an option: write --name=value; --help lists the options"))
         logging.set_verbosity(logging.WARNING)  # orbax tells every rename at INFO
-        # Exceptions of orbax's threads, which it raises again here.
-        logging.get_absl_handler().addFilter(lambda record: not (record.exc_info and "orbax" in record.pathname))
+        # Exceptions of orbax's threads and of its tasks, which it raises again here.
+        logging.get_absl_handler().addFilter(
+            lambda record: not (record.exc_info and ("orbax" in record.pathname or record.name == "asyncio"))
+        )
         sys.unraisablehook = _unraisable
         use_all_cores()
         try:
