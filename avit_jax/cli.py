@@ -14,7 +14,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from avit_jax.config import nearest
-from avit_jax.distributed import LOST, leave, lost_a_process
+from avit_jax.distributed import LOST, end_now, leave, lost_a_process
 from avit_jax.mesh import use_all_cores
 
 _PACKAGE = Path(__file__).parent
@@ -72,9 +72,7 @@ def run_main(main: Callable[[], None], default_config: Path) -> None:
 def _leave_waiting_threads() -> None:
     """End with status 1 at once where a thread is left: orbax's wait ten minutes for a save that has failed."""
     if any(thread is not threading.main_thread() and not thread.daemon for thread in threading.enumerate()):
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(1)
+        end_now()
 
 
 def _unraisable(found: Any) -> None:

@@ -117,7 +117,7 @@ def config_gmacs(token_depth: Int[Array, "b n"], config: AViTConfig) -> Float[Ar
     )
 
 
-_normalized = jax.jit(lambda config, images: normalize(images, config), static_argnums=0)
+_normalized = jax.jit(normalize, static_argnums=1)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -194,7 +194,7 @@ def totals(model: AViT, split: Images, batch_size: int, execution: str = "masked
         real = np.asarray(batch["weight"]) > 0
         _check_labels(batch["label"][real], config)
         pixels = jax.device_put(batch["image"], batch_sharding(mesh)) if mesh else batch["image"]
-        output = program(_normalized(config, pixels) if pixels.dtype == np.uint8 else pixels)
+        output = program(_normalized(pixels, config) if pixels.dtype == np.uint8 else pixels)
         found = jax.device_get(_of_images(config, output, batch["label"]))
         found |= {"label": batch["label"], "index": number * batch_size + process * own + np.arange(own)}
         images.append({name: values[real] for name, values in found.items()})

@@ -12,7 +12,6 @@ these faults are left out, and named. Writes runs/benchmarks/faults.json.
 
 import argparse
 import contextlib
-import json
 import os
 import platform
 import random
@@ -34,6 +33,7 @@ from avit_jax.config import nearest
 from avit_jax.distributed import LOST
 from avit_jax.mesh import available_cores
 from benchmarks.real_run import PATIENCE, Failed, Job, check_same
+from benchmarks.results import save_results
 
 STEPS = 300
 FAULTS_A_RUN = 8
@@ -353,9 +353,8 @@ def show(results: list[tuple[str, str]], seconds: float, flags: argparse.Namespa
     wrongs = [{"fault": name, "what": wrong} for name, wrong in results if wrong]
     for entry in wrongs:
         print(f"\n{entry['fault']}: {entry['what']}")
-    flags.output.parent.mkdir(parents=True, exist_ok=True)
     report = {"machine": platform.processor() or platform.machine(), "cores": available_cores(), "seed": flags.seed}
-    flags.output.write_text(json.dumps(report | {"seconds": seconds, "faults": rows, "not_survived": wrongs}, indent=2))
+    save_results(flags.output, report | {"seconds": seconds, "faults": rows, "not_survived": wrongs})
     if wrongs:
         raise SystemExit(1)
 

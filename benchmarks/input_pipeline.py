@@ -40,6 +40,7 @@ from avit_jax.data.open import open_dataset
 from avit_jax.data.pipeline import evaluation_batches, training_batches
 from avit_jax.data.randaugment import RandAugment
 from avit_jax.data.settings import DataSettings
+from avit_jax.files import write_json
 from avit_jax.mesh import available_cores
 
 PARTS = ("speed", "stages", "memory", "start")
@@ -275,7 +276,7 @@ def main() -> None:
             "memory": lambda: memory(10_000),
             "start": start,
         }[part]()
-        path.write_text(json.dumps(results, indent=2) + "\n")
+        write_json(path, results)
     print(f"\nwritten: {path}")
 
 

@@ -8,7 +8,6 @@ runs/benchmarks/packed_tpu.json.
 """
 
 import argparse
-import json
 import os
 import sys
 import time
@@ -29,6 +28,7 @@ from avit_jax import AViT
 from avit_jax.config import config_from
 from avit_jax.packed import packed_program
 from avit_jax.plan import capacities_every, default_plan
+from benchmarks.results import save_results
 
 
 def main() -> None:
@@ -72,9 +72,7 @@ def main() -> None:
         megabytes = (memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes) / 1e6
         result[name] = {"compile_seconds": time.perf_counter() - began, "megabytes": megabytes}
         print(name, result[name], flush=True)
-    out = Path("runs/benchmarks/packed_tpu.json")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(result, indent=2) + "\n")
+    save_results(Path("runs/benchmarks/packed_tpu.json"), result)
 
 
 if __name__ == "__main__":

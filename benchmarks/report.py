@@ -33,6 +33,7 @@ from avit_jax.evaluation import evaluate
 from avit_jax.mesh import data_mesh, use_all_cores
 from avit_jax.report.speed import environment
 from avit_jax.report.writer import Subject, write_report
+from benchmarks.results import save_results
 
 SIZES = ((28, 2_000), (28, 10_000), (224, 2_000), (224, 6_000))
 BATCH = 200
@@ -149,7 +150,7 @@ def main() -> None:
             f"{row['page_kb']:>9.0f}{row['first_batch_mb']:>10.0f}{row['peak_mb']:>9.0f}{row['mean_depth']:>7.2f}",
             flush=True,
         )
-    (out / "report.json").write_text(json.dumps({"environment": environment(), "rows": rows}, indent=2) + "\n")
+    save_results(out / "report.json", {"environment": environment(), "rows": rows})
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from avit_jax.mesh import available_cores
+from benchmarks.results import save_results
 
 ROOT = Path(__file__).parents[1]
 DEVICES = (1, 2, 4, 8)
@@ -179,9 +180,7 @@ def main() -> None:
             f"{waits['checkpoint_wait']:.1%} of the time, for data {waits['data_wait']:.2%}"
         )
         result["checkpoints"] = {"runs": runs, "medians": medians, "ratio": ratio} | waits
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(result, indent=2) + "\n")
-    print(f"written: {out}")
+    save_results(out, result)
 
 
 if __name__ == "__main__":

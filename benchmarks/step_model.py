@@ -15,7 +15,6 @@ Writes runs/benchmarks/step_model.json.
 
 import argparse
 import dataclasses
-import json
 import math
 import sys
 from pathlib import Path
@@ -28,6 +27,7 @@ from flax import nnx
 from avit_jax import AViT
 from avit_jax.config import config_from
 from avit_jax.evaluation import whole_gmacs
+from benchmarks.results import save_results
 
 PASSES, MATMUL_SHARE, LINK_SHARE = 4, 0.4, 0.8
 UPDATE_BYTES = 36  # a parameter: gradient, weight, two moments and average read, all but the gradient written, float32
@@ -188,10 +188,8 @@ def main() -> None:
     for title, rows in tables.items():
         show(title, rows)
     draw(tables, options.picture)
-    out = Path("runs/benchmarks/step_model.json")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(tables, indent=2) + "\n")
-    print(f"\nwritten: {out}, {options.picture}")
+    save_results(Path("runs/benchmarks/step_model.json"), tables)
+    print(f"picture: {options.picture}")
 
 
 if __name__ == "__main__":

@@ -12,9 +12,7 @@ torch.compile in bfloat16, ONNX Runtime, all dense) where they are installed. Wr
 
 import argparse
 import dataclasses
-import json
 import os
-import platform
 import statistics
 import sys
 import time
@@ -33,10 +31,11 @@ from jax.sharding import Mesh
 from avit_jax import PRESETS, AViT, AViTConfig, compile_packed
 from avit_jax.evaluation import config_gmacs, whole_gmacs
 from avit_jax.layers import Block
-from avit_jax.mesh import available_cores, batch_sharding, data_mesh, replicated, use_all_cores
+from avit_jax.mesh import batch_sharding, data_mesh, replicated, use_all_cores
 from avit_jax.plan import plan_packed
 from benchmarks.drawn import dense_parts, drawn_depths, drawn_images, drawn_model, in_bfloat16
 from benchmarks.peers import peers
+from benchmarks.results import machine, save_results
 
 MODELS = {"tiny": ("avit_tiny_patch16_224", 0.60), "small": ("avit_small_patch16_224", 0.78)}
 TOKEN_SPREAD = 2.0
@@ -285,13 +284,11 @@ def main() -> None:
     parser.add_argument("--planned", action="store_true", help="packed once more, with the plan that plan_packed makes")
     options = parser.parse_args()
     use_all_cores()
-    where = f"{platform.machine()}, {available_cores()} cores, {jax.default_backend()}, jax {jax.__version__}"
+    where = machine()
     print(f"{where}; /dense: against dense at its best batch, /same b.: at the same batch\n{HEADER}")
     rows = [row for name in options.models for row in benchmark(name, options)]
     out = Path("runs/benchmarks/throughput.json")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps({"machine": where, "rows": rows}, indent=2) + "\n")
-    print(f"\nwritten: {out}")
+    save_results(out, {"machine": where, "rows": rows})
     if any(row["variant"] == "packed" and row["batch"] > 1 for row in rows):
         draw(rows, out.with_suffix(".png"))
         print(f"picture: {out.with_suffix('.png')}")

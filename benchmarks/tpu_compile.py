@@ -35,6 +35,7 @@ from ml_collections import ConfigDict
 
 from avit_jax import AViT
 from avit_jax.config import AViTConfig, config_from
+from avit_jax.files import write_json
 from avit_jax.mesh import batch_sharding, replicated, state_shardings
 from avit_jax.optim import learning_rate_schedule, make_optimizer
 from avit_jax.packed import packed_program
@@ -182,7 +183,7 @@ def main() -> None:
                 row = compiled_row(program, size, topology)
                 named = ("program", "model", "topology")
                 rows = [other for other in rows if any(other[name] != row[name] for name in named)] + [row]
-                OUT.write_text(json.dumps({"versions": versions, "rows": rows}, indent=2) + "\n")
+                write_json(OUT, {"versions": versions, "rows": rows})
     print(f"written: {OUT}")
 
 

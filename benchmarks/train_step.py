@@ -11,8 +11,6 @@ Writes runs/benchmarks/train_step.json.
 import argparse
 import dataclasses
 import functools
-import json
-import platform
 import statistics
 import sys
 import time
@@ -30,6 +28,7 @@ from avit_jax.config import config_from, nearest
 from avit_jax.mesh import available_cores, global_batch, training_mesh, use_all_cores
 from avit_jax.optim import learning_rate_schedule, make_optimizer
 from avit_jax.train_step import initial_state, make_train_step
+from benchmarks.results import machine, save_results
 from configs import mnist_avit
 
 MNIST = config_from(None, image_size=28, in_channels=1, num_classes=10, **mnist_avit.get_config().model)
@@ -125,15 +124,15 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     arguments = parser.parse_args()
     use_all_cores()
-    machine = f"{platform.machine()}, {available_cores()} cores, {jax.default_backend()}, jax {jax.__version__}"
-    results: dict[str, object] = {"machine": machine, "rounds": arguments.rounds}
+    where = machine()
+    results: dict[str, object] = {"machine": where, "rounds": arguments.rounds}
     for name in arguments.models.split(","):
         if name not in MODELS:
             parser.error(f"there is no model {name!r}: {nearest(name, MODELS)}")
         config, batch_size = MODELS[name]
         seconds = measure(config, batch_size, arguments.rounds)
         reference = seconds.get("PyTorch eager, dense", seconds["dense, remat on"])
-        print(f"\n{name}, batch {batch_size} ({machine})")
+        print(f"\n{name}, batch {batch_size} ({where})")
         against = "time / PyTorch" if "PyTorch eager, dense" in seconds else "time / dense"
         print(f"{'variant':24}{'ms/step':>9}{'images/s':>10}{against:>16}")
         for variant, value in seconds.items():
@@ -142,10 +141,7 @@ def main() -> None:
             "batch_size": batch_size,
             "variants": {k: {"seconds": v, "images_per_second": batch_size / v} for k, v in seconds.items()},
         }
-    path = Path("runs/benchmarks/train_step.json")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(results, indent=2) + "\n")
-    print(f"\nwritten: {path}")
+    save_results(Path("runs/benchmarks/train_step.json"), results)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from tests.builders import small_config, spread_gate
 
 assert len(jax.devices()) == 8
 # As in an experiment: drop-path, an image that counts for nothing, the prior and the ponder cost.
+# Weights of twice the usual size: with four times, rounding alone comes to 1.0e-6 of the gradient's norm.
 model = spread_gate(small_config(drop_path_rate=0.1, preprocessing=Preprocessing((0.5, 0.4), (0.2, 0.3))), factor=2.0)
 graphdef = nnx.graphdef(model)
 rng = np.random.default_rng(0)

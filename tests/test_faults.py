@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from avit_jax import training
+from avit_jax import cli, training
 from avit_jax.checkpoint import checkpoint_steps
 from avit_jax.experiment import run
 from avit_jax.interruption import FolderLock
@@ -125,3 +126,18 @@ def test_state_is_split_along_its_longest_axis_but_never_over_layers() -> None:
     assert specs["blocks"]["kernel"] == (None, None, "fsdp")
     assert specs["head"]["kernel"] == ("fsdp",)
     assert specs["bias"] == ()
+
+
+def test_a_thread_that_waits_does_not_hold_a_process_that_has_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Orbax's threads wait ten minutes for the rest of a save that the disk refused."""
+    ended: list[int] = []
+    monkeypatch.setattr(os, "_exit", ended.append)
+    go = threading.Event()
+    thread = threading.Thread(target=go.wait)
+    thread.start()
+    try:
+        cli._leave_waiting_threads()
+        assert ended == [1]
+    finally:
+        go.set()
+        thread.join()
