@@ -86,6 +86,15 @@ def test_two_processes_lose_each_other_and_train_as_one(whole: Path, tmp_path: P
     check_close(whole, alone.workdir)
 
 
+@pytest.mark.slow
+def test_four_processes_of_two_devices_train_as_one_of_eight(tmp_path: Path) -> None:
+    own = {"mesh.fsdp": 2, "batch_size": 16}
+    one, four = (job_of(tmp_path / str(count), count, 8 // count, **own) for count in (1, 4))
+    one.finish()
+    four.finish()
+    check_close(one.workdir, four.workdir)
+
+
 def test_processes_with_different_configs_say_so(tmp_path: Path) -> None:
     """Started as SLURM's srun starts them: nothing else tells that there are two."""
     with socket.socket() as free:
