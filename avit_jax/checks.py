@@ -1,6 +1,7 @@
 """What a run refuses before it begins: values that cannot work, a folder that holds another run."""
 
 import json
+import operator
 import zlib
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from avit_jax.checkpoint import checkpoint_steps
 from avit_jax.data.settings import AugmentSettings, DataSettings
 from avit_jax.data.sources import Dataset, Split
 from avit_jax.files import read_json
+from avit_jax.losses import PRIORS
 from avit_jax.speed import parse_profile
 
 # What a stopped run may go on with changed: where and how it runs, and what it says of itself.
@@ -37,7 +39,7 @@ ON_NAN = ("stop", "roll back")
 
 def check_values(config: ConfigDict) -> None:
     """Raises ValueError for numbers that no run can work with, naming the key."""
-    limits = {
+    least = {
         "batch_size": 1,
         "eval_batch_size": 1,
         "log_every": 1,
@@ -51,14 +53,34 @@ def check_values(config: ConfigDict) -> None:
         "loss.ponder_weight": 0,
         "loss.prior_weight": 0,
         "loss.label_smoothing": 0,
+        "loss.distillation_weight": 0,
         "optim.learning_rate": 0,
+        "optim.final_learning_rate": 0,
+        "optim.warmup_steps": 0,
+        "optim.warmup_epochs": 0,
+        "optim.weight_decay": 0,
+        "optim.clip_norm": 0,
+        "optim.beta1": 0,
+        "optim.beta2": 0,
+        "optim.ema_decay": 0,
     }
+    above = {"loss.prior_deviation": 0, "loss.distillation_temperature": 0}
+    most = {"loss.distillation_weight": 1}
+    below = {"loss.label_smoothing": 1, "optim.beta1": 1, "optim.beta2": 1, "optim.ema_decay": 1}
     DataSettings.from_config(dict(config.data))
     AugmentSettings.from_config(dict(config.augment))
     values = flat(resolved(config))
-    for name, least in limits.items():
-        if values[name] < least:
-            raise ValueError(f"config.{name} is {values[name]}: it must be at least {least}")
+    for bounds, holds, words in (
+        (least, operator.ge, "at least"),
+        (above, operator.gt, "above"),
+        (most, operator.le, "at most"),
+        (below, operator.lt, "below"),
+    ):
+        for name, bound in bounds.items():
+            if not holds(values[name], bound):  # so that nan is refused too
+                raise ValueError(f"config.{name} is {values[name]}: it must be {words} {bound}")
+    if config.loss.prior not in PRIORS:
+        raise ValueError(f"config.loss.prior {config.loss.prior!r} is unknown: choose {' or '.join(map(repr, PRIORS))}")
     if config.batch_size % config.accumulation:
         raise ValueError(
             f"config.batch_size {config.batch_size} is no multiple of config.accumulation {config.accumulation}"
@@ -66,8 +88,6 @@ def check_values(config: ConfigDict) -> None:
     if config.on_nan not in ON_NAN:
         raise ValueError(f"config.on_nan {config.on_nan!r} is unknown: choose {' or '.join(map(repr, ON_NAN))}")
     parse_profile(config.profile)
-    if config.loss.label_smoothing >= 1:
-        raise ValueError(f"config.loss.label_smoothing is {config.loss.label_smoothing}: it must be below 1")
     if (config.loss.distillation == "none") != (not config.teacher):
         raise ValueError(
             f"config.teacher is {config.teacher!r} and config.loss.distillation {config.loss.distillation!r}: "

@@ -14,11 +14,13 @@ from ml_collections import ConfigDict
 
 from avit_jax import cli, training
 from avit_jax.checkpoint import checkpoint_steps
+from avit_jax.checks import check_values
 from avit_jax.experiment import run
 from avit_jax.interruption import FolderLock
 from avit_jax.logs import read_metrics
 from avit_jax.mesh import state_shardings, training_mesh
 from avit_jax.training import Stopped
+from configs import mnist_avit
 from tests.builders import tiny_experiment
 from tests.test_training import leaves, lines_without_times
 
@@ -141,3 +143,20 @@ def test_a_thread_that_waits_does_not_hold_a_process_that_has_failed(monkeypatch
     finally:
         go.set()
         thread.join()
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "sentence"),
+    [
+        ("loss.prior_deviation", 0.0, "it must be above 0"),
+        ("loss.prior_weight", float("nan"), "it must be at least 0"),
+        ("loss.distillation_weight", 1.5, "it must be at most 1"),
+        ("optim.ema_decay", 1.0, "it must be below 1"),
+        ("loss.prior", "bell", "choose 'official' or 'kl'"),
+    ],
+)
+def test_numbers_that_no_run_can_work_with_are_refused(key: str, value: float | str, sentence: str) -> None:
+    config = mnist_avit.get_config()
+    config.update_from_flattened_dict({key: value})
+    with pytest.raises(ValueError, match=f"config.{key} .*{value}.*{sentence}"):
+        check_values(config)
