@@ -1,5 +1,6 @@
 """From what a person has (uint8 arrays, PIL images) to what the model takes."""
 
+import math
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
@@ -95,10 +96,22 @@ def resize_and_crop(picture: Image.Image, config: AViTConfig) -> Image.Image:
         rows = max(int(columns * picture.height / picture.width), height)
     top, left = round((rows - height) / 2), round((columns - width) / 2)
     method = RESAMPLING[config.preprocessing.interpolation]
-    # Pillow's resize is a pass along the rows, then one along the columns: columns that the crop leaves out can go
-    # between the two, with the same pixels for less work.
-    picture = picture.resize((columns, picture.height), method).crop((left, 0, left + width, picture.height))
-    return picture.resize((width, rows), method).crop((0, top, width, top + height))
+    upper, lower = (edge * picture.height / rows for edge in (top, top + height))
+    if (
+        picture.width < picture.height
+        or picture.width * rows < picture.height * columns
+        or method == Image.Resampling.NEAREST
+        or any(float(np.float32(edge)) != edge for edge in (upper, lower))
+    ):
+        return picture.resize((columns, rows), method).crop((left, top, left + width, top + height))
+    # Pillow resizes a wide picture row by row, then column by column: what the crop leaves out can go before and
+    # between the two, with the same pixels for less work. (A tall one it may take the other way round.) Its box is in
+    # float32, which a shorter side of 256 suits.
+    reach = math.ceil(2 * max(picture.height / rows, 1)) + 1  # pixels that a filter sees beyond the edge
+    first, last = max(math.floor(upper) - reach, 0), min(math.ceil(lower) + reach, picture.height)
+    picture = picture.crop((0, first, picture.width, last))
+    picture = picture.resize((columns, last - first), method).crop((left, 0, left + width, last - first))
+    return picture.resize((width, height), method, box=(0, upper - first, width, lower - first))
 
 
 def _cut(image: UInt8[np.ndarray, "h w c"], config: AViTConfig) -> UInt8[np.ndarray, "height width c"]:

@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from avit_jax import AViTConfig, Preprocessing, preprocess
+from avit_jax.preprocessing import RESAMPLING, resize_and_crop
 
 RGB = AViTConfig(image_size=32, patch_size=16)
 GREY = AViTConfig(
@@ -42,6 +43,19 @@ def test_resize_and_crop_are_pillows(height: int, width: int) -> None:
     crop = resized[top : top + 32, left : left + 32] / 255
     expected = (crop - np.array([0.485, 0.456, 0.406])) / np.array([0.229, 0.224, 0.225])
     np.testing.assert_allclose(preprocess(image, RGB)[0], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [(375, 500), (500, 375), (256, 700), (301, 957), (1105, 340), (823, 331), (100, 180)])
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic", "nearest"])
+def test_what_is_left_out_changes_no_pixel(size: tuple[int, int], interpolation: str) -> None:
+    """Shorter side to 256, then the middle 224: the model's usual size, and Pillow's order of passes."""
+    settings = dataclasses.replace(RGB.preprocessing, interpolation=interpolation, crop_fraction=0.875)
+    image, short = picture(*size), min(size)
+    rows, columns = (256 * side // short for side in size)
+    top, left = (round((side - 224) / 2) for side in (rows, columns))
+    expected = image.resize((columns, rows), RESAMPLING[interpolation]).crop((left, top, left + 224, top + 224))
+    found = resize_and_crop(image, AViTConfig(preprocessing=settings))
+    np.testing.assert_array_equal(np.asarray(found), np.asarray(expected))
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "1", "LA"])
