@@ -151,7 +151,9 @@ def restore_tree(path: Path, target: Any) -> Any:
             raise ValueError(f"the checkpoint {path} is incomplete or damaged: {_first_line(error)}") from error
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
+    while error.__cause__ is not None:  # tensorstore's own says which parameter and why; orbax wraps it
+        error = error.__cause__
     return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
 

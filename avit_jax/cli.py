@@ -76,8 +76,14 @@ def _leave_waiting_threads() -> None:
 
 
 def _unraisable(found: Any) -> None:
-    """Python's own, without what tensorstore's threads print when orbax has given a write up: it is raised already."""
-    if not (isinstance(found.exc_value, RuntimeError) and str(found.exc_value) == "Event loop is closed"):
+    """Python's own, without the echoes of an error of orbax's that is raised already.
+
+    tensorstore's threads, when a write is given up, and the reads beside the one that failed first.
+    """
+    frames = traceback.extract_tb(found.exc_traceback)
+    of_a_read = bool(frames) and "orbax" in Path(frames[-1].filename).parts
+    given_up = isinstance(found.exc_value, RuntimeError) and str(found.exc_value) == "Event loop is closed"
+    if not (of_a_read or given_up):
         sys.__unraisablehook__(found)
 
 

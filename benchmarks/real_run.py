@@ -85,7 +85,8 @@ class Process:
         """Raises Failed unless it ends so, says the sentence, and shows no traceback."""
         found, said = self.ended(within), self.said()
         if found != status or sentence not in said or "Traceback" in said:
-            raise Failed(f"status {found}, expected {status} and {sentence!r}; it said: {said[-1500:]}")
+            start = said.rfind("\n", 0, said.find("Traceback")) if "Traceback" in said else -1500
+            raise Failed(f"status {found}, expected {status} and {sentence!r}; it said: {said[start:][:1500]}")
 
 
 class Job:

@@ -160,3 +160,20 @@ def test_numbers_that_no_run_can_work_with_are_refused(key: str, value: float | 
     config.update_from_flattened_dict({key: value})
     with pytest.raises(ValueError, match=f"config.{key} .*{value}.*{sentence}"):
         check_values(config)
+
+
+def test_the_other_reads_of_a_damaged_checkpoint_show_no_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Orbax raises of the first that fails, and leaves the others to Python's collector."""
+    source = (
+        "import asyncio\nasync def read():\n  try:\n    await asyncio.sleep(0)\n  finally:\n    raise OSError('read')"
+    )
+    monkeypatch.setattr("sys.unraisablehook", cli._unraisable)
+    for package in ("orbax", "numpy"):
+        scope: dict[str, Any] = {}
+        exec(compile(source, f"/site-packages/{package}/reading.py", "exec"), scope)
+        reading = scope["read"]()
+        reading.send(None)
+        del reading
+        assert ("OSError: read" in capsys.readouterr().err) == (package == "numpy")
