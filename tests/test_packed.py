@@ -219,6 +219,14 @@ def test_weights_are_arguments_of_the_program(model: AViT) -> None:
     )
 
 
+@pytest.mark.slow
+def test_memory_grows_no_faster_than_the_batch() -> None:
+    config = small_config(image_size=(40, 40), patch_size=4)
+    model = AViT(config, rngs=nnx.Rngs(0))
+    small, large = (compile_packed(model, batch).compiled.memory_analysis() for batch in (32, 512))
+    assert large.temp_size_in_bytes / 512 < small.temp_size_in_bytes / 32
+
+
 def test_plans_are_printed_saved_and_checked(tmp_path: Path, model: AViT) -> None:
     plan = PackedPlan(7, 2, (3, 7))
     plan.save(tmp_path / "plan.json")
