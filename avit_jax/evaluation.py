@@ -201,7 +201,7 @@ def totals(model: AViT, split: Images, batch_size: int, execution: str = "masked
         depth = np.where(real[:, None], output.token_depth, 0)
         histogram += np.bincount(depth.ravel(), minlength=config.depth + 1)[1:]
         by_token += depth.sum(0)
-        if packed:
+        if packed and real.any():  # of the last batch a process may have none
             loads = layer_loads(depth, config.num_special, config.depth, image_exit=True)
             slots += int(loads.sum())
             # Each device packs its own images. Padding images are empty: the mean is over real ones.

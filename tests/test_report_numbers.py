@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from scipy import stats
@@ -58,6 +59,17 @@ def test_top_k_is_scikit_learns() -> None:
     p /= p.sum(1, keepdims=True)
     np.testing.assert_allclose(found.per_image.confidence, p.max(1), rtol=1e-5)
     np.testing.assert_array_equal(found.per_image.prediction, logits.argmax(1))
+
+
+def test_a_process_without_images_in_the_last_batch_counts_no_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its share of 8 + 4 images in batches of 8: 4 and none."""
+    model, split = spread_gate(CONFIG), drawn_split(12)
+    alone = totals(model, Split(split.images[4:8], split.labels[4:8]), 4, "packed")
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    share = totals(model, split, 8, "packed")
+    assert share.images.index.tolist() == [4, 5, 6, 7]
+    assert share.executed_gmacs == pytest.approx(alone.executed_gmacs)
 
 
 @pytest.mark.parametrize("execution", ["masked", "packed"])
