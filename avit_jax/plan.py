@@ -11,11 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from avit_jax.config import AViTConfig
 from avit_jax.files import read_json, write_json
 from avit_jax.flops import block_macs, last_block_macs
+from avit_jax.mesh import replicated
 from avit_jax.model import AViT
 
 
@@ -73,22 +75,28 @@ def default_plan(config: AViTConfig, batch_size: int, platform: str) -> PackedPl
     return PackedPlan(config.num_tokens, min(batch_size, group_size), capacities)
 
 
-def plan_packed(model: AViT, images: Float[Array | np.ndarray, "b h w c"], batch_size: int) -> PackedPlan:
+def plan_packed(
+    model: AViT, images: Float[Array | np.ndarray, "b h w c"], batch_size: int, *, mesh: Mesh | None = None
+) -> PackedPlan:
     """The plan with which this device runs a sample of images fastest: groups and capacities by measured cost.
 
     Times one block for several group sizes and numbers of tokens, and adds up what each plan would run for batches of
     batch_size of these images, image exit included. Of plans within 1 % of the best the one with the fewest capacities
-    is taken: it compiles fastest. Raises ValueError where there are fewer images than batch_size.
+    is taken: it compiles fastest. mesh: as compile_packed has it; its devices are timed together, since they may share
+    cores. Raises ValueError where there are fewer images than batch_size.
     """
     config = model.config
     if not 1 <= batch_size <= len(images):
         raise ValueError(f"batch_size is {batch_size} and the sample has {len(images)} images: give at least a batch")
-    loads = _loads(model, images, batch_size)
+    devices = 1 if mesh is None else mesh.shape["data"]
+    own = -(-batch_size // devices)
+    loads = np.pad(_loads(model, images, batch_size), ((0, 0), (0, 0), (0, own * devices - batch_size)))
+    loads = np.concatenate(np.split(loads, devices, axis=2))
     steps = (64, 128) if jax.default_backend() == "tpu" else (8, 16, 32)
-    sizes = [2**k for k in range(9) if 2**k <= batch_size]
+    sizes = [2**k for k in range(9) if 2**k <= own]
     plans = []
     for group_size in sizes:
-        measured, milliseconds = _block_milliseconds(model, group_size)
+        measured, milliseconds = _block_milliseconds(model, group_size, mesh)
         for step in steps:
             plan = PackedPlan(config.num_tokens, group_size, capacities_every(step, config))
             tokens = padded_loads(loads, plan)
@@ -140,15 +148,19 @@ def _loads(model: AViT, images: Any, batch_size: int) -> np.ndarray:
     return np.stack(batches)
 
 
-def _block_milliseconds(model: AViT, group_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Numbers of tokens and the measured time of a block with a group of them; medians of 5."""
+def _block_milliseconds(model: AViT, group_size: int, mesh: Mesh | None) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers of tokens and the measured time of a block with a group of them on each device; medians of 5."""
     blocks, stacked = nnx.split(model.blocks)
     params = jax.tree.map(lambda p: p[0], stacked)
+    if mesh is not None:
+        params = jax.device_put(params, replicated(mesh))
+        group_size *= mesh.shape["data"]
     run = jax.jit(lambda params, x: nnx.merge(blocks, params)(x, jnp.ones(x.shape[:2], bool)))
     tokens = np.unique(np.linspace(1, model.config.num_tokens, 7).round().astype(int))
     milliseconds = []
     for count in tokens:
         x = jnp.ones((group_size, count, model.config.embed_dim))
+        x = x if mesh is None else jax.device_put(x, NamedSharding(mesh, PartitionSpec("data")))
         seconds = []
         for timed in [False] + [True] * 5:
             began = time.perf_counter()

@@ -118,7 +118,7 @@ def compiled_variant(name: str, model: AViT, images: np.ndarray, mesh: Mesh, las
 
 def packed_variant(name: str, model: AViT, images: np.ndarray, mesh: Mesh, sample: np.ndarray | None = None) -> Variant:
     """Packed execution with image exit and the default plan, or the one that plan_packed makes from a sample."""
-    plan = None if sample is None else plan_packed(model, sample, len(images))
+    plan = None if sample is None else plan_packed(model, sample, len(images), mesh=mesh)
     began = time.perf_counter()
     packed = compile_packed(model, len(images), plan, mesh=mesh)
     took = time.perf_counter() - began

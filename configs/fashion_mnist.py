@@ -11,9 +11,9 @@ Other settings than the digits' (configs/mnist_avit.py), for ten times as many s
 
 - prior_deviation 3: a bell of deviation 1 made all patches stop at nearly one layer (deviation within an image 1.3
   instead of 2.1), and after an epoch the same validation top-1 took 7.1 layers instead of 6.4.
-- ponder_weight 0.00029 against a prior at layer 8: the mean depth stays near 7.4 for as long as the training goes on (at
-  0.00027 near 7.5). At 0.0006 it sank to 6.4 within an epoch, at 0.0012 with a tenth of the prior to 5.6 within half of
-  one.
+- ponder_weight 0.00029 against a prior at layer 8: the mean depth stays near 7.4 for as long as the training goes on
+  (at 0.00027 near 7.5). At 0.0006 it sank to 6.4 within an epoch, at 0.0012 with a tenth of the prior to 5.6 within
+  half of one.
 - six epochs: the static model stops improving after four, A-ViT does not; after three it is 0.6 points behind on
   validation, after six 0.2 to 0.3.
 - gate start at 7.4 layers, deviation 3.5: 87.8 % on validation before any training, against 83.8 % with deviation 1.5.

@@ -9,7 +9,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import jax
 import numpy as np
 
-from avit_jax import compile_packed
+from avit_jax import compile_packed, plan_packed
 from avit_jax.mesh import data_mesh
 from tests.builders import small_config, spread_gate
 
@@ -28,4 +28,8 @@ for image_exit in (False, True):
         np.testing.assert_allclose(a.halting_scores, b.halting_scores, atol=1e-5)
     collectives = re.findall(r"all-reduce|all-gather|all-to-all|collective-permute", eight.compiled.as_text())
     assert not collectives, collectives
+plan = plan_packed(model, images, 24, mesh=mesh)
+assert plan.group_size <= 24 // 8, plan  # a device has no more to put together
+planned = compile_packed(model, 24, plan, mesh=mesh)(images)
+np.testing.assert_allclose(planned.logits, model(images).logits, atol=1e-5 * float(np.abs(planned.logits).max()))
 print("8 devices agree")
