@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 from avit_jax.config import AViTConfig
 from avit_jax.files import read_json, write_json
 from avit_jax.flops import block_macs, last_block_macs
-from avit_jax.mesh import replicated
+from avit_jax.mesh import data_mesh, replicated
 from avit_jax.model import AViT
 
 
@@ -88,7 +88,8 @@ def plan_packed(
     config = model.config
     if not 1 <= batch_size <= len(images):
         raise ValueError(f"batch_size is {batch_size} and the sample has {len(images)} images: give at least a batch")
-    devices = 1 if mesh is None else mesh.shape["data"]
+    mesh = mesh or data_mesh(1)
+    devices = mesh.shape["data"]
     own = -(-batch_size // devices)
     loads = np.pad(_loads(model, images, batch_size), ((0, 0), (0, 0), (0, own * devices - batch_size)))
     loads = np.concatenate(np.split(loads, devices, axis=2))
@@ -148,19 +149,17 @@ def _loads(model: AViT, images: Any, batch_size: int) -> np.ndarray:
     return np.stack(batches)
 
 
-def _block_milliseconds(model: AViT, group_size: int, mesh: Mesh | None) -> tuple[np.ndarray, np.ndarray]:
+def _block_milliseconds(model: AViT, group_size: int, mesh: Mesh) -> tuple[np.ndarray, np.ndarray]:
     """Numbers of tokens and the measured time of a block with a group of them on each device; medians of 5."""
     blocks, stacked = nnx.split(model.blocks)
-    params = jax.tree.map(lambda p: p[0], stacked)
-    if mesh is not None:
-        params = jax.device_put(params, replicated(mesh))
-        group_size *= mesh.shape["data"]
+    params = jax.device_put(jax.tree.map(lambda p: p[0], stacked), replicated(mesh))
+    rows = NamedSharding(mesh, PartitionSpec("data"))
     run = jax.jit(lambda params, x: nnx.merge(blocks, params)(x, jnp.ones(x.shape[:2], bool)))
     tokens = np.unique(np.linspace(1, model.config.num_tokens, 7).round().astype(int))
     milliseconds = []
     for count in tokens:
-        x = jnp.ones((group_size, count, model.config.embed_dim))
-        x = x if mesh is None else jax.device_put(x, NamedSharding(mesh, PartitionSpec("data")))
+        shape = (group_size * mesh.shape["data"], count, model.config.embed_dim)
+        x = jax.device_put(jnp.ones(shape), rows)
         seconds = []
         for timed in [False] + [True] * 5:
             began = time.perf_counter()

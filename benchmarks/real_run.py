@@ -85,7 +85,7 @@ class Process:
         """Raises Failed unless it ends so, says the sentence, and shows no traceback."""
         found, said = self.ended(within), self.said()
         if found != status or sentence not in said or "Traceback" in said:
-            start = said.rfind("\n", 0, said.find("Traceback")) if "Traceback" in said else -1500
+            start = max(said.find("Traceback") - 200, 0) if "Traceback" in said else -1500
             raise Failed(f"status {found}, expected {status} and {sentence!r}; it said: {said[start:][:1500]}")
 
 
