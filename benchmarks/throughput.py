@@ -12,6 +12,7 @@ torch.compile in bfloat16, ONNX Runtime, all dense) where they are installed. Wr
 
 import argparse
 import dataclasses
+import math
 import os
 import statistics
 import sys
@@ -132,16 +133,21 @@ def _memory(program: Any) -> int:
 
 
 def measure(variants: list[Variant], rounds: int) -> None:
-    """Warm every variant up, then time them in turn."""
+    """Warm every variant up, then time them in turn; short runs are repeated, and their mean is taken."""
     for timed in [False] + [True] * rounds:
         for variant in variants:
-            began = time.perf_counter()
-            variant.run()
-            if time.perf_counter() - began < 0.2:  # what ran before may still be going to sleep
-                began = time.perf_counter()
-                variant.run()
+            took = _seconds(variant, 1)
+            if took < 0.2:  # what ran before may still be going to sleep, and one short run tells little
+                took = _seconds(variant, math.ceil(0.4 / took))
             if timed:
-                variant.seconds.append(time.perf_counter() - began)
+                variant.seconds.append(took)
+
+
+def _seconds(variant: Variant, runs: int) -> float:
+    began = time.perf_counter()
+    for _ in range(runs):
+        variant.run()
+    return (time.perf_counter() - began) / runs
 
 
 def variants_of(
@@ -279,7 +285,7 @@ def main() -> None:
     parser.add_argument("--models", default="tiny,small", type=lambda text: text.split(","))
     parser.add_argument("--profiles", default="published,spreads,sweep", type=lambda text: text.split(","))
     parser.add_argument("--batches", default="1,8,16,32,64,128", type=lambda text: [int(b) for b in text.split(",")])
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--no-peers", action="store_true")
     parser.add_argument("--planned", action="store_true", help="packed once more, with the plan that plan_packed makes")
     options = parser.parse_args()
