@@ -6,9 +6,11 @@ import pickle
 import struct
 import time
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jaxtyping
 import ml_dtypes
 import numpy as np
 import pytest
@@ -169,6 +171,15 @@ def flips(content: bytes, count: int, seed: int) -> list[bytes]:
     return result
 
 
+@pytest.fixture
+def unchecked_shapes() -> Iterator[None]:
+    """Of a million small calls checking shapes and types takes four fifths of the time."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.mark.usefixtures("unchecked_shapes")
 @pytest.mark.parametrize("kind", ["golden.pth", "legacy", "protocol4", "safetensors"])
 def test_flipped_bits_and_cut_files_give_the_right_tensors_or_an_error(kind: str, tmp_path: Path) -> None:
     source = {"golden.pth": "micro-5-50", "legacy": "torch_legacy", "protocol4": "torch_protocol4"}.get(kind)
