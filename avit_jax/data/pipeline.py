@@ -27,9 +27,11 @@ BAD_LIMIT = 0.01  # share of a split's images that on_bad_image = "skip" puts up
 class TrainingBatches(Iterator[Batch]):
     """The endless stream; get_state / set_state continue it exactly and at once, with any number of workers."""
 
-    def __init__(self, opened: Callable[[int], grain.DatasetIterator], split: Images) -> None:
+    def __init__(self, opened: Callable[[int], grain.DatasetIterator], split: Images, rows: int, share: float) -> None:
         self._opened = opened  # the iterator that starts at a given batch
         self._split = split
+        self._rows = rows  # of a batch
+        self._share = share  # of an epoch's images that come by here
         self._next = 0
         self._bad: set[int] = set()
         self._iterator: grain.DatasetIterator | None = None
@@ -39,7 +41,10 @@ class TrainingBatches(Iterator[Batch]):
             self._iterator = self._opened(self._next)
         batch = _next(self._iterator)
         self._next += 1
-        _count_bad(self._split, batch, self._bad)
+        # After an epoch others come by: of many processes each sees all images in the end.
+        _count_bad(
+            self._split, batch, self._bad, max(self._share, min(1.0, self._next * self._rows / len(self._split)))
+        )
         return batch
 
     def get_state(self) -> dict[str, Any]:
@@ -89,6 +94,8 @@ def training_batches(
     return TrainingBatches(
         lambda start: _read(dataset, batch_size // process_count, start, finish, settings, isinstance(split, Split)),
         split,
+        rows=batch_size // process_count,
+        share=1 / process_count,
     )
 
 
@@ -147,7 +154,7 @@ def evaluation_batches(
     try:
         for _ in range(len(rows) // own):
             batch = _next(iterator)
-            _count_bad(split, batch, bad)
+            _count_bad(split, batch, bad, 1 / process_count)
             yield batch
     finally:
         iterator.close()
@@ -160,6 +167,7 @@ def evaluation_images(
     if isinstance(split, Split):
         return split.images[np.asarray(indices)]
     pictures = [decode(split[int(i)]["image"], functools.partial(split.name, int(i))) for i in indices]
+    pictures = [picture.convert("L") if model.in_channels == 1 else picture for picture in pictures]
     return np.stack([as_array(resize_and_crop(picture, model)) for picture in pictures])
 
 
@@ -253,8 +261,8 @@ def _next(iterator: grain.DatasetIterator) -> Batch:
         raise type(error)(str(error).splitlines()[0]) from error
 
 
-def _count_bad(split: Images, batch: Batch, known: set[int]) -> None:
-    """Log the bad images of a batch that are new. Raises BadData where they have become too many."""
+def _count_bad(split: Images, batch: Batch, known: set[int], share: float) -> None:
+    """Log the bad images of a batch that are new. Raises BadData where they are too many of this process's share."""
     indices = batch.pop("index", None)
     if indices is None:
         return
@@ -262,9 +270,9 @@ def _count_bad(split: Images, batch: Batch, known: set[int]) -> None:
         if index not in known:
             known.add(index)
             logging.warning("image skipped, %d so far: %s", len(known), _reason(split, index))
-    if len(known) > BAD_LIMIT * len(split):
+    if len(known) > BAD_LIMIT * share * len(split):
         raise BadData(
-            f"{len(known)} of {len(split)} images are bad, more than {BAD_LIMIT:.0%}; one of them: "
+            f"{len(known)} of {round(share * len(split))} images are bad, more than {BAD_LIMIT:.0%}; one of them: "
             f"{_reason(split, max(known))}"
         )
 
