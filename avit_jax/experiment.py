@@ -44,14 +44,22 @@ def model_config(config: ConfigDict, dataset: Dataset) -> AViTConfig:
     """
     fields = dict(config.model)
     preset = fields.pop("preset", None)
-    from_data: dict[str, Any] = {"num_classes": len(dataset.class_names), "in_channels": 3}
-    if isinstance(dataset.train, Split):  # images from disk are decoded as RGB and resized to what the model takes
+    from_data: dict[str, Any] = {"num_classes": len(dataset.class_names)}
+    if isinstance(dataset.train, Split):
         _, height, width, channels = dataset.train.images.shape
         from_data |= {"image_size": height if height == width else (height, width), "in_channels": channels}
+    elif fields.setdefault("in_channels", 3) not in (1, 3):  # images from disk are made what the model takes
+        raise ValueError(f"config.model.in_channels is {fields['in_channels']}: images from disk are read as 3 or 1")
+    preprocessing = _preprocessing(config, dataset)
     for name, value in from_data.items():
         if fields.setdefault(name, value) != value:
             raise ValueError(f"config.model.{name} is {fields[name]} and the data say {value}: change one of them")
-    return config_from(preset, **fields, class_names=dataset.class_names, preprocessing=_preprocessing(config, dataset))
+    if len(preprocessing.mean) != fields["in_channels"]:
+        raise ValueError(
+            f"config.data.mean and std have {len(preprocessing.mean)} values and images {fields['in_channels']} "
+            "channels: give one value for each channel"
+        )
+    return config_from(preset, **fields, class_names=dataset.class_names, preprocessing=preprocessing)
 
 
 def _preprocessing(config: ConfigDict, dataset: Dataset) -> Preprocessing:
@@ -220,9 +228,10 @@ def format_summary(summary: dict[str, Any]) -> str:
             f"A-ViT uses {row['depth_fraction']:.0%} of its layers; depth deviates by {row['depth_std_tokens']:.2f} "
             f"layers between the tokens of an image, by {row['depth_std_images']:.2f} between images"
         )
+    packed = ", A-ViT by packed execution (halted tokens are gone)" if "avit" in summary else ""
     lines.append(
-        f"{summary['images']} test images; images/s at batch {summary['batch_size']}, packed execution (halted "
-        f"tokens are gone); {summary['seconds']:.0f} s in all"
+        f"{summary['images']} test images; images/s at batch {summary['batch_size']}{packed}; "
+        f"{summary['seconds']:.0f} s in all"
     )
     return "\n".join(lines)
 

@@ -1,6 +1,7 @@
 """Fashion-MNIST, 28x28, patch 4, 49 tokens, 12 layers: the whole way from a static ViT to A-ViT on 60,000 real images.
 
-    apt-get install dataset-fashion-mnist            (Debian, MIT licence; or give --config.data.path=FOLDER)
+    apt-get install dataset-fashion-mnist            (Debian, MIT licence; or give --config.data.path=FOLDER, or
+                                                     --config.data.source=tfds --config.data.name=fashion_mnist)
     python train.py --config=configs/fashion_mnist.py:dense            the static model
     python train.py --config=configs/fashion_mnist.py:avit             A-ViT from it
     python train.py --config=configs/fashion_mnist.py:dense_more       the static model, as many epochs more
@@ -47,7 +48,8 @@ def get_config(arg: str = "avit") -> ConfigDict:
     config = mnist_avit.get_config() if arg == "avit" else mnist_dense.get_config()
     config.name = f"fashion_mnist_{arg}"
     config.data.update({"source": "idx", "path": "/usr/share/datasets/fashion-mnist", "class_names": CLASS_NAMES})
-    config.data.update({"mean": (0.286,), "std": (0.353,)})
+    config.data.update({"mean": (0.286,), "std": (0.353,), "crop_fraction": 1.0})
+    config.model.update({"image_size": 28, "in_channels": 1})  # for images that are read from disk
     # Clothes are photographed upright and centred: little of what digits vary by.
     config.augment.update({"rotate": 0.0, "scale": 0.08, "shear": 0.0, "translate": 1.5})
     config.batch_size = 100
