@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from avit_jax.checks import check_values
 from avit_jax.config import AViTConfig, config_from
-from avit_jax.data.open import open_dataset
+from avit_jax.data.open import SOURCES, open_dataset
 from avit_jax.data.settings import DataSettings
 from avit_jax.evaluation import whole_gmacs
 from avit_jax.experiment import model_config
@@ -23,16 +23,26 @@ IMAGENET_IMAGES = 1_281_167
 
 
 def dry_run(config: ConfigDict) -> str:
-    """The account that train.py --dry_run prints. Raises ValueError for what the run itself would refuse."""
+    """The account that train.py --dry_run prints.
+
+    Data need not be there; init_from and teacher are not read. Raises ValueError for settings that the run refuses.
+    """
     check_values(config)
+    settings = DataSettings.from_config(dict(config.data))
+    dataset, reason = None, ""
     try:
-        dataset = open_dataset(DataSettings.from_config(dict(config.data)))
+        dataset = open_dataset(settings)
+    except ValueError as error:
+        if settings.source not in SOURCES:
+            raise
+        reason = str(error)
+    if dataset:
         wanted, images = model_config(config, dataset), len(dataset.train)
         data = f"{images} training, {len(dataset.val)} validation, {len(dataset.test)} test images"
-    except ValueError as error:
+    else:
         fields = dict(config.model)
         wanted, images = config_from(fields.pop("preset", None), **fields), IMAGENET_IMAGES
-        data = f"not to be read here ({error}); steps are counted for ImageNet's {images} images"
+        data = f"not to be read here ({reason}); steps are counted for ImageNet's {images} images"
     mesh = training_mesh(config.mesh.data, config.mesh.fsdp, config.batch_size, config.accumulation)
     steps = max(1, round(config.epochs * images / config.batch_size))
     schedule = learning_rate_schedule(config.optim, steps, epochs=config.epochs, batch_size=config.batch_size)
