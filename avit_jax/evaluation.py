@@ -89,8 +89,9 @@ class Evaluation:
     depth_by_token: tuple[float, ...]  # mean over images of each token's depth, special tokens first
     class_token_depth: float
     gmacs: float  # 10^9 multiply-adds per image, from the depths
-    executed_depth: float  # layers computed for a token on average, by this execution
-    executed_gmacs: float  # 10^9 multiply-adds per image that were performed, padding included
+    # What this execution costs (packed: as compile_packed has it by default, images that end are dropped).
+    executed_depth: float  # layers computed for a token on average
+    executed_gmacs: float  # 10^9 multiply-adds per image, padding included
     per_image: ImageFigures
 
     @property
@@ -143,8 +144,9 @@ def evaluate(
 ) -> Evaluation:
     """The model over a data set, jit-compiled; the short last batch is padded, the padding weighs nothing.
 
-    execution: "masked" or "packed"; the figures are the rule's and the same for both, except for what was executed
-    (packed: with image exit, as compile_packed does by default). A model that never halts is always executed whole.
+    execution: "masked" or "packed"; the figures are the rule's and the same for both, except for the executed ones.
+    Packed runs without image exit here, since only so are all depths seen; what is executed is counted with it, as
+    compile_packed does by default. A model that never halts is always executed whole.
     Labels of -1 throughout: the data have none. mesh: devices that the batches are split over; one without it.
     Raises ValueError where a label lies outside the model's classes, and for another execution.
     """

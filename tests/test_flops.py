@@ -14,7 +14,7 @@ from avit_jax.plan import executed_gmacs, layer_loads, padded_loads
 from tests.builders import small_config
 
 
-@pytest.mark.parametrize(("size", "published"), [("tiny", 1.3), ("small", 4.6), ("base", 17.6)])
+@pytest.mark.parametrize(("size", "published"), [("tiny", 1.25), ("small", 4.6), ("base", 17.6)])
 def test_dense_work_is_deits(size: str, published: float) -> None:
     config = avit_jax.PRESETS[f"deit_{size}_patch16_224"]
     depth = jnp.full((2, config.num_tokens), config.depth, jnp.int32)

@@ -64,6 +64,12 @@ def test_statistics_are_timms() -> None:
         "cut_mean": share[cut].mean(),
         "cut_deviation": share[cut].std(),
     }
+    gone = (
+        np.asarray(jax.jit(random_erasing, static_argnums=2)(KEY, jnp.full((4000, SIZE, SIZE, 3), 7.0), 0.25)) != 7
+    ).all(-1)
+    area = gone[gone.any((1, 2))].mean((1, 2))
+    found |= {"erased": len(area) / len(gone), "erased_mean": area.mean(), "erased_deviation": area.std()}
+    assert found.keys() == recorded.keys()
     for name, value in found.items():
         assert value == pytest.approx(recorded[name], abs=0.025), name
 
