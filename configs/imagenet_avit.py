@@ -5,7 +5,7 @@
 
 Published (arXiv 2112.07658; top-1, 10^9 multiply-adds): A-ViT-Tiny 71.0 %, 0.8 against DeiT-Tiny's 71.3 %, 1.25 and
 62 % more images/s; A-ViT-Small 78.6 %, 3.6 against 78.9 %, 4.60 and 38 %. Base: no figures published.
-Not run by us: no ImageNet here. Computed, not measured (as in configs/imagenet_deit.py), 100 epochs:
+Not run by us: no ImageNet here. Computed, not measured (images/s are those of configs/imagenet_deit.py), 100 epochs:
 
     hardware    tiny     small    base
     8 x H100    0.1 h    0.4 h    1.6 h
