@@ -13,8 +13,8 @@ matmul rate of bfloat16, data not in the way), 300 epochs of 1,281,167 images:
     v5e-8       197 TF/s    63k images/s, 1.7 h   17k images/s, 6.2 h   4.5k images/s, 24 h
 
 What the input pipeline gives for each CPU core is in README (benchmarks/input_pipeline.py): with tiny, it decides. On
-v5e-256 a batch of 1024 leaves 4 images to a chip; sums of gradients then take most of a step (docs/scaling.md: 414k, 206k,
-70k images/s): the figures above are for batches of 128 a chip and more.
+v5e-256 a batch of 1024 leaves 4 images to a chip; sums of gradients then take most of a step (docs/scaling.md: 414k,
+206k, 70k images/s): the figures above are for batches of 128 a chip and more.
 """
 
 from ml_collections import ConfigDict
@@ -36,6 +36,7 @@ def get_config(arg: str = "small") -> ConfigDict:
     # The affine changes are for digits; the rest is DeiT's.
     config.augment.update({"rotate": 0.0, "scale": 0.0, "shear": 0.0, "translate": 0.0})
     config.augment.update({"crop_scale": (0.08, 1.0), "flip": 0.5, "randaugment": "rand-m9-mstd0.5-inc1"})
+    config.augment.update({"color_jitter": 0.3})  # where RandAugment is switched off
     config.augment.update({"erasing": 0.25, "mixup": 0.8, "cutmix": 1.0})
     config.model = ConfigDict(
         {

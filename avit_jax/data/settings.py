@@ -69,7 +69,9 @@ class AugmentSettings(_Settings):
     crop_ratio: tuple[float, ...] = (3 / 4, 4 / 3)  # least and most width / height of it
     flip: float = 0.0  # probability of left for right
     randaugment: str = ""  # timm's notation: rand-m9-mstd0.5-inc1
-    color_jitter: float = 0.0  # brightness, contrast and saturation, each by a factor of 1 - x to 1 + x
+    color_jitter: float = (
+        0.0  # without RandAugment: brightness, contrast, saturation, each by a factor of 1 - x to 1 + x
+    )
     rotate: float = 0.0  # degrees, to either side
     scale: float = 0.0  # fraction: 0.1 means 0.9..1.1
     shear: float = 0.0  # fraction of the height that the top moves
