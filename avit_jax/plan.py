@@ -64,7 +64,7 @@ def default_plan(config: AViTConfig, batch_size: int, platform: str) -> PackedPl
     """A plan that is good without a sample of images."""
     if platform == "cpu":  # groups of about 400 rows fill a core's matmul and stay in its cache
         group_size = 2 ** max(0, math.ceil(math.log2(384 / config.num_tokens)))
-        capacities = capacities_every(16 if config.num_tokens > 128 else 8, config)
+        capacities = capacities_every(16 if config.num_tokens > 128 else 8 if config.num_tokens > 64 else 4, config)
     elif platform == "tpu":
         group_size = -(-batch_size // 8)
         # A compiled v5e block costs the same for 64 to 128 tokens, and falls below 48 (benchmarks/packed_tpu.py).
@@ -93,7 +93,7 @@ def plan_packed(
     own = -(-batch_size // devices)
     loads = np.pad(_loads(model, images, batch_size), ((0, 0), (0, 0), (0, own * devices - batch_size)))
     loads = np.concatenate(np.split(loads, devices, axis=2))
-    steps = (64, 128) if jax.default_backend() == "tpu" else (8, 16, 32)
+    steps = (64, 128) if jax.default_backend() == "tpu" else (4, 8, 16, 32) if config.num_tokens <= 64 else (8, 16, 32)
     sizes = [2**k for k in range(9) if 2**k <= own]
     plans = []
     for group_size in sizes:
@@ -154,7 +154,13 @@ def _block_milliseconds(model: AViT, group_size: int, mesh: Mesh) -> tuple[np.nd
     blocks, stacked = nnx.split(model.blocks)
     params = jax.device_put(jax.tree.map(lambda p: p[0], stacked), replicated(mesh))
     rows = NamedSharding(mesh, PartitionSpec("data"))
-    run = jax.jit(lambda params, x: nnx.merge(blocks, params)(x, jnp.ones(x.shape[:2], bool)))
+    repeats = -(-4096 // (group_size * model.config.num_tokens))  # the call of a small block costs more than the block
+
+    def blocks_in_a_row(params: Any, x: Array) -> Array:
+        block = nnx.merge(blocks, params)
+        return jax.lax.fori_loop(0, repeats, lambda _, x: block(x, jnp.ones(x.shape[:2], bool)), x)
+
+    run = jax.jit(blocks_in_a_row)
     tokens = np.unique(np.linspace(1, model.config.num_tokens, 7).round().astype(int))
     milliseconds = []
     for count in tokens:
@@ -166,5 +172,5 @@ def _block_milliseconds(model: AViT, group_size: int, mesh: Mesh) -> tuple[np.nd
             jax.block_until_ready(run(params, x))
             if timed:
                 seconds.append(time.perf_counter() - began)
-        milliseconds.append(1e3 * statistics.median(seconds))
+        milliseconds.append(1e3 * statistics.median(seconds) / repeats)
     return tokens, np.array(milliseconds)
