@@ -327,7 +327,13 @@ def test_the_imagenet_configs_hold_deits_published_settings(module: ModuleType) 
     config = module.get_config("tiny")
     augment, optim = AugmentSettings.from_config(dict(config.augment)), config.optim
     assert augment == AugmentSettings(
-        crop_scale=(0.08, 1.0), flip=0.5, randaugment="rand-m9-mstd0.5-inc1", erasing=0.25, mixup=0.8, cutmix=1.0
+        crop_scale=(0.08, 1.0),
+        flip=0.5,
+        randaugment="rand-m9-mstd0.5-inc1",
+        color_jitter=0.3,
+        erasing=0.25,
+        mixup=0.8,
+        cutmix=1.0,
     )
     assert DataSettings.from_config(dict(config.data)).repeated_augmentation == 3
     assert set(config.data) == {field.name for field in dataclasses.fields(DataSettings)}
