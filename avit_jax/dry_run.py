@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from avit_jax.checks import check_values
 from avit_jax.config import AViTConfig, config_from
-from avit_jax.data.open import SOURCES, open_dataset
+from avit_jax.data.open import open_dataset
 from avit_jax.data.settings import DataSettings
 from avit_jax.evaluation import whole_gmacs
 from avit_jax.experiment import model_config
@@ -29,20 +29,15 @@ def dry_run(config: ConfigDict) -> str:
     """
     check_values(config)
     settings = DataSettings.from_config(dict(config.data))
-    dataset, reason = None, ""
     try:
         dataset = open_dataset(settings)
     except ValueError as error:
-        if settings.source not in SOURCES:
-            raise
-        reason = str(error)
-    if dataset:
-        wanted, images = model_config(config, dataset), len(dataset.train)
-        data = f"{images} training, {len(dataset.val)} validation, {len(dataset.test)} test images"
-    else:
         fields = dict(config.model)
         wanted, images = config_from(fields.pop("preset", None), **fields), IMAGENET_IMAGES
-        data = f"not to be read here ({reason}); steps are counted for ImageNet's {images} images"
+        data = f"not to be read here ({error}); steps are counted for ImageNet's {images} images"
+    else:
+        wanted, images = model_config(config, dataset), len(dataset.train)
+        data = f"{images} training, {len(dataset.val)} validation, {len(dataset.test)} test images"
     mesh = training_mesh(config.mesh.data, config.mesh.fsdp, config.batch_size, config.accumulation)
     steps = max(1, round(config.epochs * images / config.batch_size))
     schedule = learning_rate_schedule(config.optim, steps, epochs=config.epochs, batch_size=config.batch_size)

@@ -20,6 +20,7 @@ from avit_jax.checkpoint_evaluation import evaluate_checkpoint
 from avit_jax.checks import check_data, data_account
 from avit_jax.data.settings import AugmentSettings, DataSettings
 from avit_jax.data.sources import load_dataset
+from avit_jax.dry_run import dry_run
 from avit_jax.experiment import format_summary, initial_model, run
 from avit_jax.files import write_json
 from avit_jax.logs import read_metrics
@@ -223,6 +224,20 @@ def test_the_table_shows_the_summarys_figures() -> None:
     text = " ".join(notes)
     for part in ("38% of its layers", "1.25 layers between", "0.75 between images", "77 test", "66 s"):
         assert part in text
+    assert "A-ViT by packed execution" in text
+    del summary["avit"]
+    assert "packed" not in format_summary(summary), "nothing was packed"
+
+
+def test_a_dry_run_forgives_missing_data_and_nothing_else(config: ConfigDict) -> None:
+    assert "data      87 training, 9 validation, 24 test images" in dry_run(config)
+    config.model.num_classes = 4
+    with pytest.raises(ValueError, match="config.model.num_classes is 4 and the data say 3"):
+        dry_run(config)
+    config.data.path = "missing.npz"
+    account = dry_run(config)
+    assert "not to be read here (config.data.path 'missing.npz' is not a file" in account
+    assert "4 classes" in account
 
 
 def test_another_config_in_the_same_folder_is_refused(config: ConfigDict, tmp_path: Path) -> None:

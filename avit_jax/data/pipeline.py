@@ -42,9 +42,8 @@ class TrainingBatches(Iterator[Batch]):
         batch = _next(self._iterator)
         self._next += 1
         # After an epoch others come by: of many processes each sees all images in the end.
-        _count_bad(
-            self._split, batch, self._bad, max(self._share, min(1.0, self._next * self._rows / len(self._split)))
-        )
+        share = max(self._share, min(1.0, self._next * self._rows / len(self._split)))
+        _count_bad(self._split, batch, self._bad, share)
         return batch
 
     def get_state(self) -> dict[str, Any]:
@@ -166,9 +165,9 @@ def evaluation_images(
     """Some images of a split as evaluation sees them, not normalised."""
     if isinstance(split, Split):
         return split.images[np.asarray(indices)]
-    pictures = [decode(split[int(i)]["image"], functools.partial(split.name, int(i))) for i in indices]
-    pictures = [picture.convert("L") if model.in_channels == 1 else picture for picture in pictures]
-    return np.stack([as_array(resize_and_crop(picture, model)) for picture in pictures])
+    decoded = Decode(split, model, skip_bad=False)
+    elements = (decoded.map(split[int(i)] | {"index": int(i)}) for i in indices)
+    return np.stack([as_array(resize_and_crop(element["image"], model)) for element in elements])
 
 
 class _Reindexed(grain.MapDataset):

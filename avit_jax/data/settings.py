@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 from avit_jax.config import INTERPOLATIONS, nearest
 
+SOURCES = ("mnist", "npz", "idx", "folder", "tfds")
 ON_BAD_IMAGE = ("raise", "skip")
 
 Settings = TypeVar("Settings", bound="_Settings")
@@ -48,6 +49,8 @@ class DataSettings(_Settings):
     _section = "data"
 
     def __post_init__(self) -> None:
+        if self.source not in SOURCES:
+            raise ValueError(f"config.data.source {self.source!r} is unknown: {nearest(self.source, SOURCES)}")
         self._check("crop_fraction", 0 < self.crop_fraction <= 1, "above 0 and at most 1")
         self._check("interpolation", self.interpolation in INTERPOLATIONS, f"one of {', '.join(INTERPOLATIONS)}")
         self._check("workers", self.workers >= 0, "0 (threads) or a number of processes")
@@ -69,9 +72,7 @@ class AugmentSettings(_Settings):
     crop_ratio: tuple[float, ...] = (3 / 4, 4 / 3)  # least and most width / height of it
     flip: float = 0.0  # probability of left for right
     randaugment: str = ""  # timm's notation: rand-m9-mstd0.5-inc1
-    color_jitter: float = (
-        0.0  # without RandAugment: brightness, contrast, saturation, each by a factor of 1 - x to 1 + x
-    )
+    color_jitter: float = 0.0  # where RandAugment is off: brightness, contrast, saturation, each by 1 - x to 1 + x
     rotate: float = 0.0  # degrees, to either side
     scale: float = 0.0  # fraction: 0.1 means 0.9..1.1
     shear: float = 0.0  # fraction of the height that the top moves
