@@ -118,14 +118,14 @@ def padded_loads(loads: Int[np.ndarray, "batches l b"], plan: PackedPlan) -> Int
     return capacities[np.searchsorted(capacities, fullest)]
 
 
-def layer_loads(token_depth: Int[np.ndarray, "b n"], num_special: int, depth: int, image_exit: bool) -> np.ndarray:
-    """[depth, images]: the tokens that packed execution computes in each layer, from the depths of masked execution."""
-    end = token_depth[:, :num_special].max(1, keepdims=True)
+def layer_loads(token_depth: Int[np.ndarray, "b n"], config: AViTConfig, image_exit: bool) -> Int[np.ndarray, "l b"]:
+    """The tokens that packed execution computes in each layer, from the depths of masked execution."""
+    end = token_depth[:, np.array(config.tokens_read)].max(1, keepdims=True)
     executed = np.minimum(token_depth, end) if image_exit else token_depth
-    layers = np.arange(1, depth + 1)[:, None, None]
+    layers = np.arange(1, config.depth + 1)[:, None, None]
     active = executed >= layers
-    # Special tokens keep their slots while their image has any token left.
-    active[:, :, :num_special] |= active.any(2, keepdims=True)
+    if config.pool == "token":  # the tokens with a head keep their slots while their image has any token left
+        active[:, :, : config.num_outputs] |= active.any(2, keepdims=True)
     return active.sum(2)
 
 
@@ -133,10 +133,13 @@ def executed_gmacs(loads: Int[np.ndarray, "batches l b"], plan: PackedPlan, conf
     """10^9 multiply-adds for each of `images` that packed execution performs, padding to capacities included."""
     tokens = padded_loads(loads, plan).astype(np.float64)
     first = np.asarray(block_macs(tokens[:, :-1], config.embed_dim, config.mlp_dim)).sum()
-    last = np.asarray(last_block_macs(tokens[:, -1], config.num_special, config.embed_dim, config.mlp_dim)).sum()
+    if config.pool == "token":
+        last = last_block_macs(tokens[:, -1], config.num_outputs, config.embed_dim, config.mlp_dim)
+    else:
+        last = block_macs(tokens[:, -1], config.embed_dim, config.mlp_dim)
     embedding = (config.num_tokens - config.num_special) * config.patch_size**2 * config.in_channels * config.embed_dim
-    heads = config.num_special * config.embed_dim * config.num_classes
-    return float((first + last) * plan.group_size / images + embedding + heads) / 1e9
+    blocks = first + np.asarray(last).sum()
+    return float(blocks * plan.group_size / images + embedding + config.head_macs) / 1e9
 
 
 def _loads(model: AViT, images: Any, batch_size: int) -> np.ndarray:
@@ -145,7 +148,7 @@ def _loads(model: AViT, images: Any, batch_size: int) -> np.ndarray:
     batches = []
     for start in range(0, len(images) - batch_size + 1, batch_size):
         token_depth = np.asarray(depths(params, images[start : start + batch_size]))
-        batches.append(layer_loads(token_depth, model.config.num_special, model.config.depth, image_exit=True))
+        batches.append(layer_loads(token_depth, model.config, image_exit=True))
     return np.stack(batches)
 
 
