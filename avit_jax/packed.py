@@ -190,22 +190,30 @@ def _unpacked(model: AViT, packed: _Packed, scores: Array, index: Array, image: 
 
 
 class PackedModel:
-    """A model compiled for packed execution of up to `batch_size` images, which it is called with."""
+    """A model compiled for packed execution of up to `batch_size` images, which it is called with.
+
+    `jax.export.export(packed.jitted)(*packed.abstract_arguments)` is the program as something to serialise: it takes
+    packed.params, images and how many of them count.
+    """
 
     def __init__(self, model: AViT, batch_size: int, plan: PackedPlan, image_exit: bool, mesh: Mesh | None) -> None:
         self.config = model.config
         self.batch_size = batch_size
-        self.plan = plan
-        graphdef, params = nnx.split(model)
-        self._params = jax.device_put(params, NamedSharding(mesh, PartitionSpec())) if mesh is not None else params
+        devices = 1 if mesh is None else mesh.shape["data"]
+        # A group never has more images than there are: padding it would cost memory and time.
+        self.plan = plan = dataclasses.replace(plan, group_size=min(plan.group_size, -(-batch_size // devices)))
+        graphdef, state = nnx.split(model)
+        # Plain dicts can be exported. JAX's arrays never change, NumPy's may.
+        params = jax.tree.map(lambda p: p if isinstance(p, jax.Array) else jnp.array(p), nnx.to_pure_dict(state))
+        self.params = jax.device_put(params, NamedSharding(mesh, PartitionSpec())) if mesh is not None else params
         self._images = NamedSharding(mesh, PartitionSpec("data")) if mesh is not None else None
         self.jitted = jax.jit(packed_program(graphdef, plan, image_exit, mesh))
-        devices = 1 if mesh is None else mesh.shape["data"]
         self._rows = -(-batch_size // devices) * devices
         shape = (self._rows, *self.config.image_shape, self.config.in_channels)
         abstract = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=self._images)
-        self.abstract_arguments = (self._params, abstract, jnp.int32(batch_size))  # for lower and jax.export
+        self.abstract_arguments = (self.params, abstract, jnp.int32(batch_size))  # for lower and jax.export
         self.compiled = self.jitted.lower(*self.abstract_arguments).compile()
+        self._halting_seen = not self.config.halts or self.config.depth == 1
 
     def __call__(self, images: Shaped[Array | np.ndarray, "..."]) -> AViTOutput:
         """The output for each image. Raises ValueError for other images than the model takes, or too many of them."""
@@ -220,9 +228,26 @@ class PackedModel:
             images = pad(images, ((0, self._rows - count), (0, 0), (0, 0), (0, 0)))
         if self._images is not None:
             images = jax.device_put(images, self._images)
-        output = self.compiled(self._params, images, np.int32(count))
-        if count == self._rows:
-            return output
+        # A compiled program takes no tracers, and does not run where jit is off.
+        as_function = isinstance(images, jax.core.Tracer) or jax.config.jax_disable_jit
+        output = (self.jitted if as_function else self.compiled)(self.params, images, np.int32(count))
+        if count < self._rows:
+            output = self._first(output, count)
+        if not self._halting_seen and not as_function and count:
+            self._say_whether_it_halts(output)
+        return output
+
+    def _say_whether_it_halts(self, output: AViTOutput) -> None:
+        """One line where the first images show that nothing is saved."""
+        self._halting_seen = True
+        if output.token_depth.is_fully_addressable and (np.asarray(output.token_depth) == self.config.depth).all():
+            print(
+                "packed execution saves nothing: no token of the first images halted before the last layer; "
+                "avit_jax.start_gate(model, images, target_depth=...) or fine-tuning makes tokens halt"
+            )
+
+    def _first(self, output: AViTOutput, count: int) -> AViTOutput:
+        """The output of the first `count` images."""
         return AViTOutput(
             output.logits[:count],
             output.head_logits[:, :count],
