@@ -20,6 +20,9 @@ from avit_jax.flops import block_macs, last_block_macs
 from avit_jax.mesh import data_mesh, replicated
 from avit_jax.model import AViT
 
+# More tokens or images than any program holds; far larger numbers would only exhaust the memory.
+LARGEST = 2**20
+
 
 @dataclasses.dataclass(frozen=True)
 class PackedPlan:
@@ -30,13 +33,15 @@ class PackedPlan:
     capacities: tuple[int, ...]  # tokens of an image that a group is computed with, ascending; the last is num_tokens
 
     def __post_init__(self) -> None:
-        if self.group_size < 1:
-            raise ValueError(f"group_size is {self.group_size}: it must be at least 1")
+        for name in ("num_tokens", "group_size"):
+            object.__setattr__(self, name, _whole(name, getattr(self, name)))
+        if not isinstance(self.capacities, tuple | list):
+            raise ValueError(f"capacities are a {type(self.capacities).__name__}: give a tuple of numbers of tokens")
+        object.__setattr__(self, "capacities", tuple(_whole("a capacity", capacity) for capacity in self.capacities))
         rising = all(a < b for a, b in zip(self.capacities, self.capacities[1:], strict=False))
-        if not self.capacities or not rising or self.capacities[0] < 1 or self.capacities[-1] != self.num_tokens:
-            raise ValueError(
-                f"capacities are {self.capacities}: they must rise from 1 or more to the {self.num_tokens} tokens"
-            )
+        if not self.capacities or not rising or self.capacities[-1] != self.num_tokens:
+            shown = ", ".join(map(str, self.capacities[:8])) + (", ..." if len(self.capacities) > 8 else "")
+            raise ValueError(f"capacities are ({shown}): they must rise from 1 or more to the {self.num_tokens} tokens")
 
     def __str__(self) -> str:
         return f"groups of {self.group_size} images, capacities {', '.join(map(str, self.capacities))} tokens"
@@ -53,6 +58,18 @@ class PackedPlan:
             return cls(**(content | {"capacities": tuple(content["capacities"])}))
         except (TypeError, KeyError, ValueError) as error:
             raise ValueError(f"{path} is no plan of packed execution: {error}") from error
+
+
+def _whole(name: str, value: Any) -> int:
+    """A number of tokens or images as an int; ValueError for anything else, such as a bool, a float or NaN."""
+    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    if whole and 1 <= value <= LARGEST:
+        return int(value)
+    if isinstance(value, bool | float) or (whole and abs(value) < 2**64):
+        shown = str(value)
+    else:
+        shown = "a number of 20 digits or more" if whole else f"a {type(value).__name__}"
+    raise ValueError(f"{name} is {shown}: it must be at least 1, at most {LARGEST:,}, and a whole number")
 
 
 def capacities_every(step: int, config: AViTConfig) -> tuple[int, ...]:
