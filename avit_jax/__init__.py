@@ -3,6 +3,7 @@
 from avit_jax.checkpoint import load, save
 from avit_jax.config import PRESETS, AViTConfig, Preprocessing
 from avit_jax.convert import from_torch_state_dict, save_torch, to_torch_state_dict
+from avit_jax.gate_start import start_gate
 from avit_jax.model import AViT, AViTOutput, create
 from avit_jax.packed import PackedModel, compile_packed
 from avit_jax.plan import PackedPlan, plan_packed
@@ -24,5 +25,6 @@ __all__ = [
     "preprocess",
     "save",
     "save_torch",
+    "start_gate",
     "to_torch_state_dict",
 ]

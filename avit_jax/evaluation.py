@@ -114,7 +114,7 @@ def config_gmacs(token_depth: Int[Array, "b n"], config: AViTConfig) -> Float[Ar
         mlp_dim=config.mlp_dim,
         patch_values=config.patch_size**2 * config.in_channels,
         num_special=config.num_special,
-        num_classes=config.num_classes,
+        head_macs=config.head_macs,
     )
 
 
@@ -204,7 +204,7 @@ def totals(model: AViT, split: Images, batch_size: int, execution: str = "masked
         histogram += np.bincount(depth.ravel(), minlength=config.depth + 1)[1:]
         by_token += depth.sum(0)
         if packed and real.any():  # of the last batch a process may have none
-            loads = layer_loads(depth, config.num_special, config.depth, image_exit=True)
+            loads = layer_loads(depth, config, image_exit=True)
             slots += int(loads.sum())
             # Each device packs its own images. Padding images are empty: the mean is over real ones.
             by_device = np.stack(np.split(loads, 1 if mesh is None else mesh.shape["data"], axis=1))
