@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic")
+POOLS = ("token", "mean_norm", "norm_mean", "token_and_mean")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +34,12 @@ class AViTConfig:
     """Architecture and gate of a model; hashable, and written as JSON beside every checkpoint.
 
     gate_scale None is a plain ViT: no token ever halts. Raises ValueError where the numbers do not fit together.
+
+    pool says what the head reads: "token" the class token after the final LayerNorm; "mean_norm" the mean of the
+    patches, then LayerNorm (timm's fc_norm, MAE); "norm_mean" LayerNorm, then the mean of the patches (AugReg's GAP);
+    "token_and_mean" LayerNorm, then the class token beside the mean of the patches (DINOv2's classifier). The value of
+    a token is its weighted sum over layers, and the mean is over all patches. num_registers tokens come after the class
+    (and distillation) token and before the patches. With num_classes 0 there is no head: logits are what it would read.
     """
 
     image_size: int | Sequence[int] = 224  # one side, or (height, width)
@@ -45,6 +52,10 @@ class AViTConfig:
     mlp_ratio: float = 4.0
     qkv_bias: bool = True
     distilled: bool = False
+    class_token: bool = True
+    num_registers: int = 0
+    pool: str = "token"
+    norm_epsilon: float = 1e-6  # of every LayerNorm
     gate_scale: float | None = None
     gate_center: float | None = None
     halt_epsilon: float = 0.01
@@ -59,9 +70,12 @@ class AViTConfig:
         for name in ("image_size", "class_names"):
             if isinstance(getattr(self, name), list):  # from JSON or a config file; a tuple can be hashed
                 object.__setattr__(self, name, tuple(getattr(self, name)))
-        for name in ("patch_size", "in_channels", "num_classes", "embed_dim", "depth", "num_heads"):
+        for name in ("patch_size", "in_channels", "embed_dim", "depth", "num_heads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        for name in ("num_classes", "num_registers"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 0")
         for side, size in zip(("height", "width"), self.image_shape, strict=True):
             if size < self.patch_size or size % self.patch_size:
                 raise ValueError(
@@ -71,6 +85,20 @@ class AViTConfig:
             raise ValueError(
                 f"embed_dim {self.embed_dim} is not divisible by num_heads {self.num_heads}: change one of them"
             )
+        if self.pool not in POOLS:
+            raise ValueError(f"pool {self.pool!r} is unknown: choose one of {', '.join(POOLS)}")
+        if self.distilled and (self.pool != "token" or not self.class_token):
+            raise ValueError(
+                "a distilled model has a head on its class token and one on its distillation token: "
+                "give class_token=True and pool='token'"
+            )
+        if not self.class_token and self.pool in ("token", "token_and_mean"):
+            raise ValueError(
+                f"pool {self.pool!r} reads the class token and class_token is False: "
+                "choose pool 'mean_norm' or 'norm_mean'"
+            )
+        if not 0 < self.norm_epsilon < 1:
+            raise ValueError(f"norm_epsilon is {self.norm_epsilon}: it must lie between 0 and 1")
         if (self.gate_scale is None) != (self.gate_center is None):
             raise ValueError(
                 f"gate_scale is {self.gate_scale} and gate_center {self.gate_center}: give both, or None for both"
@@ -105,8 +133,18 @@ class AViTConfig:
 
     @property
     def num_special(self) -> int:
-        """Tokens before the patches: class, and distillation where there is one."""
-        return 2 if self.distilled else 1
+        """Tokens before the patches: class, distillation and registers, as far as there are any."""
+        return self.class_token + self.distilled + self.num_registers
+
+    @property
+    def num_outputs(self) -> int:
+        """Tokens whose weighted sums over layers are kept, the first ones: for a mean over patches all of them."""
+        return 1 + self.distilled if self.pool == "token" else self.num_tokens
+
+    @property
+    def head_inputs(self) -> int:
+        """Features that a head reads."""
+        return (2 if self.pool == "token_and_mean" else 1) * self.embed_dim
 
     @property
     def num_tokens(self) -> int:

@@ -87,7 +87,7 @@ def linear(inputs: int, outputs: int, dtype: str, rngs: nnx.Rngs, *, use_bias: b
 def layer_norm(config: AViTConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
     """LayerNorm in float32."""
     # The fast variance E[x^2] - E[x]^2 cancels where a token's mean is large.
-    return nnx.LayerNorm(config.embed_dim, epsilon=1e-6, use_fast_variance=False, rngs=rngs)
+    return nnx.LayerNorm(config.embed_dim, epsilon=config.norm_epsilon, use_fast_variance=False, rngs=rngs)
 
 
 class PatchEmbed(nnx.Module):

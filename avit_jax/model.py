@@ -19,7 +19,7 @@ from avit_jax.layers import INIT, Block, PatchEmbed, layer_norm, linear
 class AViTOutput:
     """What a model says of a batch; N counts the special tokens first."""
 
-    logits: Float[Array, "b c"]  # mean of the heads
+    logits: Float[Array, "b c"]  # mean of the heads; with num_classes 0 what they would read
     head_logits: Float[Array, "heads b c"]  # class head, then distillation head
     token_depth: Int[Array, "b n"]  # layers that processed the token, 1..L
     ponder_cost: Float[Array, "b n"]  # layers + remainder
@@ -45,16 +45,20 @@ class AViT(nnx.Module):
     def __init__(self, config: AViTConfig, *, rngs: nnx.Rngs) -> None:
         self.config = config
         self.patch_embed = PatchEmbed(config, rngs=rngs)
-        self.cls_token = nnx.Param(INIT(rngs.params(), (1, 1, config.embed_dim)))
+        if config.class_token:
+            self.cls_token = nnx.Param(INIT(rngs.params(), (1, 1, config.embed_dim)))
         if config.distilled:
             self.dist_token = nnx.Param(INIT(rngs.params(), (1, 1, config.embed_dim)))
+        if config.num_registers:
+            self.reg_token = nnx.Param(INIT(rngs.params(), (1, config.num_registers, config.embed_dim)))
         self.pos_embed = nnx.Param(INIT(rngs.params(), (1, config.num_tokens, config.embed_dim)))
         self.blocks = _stack_blocks(config, rngs)
         self.norm = layer_norm(config, rngs)
         # In float32 whatever the matmuls are: bfloat16 would round 1,000 logits into ties.
-        self.head = linear(config.embed_dim, config.num_classes, "float32", rngs)
-        if config.distilled:
-            self.head_dist = linear(config.embed_dim, config.num_classes, "float32", rngs)
+        if config.num_classes:
+            self.head = linear(config.head_inputs, config.num_classes, "float32", rngs)
+            if config.distilled:
+                self.head_dist = linear(config.head_inputs, config.num_classes, "float32", rngs)
         self.drop = nnx.Dropout(config.drop_rate)
 
     def __call__(
@@ -70,23 +74,26 @@ class AViT(nnx.Module):
         batch, num_tokens, _ = x.shape
         state = None
         if config.halts:
-            state = halting.initial_state(batch, num_tokens, config.num_special, config.embed_dim)
+            state = halting.initial_state(batch, num_tokens, config.num_outputs, config.embed_dim)
         x, state, scores = self._layers(x, state, key)
         if state is None or scores is None:
             scores = jnp.zeros((config.depth, batch, num_tokens))
             token_depth = jnp.full((batch, num_tokens), config.depth, jnp.int32)
-            return self.heads(x[:, : config.num_special], token_depth, token_depth + 1.0, scores)
+            return self.heads(x[:, : config.num_outputs], token_depth, token_depth + 1.0, scores)
         return self.heads(state.output, state.token_depth, state.ponder_cost, scores)
 
     def embed(self, images: Float[Array, "b h w c"], key: PRNGKeyArray | None = None) -> Float[Array, "b n d"]:
         """Special tokens, then patches, with their positions added."""
         patches = self.patch_embed(images).astype(jnp.float32)
-        special = [self.cls_token] + ([self.dist_token] if self.config.distilled else [])
-        first = [jnp.broadcast_to(token[...], (images.shape[0], 1, self.config.embed_dim)) for token in special]
+        config = self.config
+        special = [self.cls_token] if config.class_token else []
+        special += [self.dist_token] if config.distilled else []
+        special += [self.reg_token] if config.num_registers else []
+        first = [jnp.broadcast_to(token[...], (images.shape[0], *token.shape[1:])) for token in special]
         x = jnp.concatenate([*first, patches], axis=1) + self.pos_embed[...]
         if key is None:
             return x
-        return self.drop(x, deterministic=False, rngs=jax.random.fold_in(key, self.config.depth))
+        return self.drop(x, deterministic=False, rngs=jax.random.fold_in(key, config.depth))
 
     def _layers(
         self, x: Array, state: halting.HaltingState | None, key: PRNGKeyArray | None
@@ -113,14 +120,28 @@ class AViT(nnx.Module):
         (x, state), scores = jax.lax.scan(layer, (x, state), (stacked, jnp.arange(config.depth), rates))
         return x, state, scores
 
-    def heads(self, special: Array, token_depth: Array, ponder_cost: Array, scores: Array) -> AViTOutput:
-        """The output from the special tokens' final values."""
-        special = self.norm(special)
-        logits = [self.head(special[:, 0])]
-        if self.config.distilled:
-            logits.append(self.head_dist(special[:, 1]))
-        head_logits = jnp.stack(logits).astype(jnp.float32)
+    def heads(
+        self, outputs: Float[Array, "b s d"], token_depth: Array, ponder_cost: Array, scores: Array
+    ) -> AViTOutput:
+        """The model's output from the final values of its first num_outputs tokens."""
+        features = self._pooled(outputs)
+        if self.config.num_classes:
+            features[0] = self.head(features[0])
+            if self.config.distilled:
+                features[1] = self.head_dist(features[1])
+        head_logits = jnp.stack(features).astype(jnp.float32)
         return AViTOutput(head_logits.mean(0), head_logits, token_depth, ponder_cost, scores)
+
+    def _pooled(self, outputs: Float[Array, "b s d"]) -> list[Array]:
+        """What each head reads, [b, head_inputs]."""
+        config, first_patch = self.config, self.config.num_special
+        if config.pool == "mean_norm":
+            return [self.norm(outputs[:, first_patch:].mean(1))]
+        outputs = self.norm(outputs)
+        if config.pool == "token":
+            return [outputs[:, token] for token in range(config.num_outputs)]
+        mean = outputs[:, first_patch:].mean(1)
+        return [mean if config.pool == "norm_mean" else jnp.concatenate([outputs[:, 0], mean], axis=-1)]
 
 
 def check_images(images: Any, config: AViTConfig) -> None:
