@@ -5,7 +5,10 @@ from collections.abc import Iterable
 
 # The first pattern that begins at the start of a name, or after a dot in it, tells the architecture.
 _FOREIGN: list[tuple[str, str]] = [
-    (r"vision_model\.head\.probe|visual\.trunk\.attn_pool\.|logit_bias$", "it is SigLIP: its head pools with attention"),
+    (
+        r"vision_model\.head\.probe|visual\.trunk\.attn_pool\.|logit_bias$",
+        "it is SigLIP: its head pools with attention",
+    ),
     (r"visual\.trunk\.|visual\.head\.", "it is an OpenCLIP model, image and text: AViT classifies images"),
     (
         r"visual\.(?:class_embedding|conv1|transformer\.resblocks)|transformer\.resblocks\.|logit_scale$",
@@ -17,7 +20,7 @@ _FOREIGN: list[tuple[str, str]] = [
     ),
     (r"attn_pool\.|MAPHead_0/", "its head pools with attention (as SigLIP's), which AViT has not"),
     (
-        rf"swinv?2?\.|layers\.[0-9]+\.blocks\.[0-9]+\.|features\.[0-9]+\.[0-9]+\.attn\.relative_position",
+        r"swinv?2?\.|layers\.[0-9]+\.blocks\.[0-9]+\.|features\.[0-9]+\.[0-9]+\.attn\.relative_position",
         "it is a Swin transformer: windows of attention and merged patches, which AViT has not",
     ),
     (

@@ -8,10 +8,7 @@ from typing import Any
 from avit_jax.config import Preprocessing
 
 _HALF = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
-CHANGE = (
-    "change it with preprocessing={'mean': (0.5, 0.5, 0.5), ...} in Python or --mean, --std, --crop-fraction and "
-    "--interpolation on the command line"
-)
+CHANGE = "give preprocessing={...} (on the command line --mean, --std, --crop-fraction, --interpolation) for others"
 
 
 @dataclasses.dataclass(frozen=True)
