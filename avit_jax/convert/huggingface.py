@@ -104,7 +104,7 @@ def _read_transformers(
     kind = config.get("model_type")
     if kind not in _MODEL_TYPES:
         raise ValueError(
-            f"{where}: the architecture is another one (model_type {_short(kind)}): AViT reads {', '.join(_MODEL_TYPES)}"
+            f"{where}: its architecture is another one (model_type {_short(kind)}), here are {', '.join(_MODEL_TYPES)}"
         )
     activation = config.get("hidden_act", "gelu")
     if activation != "gelu":
@@ -150,12 +150,10 @@ def _read_timm(
 ) -> None:
     architecture = config["architecture"]
     if not isinstance(architecture, str) or not re.match(r"(vit|deit|deit3)_", architecture):
-        raise ValueError(
-            f"{where}: the architecture is another one ({_short(architecture)}): AViT reads vit_ and deit_"
-        )
+        raise ValueError(f"{where}: its architecture is another one ({_short(architecture)}), not vit_ or deit_")
     for part in ("quickgelu", "_rpn", "_parallel", "_sbb", "_srelpos", "_relpos", "_siglip", "_hybrid"):
         if part in architecture:
-            raise ValueError(f"{where}: the architecture is another one ({architecture:.100}): AViT has no {part[1:]}")
+            raise ValueError(f"{where}: its architecture is another one ({architecture:.100}): AViT has no {part[1:]}")
     published = config.get("pretrained_cfg")
     published = published if isinstance(published, dict) else config
     pool = config.get("global_pool")

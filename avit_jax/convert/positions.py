@@ -15,7 +15,7 @@ def resize_positions(
     """Positions of a grid of patches (rows, columns) resized to another; the special tokens' rows stay as they are.
 
     Bicubic convolution with a = -0.75, half-pixel centres (align_corners=False), no antialiasing, borders repeated:
-    torch.nn.functional.interpolate(mode="bicubic"). jax.image.resize has a = -0.5. With antialias as PyTorch has it then:
+    torch.nn.functional.interpolate(mode="bicubic"). jax.image.resize has a = -0.5. With antialias, as PyTorch then:
     a = -0.5, the filter as wide as the step, cut off at the borders.
     """
     values: np.ndarray = np.asarray(positions)
