@@ -165,10 +165,10 @@ def test_the_gate_comes_from_preset_or_arguments(capsys: pytest.CaptureFixture[s
 def test_every_source_key_is_used_and_every_target_filled() -> None:
     state = timm_state()
     del state["norm.bias"]
-    state["blocks.1.attn.q_norm.weight"] = state["surprise"] = np.zeros(3, np.float32)
-    with pytest.raises(ValueError, match=r"layers \[0, 2\] differ"):
+    state["blocks.1.norm3.weight"] = state["surprise"] = np.zeros(3, np.float32)
+    with pytest.raises(ValueError, match=r"norm3.scale is there for layers \[1\], and the model has 3 layers"):
         avit_jax.from_torch_state_dict(state, num_heads=2)
-    del state["blocks.1.attn.q_norm.weight"]
+    del state["blocks.1.norm3.weight"]
     with pytest.raises(ValueError, match=r"unused \['surprise'\], unfilled \['norm.bias'\]"):
         avit_jax.from_torch_state_dict(state, num_heads=2)
 
@@ -187,9 +187,10 @@ def test_known_extras_are_named_in_a_warning() -> None:
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("fc_norm.weight", "its head reads the mean of the patches"),
-        ("reg_token", "register tokens"),
+        ("fc_norm.weight", "two LayerNorms stand before its head"),
         ("norm_pre.weight", "before the first block"),
+        ("blocks.0.attn.q_norm.weight", "qk-norm"),
+        ("blocks.0.mlp.w12.weight", "SwiGLU"),
     ],
 )
 def test_another_architecture_is_named(name: str, reason: str) -> None:
@@ -214,8 +215,8 @@ def test_another_number_of_classes(capsys: pytest.CaptureFixture[str]) -> None:
     assert model(images()).head_logits.shape == (2, 2, 7)
     np.testing.assert_array_equal(model.head.bias[...], 0)
     without = {name: value for name, value in state.items() if not name.startswith("head")}
-    with pytest.raises(ValueError, match="the checkpoint has no head: pass num_classes for a new one"):
-        avit_jax.from_torch_state_dict(without, **wanted)
+    with pytest.raises(ValueError, match="the checkpoint has no head: pass num_classes for a new one, or 0 for none"):
+        avit_jax.from_torch_state_dict(without, "deit_tiny_patch16_224")
     assert avit_jax.from_torch_state_dict(without, num_classes=7, **wanted).config.num_classes == 7
 
 
