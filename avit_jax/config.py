@@ -145,17 +145,17 @@ class AViTConfig:
 
     @classmethod
     def from_json(cls, parts: dict[str, Any]) -> "AViTConfig":
-        """The inverse of to_json; anyone may have written the parts. Raises ValueError, naming the field that is wrong."""
+        """The inverse of to_json. Anyone may have written the parts: ValueError names the field that is wrong."""
         if not isinstance(parts, dict) or parts.keys() != {"model", "preprocessing", "class_names"}:
             raise ValueError("a model's configuration has three parts: model, preprocessing and class_names")
         preprocessing = typed_fields(Preprocessing, parts["preprocessing"], "preprocessing", _PREPROCESSING)
-        model = typed_fields(AViTConfig, parts["model"], "model", _SHAPELESS)
+        model = typed_fields(AViTConfig, parts["model"], "model", _NEEDED)
         names = typed_fields(AViTConfig, {"class_names": parts["class_names"]}, "the configuration", ())
         return AViTConfig(**{**model, **names, "preprocessing": Preprocessing(**preprocessing)})
 
 
 # Fields without which a configuration would silently mean another model; others may be missing in an old file.
-_SHAPELESS = (
+_NEEDED = (
     "image_size",
     "patch_size",
     "embed_dim",

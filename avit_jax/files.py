@@ -1,4 +1,4 @@
-"""Small files that are whole or not there (JSON written beside and renamed), folders for them, and names in messages."""
+"""Small files that are whole or not there (JSON written beside and renamed), their folders, and names in messages."""
 
 import contextlib
 import errno
@@ -105,9 +105,8 @@ def shown(value: object, limit: int = 200) -> str:
         return f"a {type(value).__name__}"
     text = str(value)
     cut = len(text) > limit
-    printable = "".join(
-        c if c.isprintable() else ascii(c)[1:-1] for c in (text[:limit] + text[-limit:] if cut else text)
-    )
+    text = text[:limit] + text[-limit:] if cut else text
+    printable = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
     if cut or len(printable) > limit:
         half = (limit - 5) // 2
         return f"{printable[:half]} ... {printable[-half:]}"

@@ -12,7 +12,13 @@ from avit_jax.files import shown
 _MAX_INT = 2**31 - 1  # what an array's axis can have in JAX
 _MAX_FLOAT = 1e9  # float32 squares it without overflow
 _MAX_TEXT = 1000  # characters
-_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text", type(None): "null"}
+_NAMES = {
+    bool: "true or false",
+    int: "a whole number below 2^31",
+    float: "a number up to 10^9",
+    str: f"text of at most {_MAX_TEXT} characters",
+    type(None): "null",
+}
 
 
 def typed_fields(cls: type, content: Any, what: str, required: Collection[str]) -> dict[str, Any]:
@@ -25,9 +31,9 @@ def typed_fields(cls: type, content: Any, what: str, required: Collection[str]) 
         raise ValueError(f"{what} is {shown(content, 50)}, not a JSON object")
     fields = {field.name: field.type for field in dataclasses.fields(cls)}
     if unknown := [name for name in content if name not in fields]:
-        raise ValueError(f"{what} has an unknown field {shown(unknown[0], 50)!r}; known are {', '.join(fields)}")
+        raise ValueError(f"{what} has no field {shown(unknown[0], 50)!r}: known are {', '.join(fields)}")
     if missing := [name for name in required if name not in content]:
-        raise ValueError(f"{what} has no field {missing[0]}")
+        raise ValueError(f"{what} lacks the field {missing[0]}")
     typed = {}
     for name, value in content.items():
         typed[name] = tuple(value) if isinstance(value, list) else value
@@ -57,9 +63,4 @@ def _in_words(annotation: Any) -> str:
         return " or ".join(_in_words(option) for option in arguments)
     if origin in (tuple, Sequence):
         return f"a list, each item {_in_words(arguments[0])}"
-    bounds = {
-        int: f" of at most {_MAX_INT}",
-        float: f" of at most {_MAX_FLOAT:g}",
-        str: f" of at most {_MAX_TEXT} signs",
-    }
-    return _NAMES[annotation] + bounds.get(annotation, "")
+    return _NAMES[annotation]

@@ -15,7 +15,7 @@ class _Source(io.FileIO):
 
     most = MAX_DIRECTORY
 
-    def read(self, size: int | None = -1) -> bytes:  # type: ignore[override]  # a FileIO that blocks never gives None
+    def read(self, size: int | None = -1) -> bytes:
         """At most `size` bytes. Raises ValueError where zipfile asks for a table of contents beyond its limit."""
         if size is not None and size > self.most:
             raise ValueError(f"its table of contents takes {size} bytes: no checkpoint has so many parts")

@@ -1,9 +1,9 @@
 """A small pickle machine that runs no code of the file's.
 
 The machine knows tensors and plain containers. Whatever else a pickle asks for is refused by name, so that nothing that
-the file says is ever imported or called. Its work is bounded: it never hashes, compares, copies or prints a container of
-the file, because a few hundred bytes can describe one of 2^60 parts, or one nested so deeply that Python overflows its
-own stack.
+the file says is ever imported or called. Its work is bounded: it never hashes, compares or prints a container of the
+file, because a few hundred bytes can describe one of 2^60 parts, or one nested so deeply that Python overflows its own
+stack.
 """
 
 import dataclasses
@@ -87,9 +87,7 @@ class PickleMachine:
     def _work(self, steps: int) -> None:
         self._opcodes_left -= steps
         if self._opcodes_left < 0:
-            raise ValueError(
-                f"its pickle has more than {MAX_OPCODES} steps, where a checkpoint has no more than 200000"
-            )
+            raise ValueError(f"its pickle has more than {MAX_OPCODES} steps: no checkpoint needs so many")
 
     def _execute(self, opcode: str, argument: Any) -> None:
         stack = self._stack
@@ -272,7 +270,7 @@ def _allowed(module: Any, name: Any) -> _Name:
         raise ValueError(f"its pickle is damaged: a {type(name).__name__} of a {type(module).__name__} for a function")
     if (module, name) not in _ALLOWED:
         raise ValueError(
-            f"it asks for {shown(module, 60)}.{shown(name, 60)}, which is neither a tensor nor a plain container: where "
-            "you trust the file, load it with torch and save model.state_dict() alone"
+            f"it asks for {shown(module, 60)}.{shown(name, 60)}, which is neither a tensor nor a plain container: "
+            "where you trust the file, load it with torch and save model.state_dict() alone"
         )
     return _Name(module, name)
