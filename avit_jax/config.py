@@ -5,6 +5,10 @@ import difflib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from avit_jax.json_fields import typed_fields
+
+# At least this part of the resized image is cropped: 384 pixels of 3840. Published models use 0.8 to 1.
+MIN_CROP_FRACTION = 0.1
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic")
 POOLS = ("token", "mean_norm", "norm_mean", "token_and_mean")
 
@@ -21,10 +25,12 @@ class Preprocessing:
     def __post_init__(self) -> None:
         if len(self.mean) != len(self.std):
             raise ValueError(f"mean has {len(self.mean)} channels and std {len(self.std)}: give both the same number")
-        if min(self.std) <= 0:
-            raise ValueError(f"std is {self.std}: every channel must be above 0")
-        if not 0 < self.crop_fraction <= 1:
-            raise ValueError(f"crop_fraction is {self.crop_fraction}: it must be above 0 and at most 1")
+        if not self.std or min(self.std) <= 0:
+            raise ValueError(f"std is {self.std}: give a number above 0 for every channel")
+        if not MIN_CROP_FRACTION <= self.crop_fraction <= 1:
+            raise ValueError(
+                f"crop_fraction is {self.crop_fraction}: it must be at least {MIN_CROP_FRACTION} and at most 1"
+            )
         if self.interpolation not in INTERPOLATIONS:
             raise ValueError(f"interpolation {self.interpolation!r} is unknown: choose one of {INTERPOLATIONS}")
 
@@ -70,6 +76,8 @@ class AViTConfig:
         for name in ("image_size", "class_names"):
             if isinstance(getattr(self, name), list):  # from JSON or a config file; a tuple can be hashed
                 object.__setattr__(self, name, tuple(getattr(self, name)))
+        if not isinstance(self.image_size, int) and len(self.image_size) != 2:
+            raise ValueError(f"image_size has {len(self.image_size)} numbers: give one side, or height and width")
         for name in ("patch_size", "in_channels", "embed_dim", "depth", "num_heads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
@@ -187,14 +195,27 @@ class AViTConfig:
 
     @classmethod
     def from_json(cls, parts: dict[str, Any]) -> "AViTConfig":
-        """The inverse of to_json."""
-        preprocessing: dict[str, Any] = {
-            k: tuple(v) if isinstance(v, list) else v for k, v in parts["preprocessing"].items()
-        }
-        return config_from(
-            None, **parts["model"], class_names=parts["class_names"], preprocessing=Preprocessing(**preprocessing)
-        )
+        """The inverse of to_json. Anyone may have written the parts: ValueError names the field that is wrong."""
+        if not isinstance(parts, dict) or parts.keys() != {"model", "preprocessing", "class_names"}:
+            raise ValueError("a model's configuration has three parts: model, preprocessing and class_names")
+        preprocessing = typed_fields(Preprocessing, parts["preprocessing"], "preprocessing", _PREPROCESSING)
+        model = typed_fields(AViTConfig, parts["model"], "model", _NEEDED)
+        names = typed_fields(AViTConfig, {"class_names": parts["class_names"]}, "the configuration", ())
+        return AViTConfig(**{**model, **names, "preprocessing": Preprocessing(**preprocessing)})
 
+
+# Fields without which a configuration would silently mean another model; others may be missing in an old file.
+_NEEDED = (
+    "image_size",
+    "patch_size",
+    "embed_dim",
+    "depth",
+    "num_heads",
+    "gate_scale",
+    "gate_center",
+    "halt_epsilon",
+)
+_PREPROCESSING = tuple(field.name for field in dataclasses.fields(Preprocessing))
 
 # DeiT's sizes (arXiv 2012.12877); the gates are those of the published recipe (base: our choice, as small).
 _SIZES: dict[str, dict[str, Any]] = {

@@ -1,4 +1,4 @@
-"""Small files that are whole or not there (JSON written beside and renamed), and folders for them."""
+"""Small files that are whole or not there (JSON written beside and renamed), their folders, and names in messages."""
 
 import contextlib
 import errno
@@ -19,6 +19,8 @@ DISK_ERRORS = {
     errno.ENOTDIR: "a file is in the way of a folder",
     errno.EEXIST: "a file is in the way of a folder",
 }
+
+_MAX_JSON = 2**22  # bytes; 20,000 class names take about 1 MB
 
 
 class CannotWrite(ValueError):
@@ -63,11 +65,52 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """The content of a JSON file. Raises ValueError, naming the file, where it is missing or damaged."""
+    """The content of a JSON file. Raises ValueError, naming the file, where it is missing, too large or damaged."""
     try:
-        return json.loads(path.read_text())
+        if path.exists() and not path.is_file():
+            raise ValueError("it is not a regular file")
+        with path.open("rb") as stream:
+            content = stream.read(_MAX_JSON + 1)
+        if len(content) > _MAX_JSON:
+            raise ValueError(f"it is larger than {_MAX_JSON} bytes")
+        return parse_json(content.decode())
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
+        raise ValueError(f"{shown(path, 300)} cannot be read: {error}") from error
+
+
+def parse_json(text: str) -> Any:
+    """The content of JSON from anyone. Raises ValueError where it is damaged, too deep, or has a key twice."""
+    try:
+        return json.loads(text, object_pairs_hook=_without_repeats)
+    except RecursionError:
+        raise ValueError("its JSON is nested too deeply") from None
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        raise ValueError("its JSON has the same key twice")
+    return content
+
+
+def shown(value: object, limit: int = 200) -> str:
+    """Text, a path or a number from a stranger as one line of at most `limit` characters, for a message.
+
+    What a terminal would obey is escaped (ESC, newlines), and long text is cut in the middle. Of any other value only
+    the type is told: to print it could take forever.
+    """
+    if isinstance(value, int) and value.bit_length() > 64:
+        return f"a number of {value.bit_length()} bits"
+    if not isinstance(value, str | os.PathLike | int | float | None):
+        return f"a {type(value).__name__}"
+    text = str(value)
+    cut = len(text) > limit
+    text = text[:limit] + text[-limit:] if cut else text
+    printable = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    if cut or len(printable) > limit:
+        half = (limit - 5) // 2
+        return f"{printable[:half]} ... {printable[-half:]}"
+    return printable
 
 
 def writable_folder(path: str | Path) -> Path:

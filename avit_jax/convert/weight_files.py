@@ -3,18 +3,27 @@
 import dataclasses
 import json
 import zipfile
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
-import safetensors
 import safetensors.numpy
 
 from avit_jax.config import AViTConfig
+from avit_jax.convert.archive import Archive
+from avit_jax.convert.array_files import (
+    KEY,
+    looks_like_safetensors,
+    metadata_of,
+    own_config,
+    read_npz,
+    read_safetensors,
+    read_safetensors_config,
+)
+from avit_jax.convert.limits import check_names
 from avit_jax.convert.torch_file import TorchMapping, TorchTensor, read_torch_file
+from avit_jax.files import shown
 
 _RAW = ("model", "state_dict", "model_state_dict", "model_state")
 _EMA = ("model_ema", "state_dict_ema", "ema", "ema_state_dict", "model_ema_state_dict")
@@ -24,7 +33,6 @@ _FOREIGN = {
     b"\x89HDF": "it is HDF5 (Keras): export its arrays as .npz",
     b"\x1f\x8b": "it is compressed with gzip: unpack it first",
 }
-KEY = "avit_jax"  # where a file that we wrote says what it is
 
 
 @dataclasses.dataclass
@@ -45,17 +53,15 @@ def read_weight_file(path: Path, *, ema: bool = False) -> WeightFile:
     try:
         return _read(path, ema)
     except Exception as error:  # damaged files raise nearly anything, from zip, NumPy, safetensors and the pickle
-        reason = str(error) or type(error).__name__
-        raise ValueError(f"{path} cannot be read as a checkpoint: {reason}") from error
+        reason = shown(str(error) or type(error).__name__, 500)
+        raise ValueError(f"{shown(path, 300)} cannot be read as a checkpoint: {reason}") from error
 
 
 def read_config(path: Path) -> AViTConfig | None:
     """The configuration in a file that save_torch wrote; None for any other file, readable or not."""
     try:
         if _kind(path) == "safetensors":
-            with safetensors.safe_open(path, framework="numpy") as file:
-                ours = (file.metadata() or {}).get(KEY)
-            return None if ours is None else _parsed(json.loads(ours)["config"])
+            return read_safetensors_config(path)
         return _carried_config(read_torch_file(path)) if _kind(path) == "torch" else None
     except Exception:  # whoever reads the weights next says what is wrong
         return None
@@ -63,19 +69,21 @@ def read_config(path: Path) -> AViTConfig | None:
 
 def _kind(path: Path) -> str:
     """safetensors, npz or torch, by content; ValueError, with what it looks like, for anything else."""
+    if path.exists() and not path.is_file():
+        raise ValueError("it is not a regular file")
     with path.open("rb") as stream:
         start = stream.read(64)
     size = path.stat().st_size
     if not size:
         raise ValueError("it is empty")
+    if looks_like_safetensors(start, size):  # before the rest: the length of a header may look like any of them
+        return "safetensors"
     for magic, what in _FOREIGN.items():
         if start.startswith(magic):
             raise ValueError(what)
-    if size > 8 and start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= size:
-        return "safetensors"
     if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            return "npz" if any(name.endswith(".npy") for name in archive.namelist()) else "torch"
+        with Archive(path) as archive:
+            return "npz" if any(name.endswith(".npy") for name in archive.names) else "torch"
     if not start.startswith(b"\x80"):
         raise ValueError("it is neither a zip file, nor a pickle, nor safetensors; or it is cut short")
     return "torch"
@@ -89,42 +97,14 @@ def _read(path: Path, ema: bool) -> WeightFile:
     if ema:
         raise ValueError("it holds one set of weights and no moving average: leave ema out")
     if kind == "safetensors":
-        return _read_safetensors(path)
-    with np.load(path, allow_pickle=False) as arrays:
-        return WeightFile({name: arrays[name] for name in arrays.files}, None, [])
+        return WeightFile(*read_safetensors(path), [])
+    return WeightFile(read_npz(path), None, [])
 
 
 def _carried_config(state: Any) -> AViTConfig | None:
     attributes = state.attributes if isinstance(state, TorchMapping) else None
     metadata = attributes.get("_metadata") if isinstance(attributes, dict) else None
-    return _parsed(metadata[KEY]["config"]) if isinstance(metadata, dict) and KEY in metadata else None
-
-
-def _parsed(config: str) -> AViTConfig:
-    return AViTConfig.from_json(json.loads(config))
-
-
-def _read_safetensors(path: Path) -> WeightFile:
-    assert ml_dtypes.bfloat16  # imported for NumPy to know the type
-    with safetensors.safe_open(path, framework="numpy") as file:
-        state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no mapping
-        metadata = (file.metadata() or {}).get(KEY)
-    if metadata is None:
-        return WeightFile(state, None, [])
-    ours = json.loads(metadata)
-    if ours["crc32"] != _crc32(state, ours["config"]):
-        raise ValueError("it is damaged: its tensors are not those that were written")
-    return WeightFile(state, _parsed(ours["config"]), [])
-
-
-def _crc32(state: Mapping[str, np.ndarray], config: str) -> int:
-    """Of names, types, shapes, values and configuration: safetensors itself has no checksum."""
-    checksum = zlib.crc32(config.encode())
-    for name in sorted(state):
-        array = np.ascontiguousarray(state[name])
-        checksum = zlib.crc32(f"{name} {array.dtype} {array.shape}".encode(), checksum)
-        checksum = zlib.crc32(array.reshape(-1).view(np.uint8).data, checksum)
-    return checksum
+    return own_config(metadata[KEY]) if isinstance(metadata, dict) and KEY in metadata else None
 
 
 def _state_dict(content: Any, ema: bool) -> tuple[dict[str, TorchTensor], list[str]]:
@@ -149,18 +129,18 @@ def _state_dict(content: Any, ema: bool) -> tuple[dict[str, TorchTensor], list[s
         raise ValueError("it holds one set of weights and no moving average: leave ema out")
     for name, value in content.items():
         if not (isinstance(name, str) and isinstance(value, TorchTensor)):
-            names = ", ".join(f"{name!s:.40}" for name in list(content)[:5])
-            raise ValueError(f"it holds no state dict but {names}: {name!s:.40} is a {type(value).__name__}")
+            names = ", ".join(shown(name, 40) for name in list(content)[:5])
+            raise ValueError(f"it holds no state dict but {names}: {shown(name, 40)} is a {type(value).__name__}")
     if not content:
         raise ValueError("its state dict is empty")
+    check_names(content)
     return content, notes
 
 
 def write_safetensors(state: Mapping[str, np.ndarray], config: AViTConfig, path: Path) -> None:
     """With the configuration and a checksum as metadata."""
-    described = json.dumps(config.to_json())
-    metadata = {"format": "pt", KEY: json.dumps({"config": described, "crc32": _crc32(state, described)})}
-    safetensors.numpy.save_file({name: np.ascontiguousarray(x) for name, x in state.items()}, path, metadata)
+    arrays = {name: np.ascontiguousarray(array) for name, array in state.items()}
+    safetensors.numpy.save_file(arrays, path, metadata_of(state, config))
 
 
 def write_pth(state: Mapping[str, np.ndarray], config: AViTConfig, path: Path) -> None:

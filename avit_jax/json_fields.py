@@ -1,0 +1,66 @@
+"""The fields of a dataclass from JSON that anyone may have written: each is of its annotated type, or refused."""
+
+import dataclasses
+import math
+import types
+import typing
+from collections.abc import Collection, Sequence
+from typing import Any
+
+from avit_jax.files import shown
+
+_MAX_INT = 2**31 - 1  # what an array's axis can have in JAX
+_MAX_FLOAT = 1e9  # float32 squares it without overflow
+_MAX_TEXT = 1000  # characters
+_NAMES = {
+    bool: "true or false",
+    int: "a whole number below 2^31",
+    float: "a number up to 10^9",
+    str: f"text of at most {_MAX_TEXT} characters",
+    type(None): "null",
+}
+
+
+def typed_fields(cls: type, content: Any, what: str, required: Collection[str]) -> dict[str, Any]:
+    """The fields of `cls` in a JSON object, lists as tuples.
+
+    what: how messages call the object. Raises ValueError for anything but an object, for unknown fields, for missing
+    ones that are required, and for a value of another type than the field's annotation, or out of all bounds.
+    """
+    if not isinstance(content, dict):
+        raise ValueError(f"{what} is {shown(content, 50)}, not a JSON object")
+    fields = {field.name: field.type for field in dataclasses.fields(cls)}
+    if unknown := [name for name in content if name not in fields]:
+        raise ValueError(f"{what} has no field {shown(unknown[0], 50)!r}: known are {', '.join(fields)}")
+    if missing := [name for name in required if name not in content]:
+        raise ValueError(f"{what} lacks the field {missing[0]}")
+    typed = {}
+    for name, value in content.items():
+        typed[name] = tuple(value) if isinstance(value, list) else value
+        if not _fits(typed[name], fields[name]):
+            raise ValueError(f"{name} is {shown(value, 50)}: it must be {_in_words(fields[name])}")
+    return typed
+
+
+def _fits(value: Any, annotation: Any) -> bool:
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin in (types.UnionType, typing.Union):
+        return any(_fits(value, option) for option in arguments)
+    if origin in (tuple, Sequence):
+        return isinstance(value, tuple) and all(_fits(item, arguments[0]) for item in value)
+    if annotation is float:
+        return type(value) in (int, float) and math.isfinite(value) and abs(value) <= _MAX_FLOAT
+    if annotation is int:
+        return type(value) is int and abs(value) <= _MAX_INT
+    if annotation is str:
+        return type(value) is str and len(value) <= _MAX_TEXT
+    return type(value) is annotation
+
+
+def _in_words(annotation: Any) -> str:
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin in (types.UnionType, typing.Union):
+        return " or ".join(_in_words(option) for option in arguments)
+    if origin in (tuple, Sequence):
+        return f"a list, each item {_in_words(arguments[0])}"
+    return _NAMES[annotation]
