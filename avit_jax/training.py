@@ -16,7 +16,6 @@ from jaxtyping import Array
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from avit_jax.checkpoint import RunCheckpoints
 from avit_jax.data.device import DeviceBatches
 from avit_jax.data.pipeline import training_batches
 from avit_jax.data.sources import Dataset
@@ -26,6 +25,7 @@ from avit_jax.logs import RunLog
 from avit_jax.mesh import global_batch, place, replicated, state_shardings, training_mesh
 from avit_jax.model import AViT
 from avit_jax.optim import learning_rate_schedule, make_optimizer
+from avit_jax.run_checkpoints import RunCheckpoints
 from avit_jax.speed import StepClock
 from avit_jax.train_step import TrainState, initial_state, make_train_step
 
