@@ -70,6 +70,15 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{path} cannot be read: {error}") from error
 
 
+def read_table(path: Path, name: str) -> dict[str, Any]:
+    """The object under `name` in a JSON file. Raises ValueError, naming the file, where there is none."""
+    content = read_json(path)
+    table = content.get(name) if isinstance(content, dict) else None
+    if not isinstance(table, dict):
+        raise ValueError(f"{path} is damaged: it has no table {name!r}")
+    return table
+
+
 def writable_folder(path: str | Path) -> Path:
     """The folder, made where it is missing. Raises ValueError where nothing can be written into it."""
     folder = Path(path)
