@@ -1,11 +1,8 @@
-"""Models and training states on disk, with orbax; every checkpoint says what it is (config.json or a config item)."""
+"""Models on disk, with orbax; every checkpoint says what it is (config.json, or a run's config item)."""
 
-import contextlib
 import dataclasses
 import shutil
-from collections.abc import Iterable, Iterator
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import jax
@@ -13,19 +10,18 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
 from flax.traverse_util import flatten_dict
-from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from avit_jax.config import AViTConfig
 from avit_jax.convert import Conversion, fit, override, read_foreign
 from avit_jax.convert.huggingface import is_foreign_folder
 from avit_jax.convert.published import merged, where_to_get
-from avit_jax.distributed import in_any_process, lost_a_process
-from avit_jax.files import CannotWrite, read_json, write_json, writing
+from avit_jax.digests import NO_DIGESTS, check_digests, json_digest, read_digests, tree_digests
+from avit_jax.files import read_json, write_json, writing
 from avit_jax.model import AViT
 
 
 def save(model: AViT, path: str | Path) -> None:
-    """Write a model as a folder: config.json (architecture, preprocessing, class names) and params/ (orbax).
+    """Write a model as a folder: config.json (architecture, preprocessing, class names), params/ (orbax), digests.json.
 
     The folder appears whole or not at all. Raises ValueError where it exists already: nothing is overwritten.
     """
@@ -45,7 +41,33 @@ def _save(model: AViT, path: Path, partial: Path) -> None:
         params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
         checkpointer.save(partial / "params", jax.tree.map(np.asarray, params) if jax.process_count() > 1 else params)
     write_json(partial / "config.json", model.config.to_json())
+    write_json(partial / "digests.json", _digests(model.config.to_json(), params))
     partial.rename(path)
+
+
+def _digests(config: Any, params: Any) -> dict[str, Any]:
+    """What digests.json holds."""
+    return {"config.json": json_digest(config), "params": tree_digests(params)}
+
+
+def add_digests(path: str | Path) -> None:
+    """Give a saved model's folder that has none the digests of what it holds now; later damage is then found.
+
+    Raises ValueError where path is no folder that `save` wrote, or has digests already.
+    """
+    path = Path(path).absolute()
+    if (path / "digests.json").exists():
+        raise ValueError(f"{path} has digests already: nothing to do")
+    if not (path / "params").is_dir():
+        raise ValueError(f"{path} is no folder that avit_jax.save wrote: params is missing")
+    config = read_json(path / "config.json")
+    params = restore_tree(path / "params", _shapes(AViTConfig.from_json(config)))
+    write_json(path / "digests.json", _digests(config, params))
+
+
+def _shapes(config: AViTConfig) -> dict[str, Any]:
+    """The parameters that a model of this configuration has, without their values."""
+    return nnx.to_pure_dict(nnx.state(nnx.eval_shape(lambda: AViT(config, rngs=nnx.Rngs(0)))))
 
 
 def _alone(doing: str) -> ocp.options.MultiprocessingOptions:
@@ -85,7 +107,11 @@ def load_conversion(path: str | Path, preset: str | None = None, *, ema: bool = 
     if preset is not None:
         raise ValueError(f"{path} carries its own configuration: leave preset={preset!r} out")
     config_file, params = _locate(path, ema)
-    saved = AViTConfig.from_json(read_json(config_file))
+    config_content = read_json(config_file)
+    try:
+        saved = AViTConfig.from_json(config_content)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"{config_file} is damaged: {error}") from error
     if overrides.get("num_heads", saved.num_heads) != saved.num_heads:
         # The one difference of architecture that no shape shows.
         raise ValueError(
@@ -94,12 +120,34 @@ def load_conversion(path: str | Path, preset: str | None = None, *, ema: bool = 
     if "preprocessing" in overrides:
         overrides["preprocessing"] = merged(overrides["preprocessing"], saved.preprocessing)
     config = override(saved, overrides)
-    abstract = nnx.state(nnx.eval_shape(lambda: AViT(saved, rngs=nnx.Rngs(0))))
-    parameters = flatten_dict(restore_tree(params, nnx.to_pure_dict(abstract)), sep=".")
+    shapes = _shapes(saved)
+    restored = restore_tree(params, shapes)
+    checked = _check(params, config_content, restored)
+    restored = jax.tree.map(lambda array, shape: array.astype(shape.dtype), restored, shapes)
     try:
-        return fit(parameters, config, saved, overrides.keys())
+        conversion = fit(flatten_dict(restored, sep="."), config, saved, overrides.keys())
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+    if checked:
+        return conversion
+    hint = "; avit_jax.checkpoint.add_digests adds them" if params.name == "params" else ""
+    return dataclasses.replace(conversion, notes=[NO_DIGESTS + hint, *conversion.notes])
+
+
+def _check(params: Path, config: Any, restored: Any) -> bool:
+    """Whether there are digests to check against. Raises ValueError where they show damage."""
+    of_a_model = params.name == "params"
+    written = read_digests(params.parent / ("digests.json" if of_a_model else "digests/metadata"))
+    if written is None:
+        return False
+    config_name = "config.json" if of_a_model else "config"
+    if json_digest(config) != written.get(config_name):
+        raise ValueError(
+            f"the checkpoint {params.parent} is damaged: its {config_name} is not what was written (its SHA-256 digest "
+            "differs); if you changed it yourself, remove digests.json and call avit_jax.checkpoint.add_digests"
+        )
+    check_digests(params, tree_digests(restored), written.get(params.name))
+    return True
 
 
 def _locate(path: Path, ema: bool) -> tuple[Path, Path]:
@@ -126,35 +174,38 @@ def _locate(path: Path, ema: bool) -> tuple[Path, Path]:
 
 def checkpoint_steps(folder: Path) -> list[Path]:
     """The finished checkpoints of a run, oldest first (orbax renames a step's folder to its number at the end)."""
-    return sorted((p for p in folder.glob("*") if p.name.isdigit()), key=lambda p: int(p.name))
+    steps = (path for path in folder.glob("*") if path.name.isascii() and path.name.isdigit())
+    return sorted(steps, key=lambda path: int(path.name))
 
 
 def restore_tree(path: Path, target: Any) -> Any:
     """The arrays under `path` in the structure of the target, nested dicts of arrays, as they lie, or of shapes.
 
-    Shapes alone: on this process's first device.
+    Shapes alone: on this process's first device. Dtypes are those of the file.
 
     Raises ValueError naming the parameter and both shapes where they differ, and the path where it is damaged.
     """
     # Said, not left to the file: it may come from a machine with other devices.
     first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
-    def placed(leaf: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None) or first)
+    def placed(leaf: Any, stored: Any) -> jax.ShapeDtypeStruct:
+        # In the file's own dtype, which the digests are of.
+        return jax.ShapeDtypeStruct(leaf.shape, stored.dtype, sharding=getattr(leaf, "sharding", None) or first)
 
     with ocp.StandardCheckpointer(multiprocessing_options=_alone("restore")) as checkpointer:
         try:
             found = ocp.StandardCheckpointHandler().metadata(path).tree
         except Exception as error:  # orbax raises many kinds; all of them mean that the folder is not whole
-            raise ValueError(f"the checkpoint {path} is incomplete or damaged: {_first_line(error)}") from error
+            raise ValueError(f"the checkpoint {path} is incomplete or damaged: {first_line(error)}") from error
         _check_shapes(path, found, target)
         try:
-            return checkpointer.restore(path, jax.tree.map(placed, target))
+            return checkpointer.restore(path, jax.tree.map(placed, target, found))
         except Exception as error:
-            raise ValueError(f"the checkpoint {path} is incomplete or damaged: {_first_line(error)}") from error
+            raise ValueError(f"the checkpoint {path} is incomplete or damaged: {first_line(error)}") from error
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """The first line of what caused an error of orbax's."""
     while error.__cause__ is not None:  # tensorstore's own says which parameter and why; orbax wraps it
         error = error.__cause__
     return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
@@ -175,131 +226,3 @@ def _check_shapes(path: Path, found: Any, target: Any) -> None:
             f"the checkpoint {path} is of another architecture: only there {extra or 'nothing'}, "
             f"only in the model {missing or 'nothing'}"
         )
-
-
-@dataclasses.dataclass(frozen=True)
-class Restored:
-    """What a training run's checkpoint holds."""
-
-    step: int
-    items: dict[str, Any]
-    progress: dict[str, Any]
-    data: dict[str, Any]
-
-
-class RunCheckpoints:
-    """The checkpoints of one training run: STEP/{model,ema,optimizer,step,data,config}, written in the background.
-
-    Kept: the last `keep`, every `every`-th step, the `best` ones by top-1 on validation.
-    """
-
-    def __init__(self, folder: Path, keep: int, every: int = 0, best: int = 0) -> None:
-        policies: list[Any] = [preservation_policy.LatestN(keep)]
-        if every:
-            policies.append(preservation_policy.EveryNSteps(every))
-        if best:
-            policies.append(preservation_policy.BestN(get_metric_fn=lambda metrics: metrics["top1"], n=best))
-        options = ocp.CheckpointManagerOptions(
-            preservation_policy=preservation_policy.AnyPreservationPolicy(policies), cleanup_tmp_directories=True
-        )
-        self._folder = folder.absolute()
-        with writing(self._folder):
-            self._manager = ocp.CheckpointManager(self._folder, options=options)
-
-    def save(
-        self,
-        step: int,
-        items: dict[str, Any],
-        progress: dict[str, Any],
-        data: dict[str, Any],
-        config: AViTConfig,
-        top1: float,
-    ) -> None:
-        """Write in the background; items are model, optimizer and perhaps ema, progress and data are plain JSON.
-
-        Raises ValueError where this one, or the one before it in the background, cannot be written.
-        """
-        parts = ocp.args.Composite(
-            **{name: ocp.args.StandardSave(tree) for name, tree in items.items()},
-            step=ocp.args.JsonSave(progress),
-            data=ocp.args.JsonSave(data),
-            config=ocp.args.JsonSave(config.to_json()),
-        )
-        with self._writing():
-            self._manager.save(step, metrics={"top1": top1}, args=parts)
-
-    @contextlib.contextmanager
-    def _writing(self) -> Iterator[None]:
-        try:
-            with writing(self._folder / "a checkpoint"):
-                yield
-        except (CannotWrite, jax.errors.JaxRuntimeError):  # the latter: of a collective, another process has gone
-            raise
-        except Exception as error:  # orbax raises many kinds
-            raise ValueError(
-                f"a checkpoint could not be written to {self._folder}: {_first_line(error)}; the ones before it are "
-                "whole, and the same command goes on from there"
-            ) from error
-
-    def restore_newest(self, items: dict[str, Any]) -> Restored | None:
-        """The newest whole checkpoint in the given items' structure and layout; None where there is none at all.
-
-        A damaged one is named and passed over, not deleted. Raises ValueError where all are damaged.
-        """
-        steps = checkpoint_steps(self._folder)[::-1]
-        for folder in steps:
-            found, damage = None, None
-            try:
-                found = self._restore(folder, items)
-            except ValueError as error:
-                damage = error
-            # What one of several processes cannot read, none takes.
-            if not in_any_process(damage is not None):
-                assert found is not None
-                self._set_aside(step for step in steps if int(step.name) > found.step)
-                return found
-            damage = damage or ValueError(f"the checkpoint {folder} is damaged for another process: see its message")
-            if folder == steps[-1]:
-                raise damage
-            print(f"{damage}; going back to the checkpoint before it")
-        return None
-
-    def _restore(self, folder: Path, items: dict[str, Any]) -> Restored:
-        restored = {name: restore_tree(folder / name, tree) for name, tree in items.items()}
-        progress, data = (read_json(folder / name / "metadata") for name in ("step", "data"))
-        return Restored(int(folder.name), restored, progress, data)
-
-    def _set_aside(self, damaged: Iterable[Path]) -> None:
-        """Rename, so that the steps can be written again."""
-        damaged = list(damaged)
-        if jax.process_index() == 0:
-            for folder in damaged:
-                target = folder.with_name(f"damaged-{folder.name}")
-                if not target.exists():
-                    folder.rename(target)
-        if damaged:
-            in_any_process(False)  # not before process 0 has renamed them
-            self._manager.reload()
-
-    def preempted(self, step: int) -> bool:
-        """Whether the cluster is about to take the machine away (one of several processes got SIGTERM)."""
-        return jax.process_count() > 1 and self._manager.reached_preemption(step)
-
-    def wait(self) -> None:
-        """Until what was saved is on disk. Raises ValueError where it could not be written."""
-        with self._writing():
-            self._manager.wait_until_finished()
-
-    def __enter__(self) -> "RunCheckpoints":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        """Wait until everything is on disk; not for a process that has gone."""
-        if error is not None and lost_a_process(error):
-            return
-        try:
-            with self._writing():
-                self._manager.close()
-        except ValueError:
-            if error is None:  # else that one is told, which may be the same
-                raise

@@ -2,38 +2,35 @@
 
 import json
 import operator
-import zlib
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import jax
 from ml_collections import ConfigDict
 
 from avit_jax.checkpoint import checkpoint_steps
 from avit_jax.data.settings import AugmentSettings, DataSettings
-from avit_jax.data.sources import Dataset, Split
-from avit_jax.files import read_json
+from avit_jax.files import read_table
 from avit_jax.losses import PRIORS
 from avit_jax.speed import parse_profile
 
-# What a stopped run may go on with changed: where and how it runs, and what it says of itself.
-FREE_TO_CHANGE = {
+# Keys that may change when a run resumes, because neither its steps nor its log depend on them.
+MAY_CHANGE = {
     "checkpoint_every",
     "data.path",
     "data.threads",
     "data.workers",
-    "eval_batch_size",
-    "eval_every",
     "keep_best",
     "keep_checkpoints",
     "keep_every",
-    "log_every",
     "mesh.data",
     "mesh.fsdp",
     "on_nan",
     "peak_tflops",
     "profile",
 }
+# Keys that may change too, and change what is logged: at which steps, and the rounding of validation figures.
+MAY_CHANGE_THE_LOG = {"eval_batch_size", "eval_every", "log_every"}
 ON_NAN = ("stop", "roll back")
 
 
@@ -101,43 +98,19 @@ def check_folder(config: ConfigDict, workdir: Path, resume: bool) -> None:
         return
     if not resume:
         raise ValueError(f"{workdir} holds a run already: leave --noresume out, or give another --workdir")
-    there, here = flat(read_json(workdir / "train_config.json")["config"]), flat(resolved(config))
-    changed = [
-        name
-        for name in sorted(there.keys() | here.keys())
-        if there.get(name) != here.get(name) and name not in FREE_TO_CHANGE
-    ]
-    if changed:
-        name = changed[0]
-        raise ValueError(
-            f"{workdir} holds a run with config.{name}={there.get(name)!r}, this one has {here.get(name)!r}: "
-            "give another --workdir, or remove that folder"
-        )
-
-
-def data_account(dataset: Dataset) -> dict[str, Any]:
-    """What tells a data set from another one at the same or another path; of images in memory their checksum."""
-    account = {
-        "training images": len(dataset.train),
-        "validation images": len(dataset.val),
-        "classes": len(dataset.class_names),
-    }
-    if isinstance(dataset.train, Split):
-        labels, images = map(np.ascontiguousarray, (dataset.train.labels, dataset.train.images))
-        account["checksum"] = zlib.crc32(labels.data, zlib.crc32(images.data))
-    return account
-
-
-def check_data(account: dict[str, Any], workdir: Path) -> None:
-    """Raises ValueError where the run in workdir began with other data: its order would be another one."""
-    if not checkpoint_steps(workdir / "checkpoints"):
-        return
-    there = read_json(workdir / "train_config.json").get("data", {})
-    for name, value in account.items():
-        if there.get(name, value) != value:
+    there, here = flat(read_table(workdir / "train_config.json", "config")), flat(resolved(config))
+    changed = [name for name in sorted(there.keys() | here.keys()) if there.get(name) != here.get(name)]
+    for name in changed:
+        if name not in MAY_CHANGE | MAY_CHANGE_THE_LOG:
             raise ValueError(
-                f"config.data.path names other data than the run in {workdir} began with: {name} {value}, not "
-                f"{there[name]}; give the same data, or another --workdir"
+                f"{workdir} holds a run with config.{name}={there.get(name)!r}, this one has {here.get(name)!r}: "
+                "give another --workdir, or remove that folder"
+            )
+    for name in changed:
+        if name in MAY_CHANGE_THE_LOG and jax.process_index() == 0:
+            print(
+                f"config.{name} was {there.get(name)!r} and is now {here.get(name)!r}: the log changes from here on, "
+                "the training does not"
             )
 
 

@@ -140,7 +140,13 @@ def _of_images(config: AViTConfig, output: AViTOutput, label: Int[Array, " b"]) 
 
 
 def evaluate(
-    model: AViT, split: Images, batch_size: int, execution: str = "masked", mesh: Mesh | None = None
+    model: AViT,
+    split: Images,
+    batch_size: int,
+    execution: str = "masked",
+    mesh: Mesh | None = None,
+    *,
+    before_batch: Callable[[], None] | None = None,
 ) -> Evaluation:
     """The model over a data set, jit-compiled; the short last batch is padded, the padding weighs nothing.
 
@@ -148,9 +154,10 @@ def evaluate(
     Packed runs without image exit here, since only so are all depths seen; what is executed is counted with it, as
     compile_packed does by default. A model that never halts is always executed whole.
     Labels of -1 throughout: the data have none. mesh: devices that the batches are split over; one without it.
+    before_batch: called before every batch; it may raise, to break the evaluation off.
     Raises ValueError where a label lies outside the model's classes, and for another execution.
     """
-    share = totals(model, split, batch_size, execution, mesh)
+    share = totals(model, split, batch_size, execution, mesh, before_batch=before_batch)
     return figures(share if jax.process_count() == 1 else _of_all_processes(share), model.config)
 
 
@@ -171,7 +178,15 @@ def _of_all_processes(share: Totals) -> Totals:
     )
 
 
-def totals(model: AViT, split: Images, batch_size: int, execution: str = "masked", mesh: Mesh | None = None) -> Totals:
+def totals(
+    model: AViT,
+    split: Images,
+    batch_size: int,
+    execution: str = "masked",
+    mesh: Mesh | None = None,
+    *,
+    before_batch: Callable[[], None] | None = None,
+) -> Totals:
     """What evaluate is computed from; the totals of parts of a data set, + between them, are those of the whole.
 
     With several processes: of this one's share, a part of every batch.
@@ -191,8 +206,12 @@ def totals(model: AViT, split: Images, batch_size: int, execution: str = "masked
     histogram, by_token = np.zeros(config.depth, np.int64), np.zeros(config.num_tokens, np.int64)
     slots, performed = 0, 0.0
     batches = evaluation_batches(split, config, batch_size, process_index=process, process_count=processes)
-    bar = tqdm(batches, desc="evaluating", total=-(-len(split) // batch_size), unit="batch", delay=2, leave=False)
+    silent = None if process == 0 else True  # None: where stderr is no terminal
+    count = -(-len(split) // batch_size)
+    bar = tqdm(batches, desc="evaluating", total=count, unit="batch", delay=2, leave=False, disable=silent)
     for number, batch in enumerate(bar):
+        if before_batch is not None:
+            before_batch()
         real = np.asarray(batch["weight"]) > 0
         _check_labels(batch["label"][real], config)
         pixels = jax.device_put(batch["image"], batch_sharding(mesh)) if mesh else batch["image"]

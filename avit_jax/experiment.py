@@ -13,13 +13,14 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from avit_jax.checkpoint import load, save
-from avit_jax.checks import check_data, check_folder, check_values, data_account, flat, resolved
+from avit_jax.checks import check_folder, check_values, flat, resolved
 from avit_jax.config import AViTConfig, Preprocessing, config_from
 from avit_jax.convert.weight_files import read_config
 from avit_jax.data.open import open_dataset
 from avit_jax.data.pipeline import evaluation_images
 from avit_jax.data.settings import DataSettings
 from avit_jax.data.sources import Dataset, Split
+from avit_jax.data_account import check_data, data_account
 from avit_jax.distributed import check_same
 from avit_jax.evaluation import Evaluation, evaluate, images_per_second, masked_program
 from avit_jax.files import read_json, write_json, writing

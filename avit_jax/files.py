@@ -113,6 +113,15 @@ def shown(value: object, limit: int = 200) -> str:
     return printable
 
 
+def read_table(path: Path, name: str) -> dict[str, Any]:
+    """The object under `name` in a JSON file. Raises ValueError, naming the file, where there is none."""
+    content = read_json(path)
+    table = content.get(name) if isinstance(content, dict) else None
+    if not isinstance(table, dict):
+        raise ValueError(f"{path} is damaged: it has no table {name!r}")
+    return table
+
+
 def writable_folder(path: str | Path) -> Path:
     """The folder, made where it is missing. Raises ValueError where nothing can be written into it."""
     folder = Path(path)

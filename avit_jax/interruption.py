@@ -12,6 +12,10 @@ from avit_jax.distributed import in_any_process
 from avit_jax.files import writing
 
 
+class StopAsked(Exception):
+    """A signal asked this run to stop; raised where something long can be broken off."""
+
+
 class StopRequest:
     """SIGTERM and SIGINT ask for the step to be finished and a checkpoint written; a second one quits at once.
 
@@ -34,9 +38,17 @@ class StopRequest:
                 break
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        if kind is None and self.signal is not None:
+            # It came after the last look at it, and must not be lost.
+            os.kill(os.getpid(), signal.Signals[self.signal])
+
+    def check(self) -> None:
+        """Raises StopAsked after a signal, in a run with one process."""
+        if self.signal is not None:
+            raise StopAsked
 
     def _asked(self, number: int, _: Any) -> None:
         if self._asked_before:

@@ -15,32 +15,35 @@ from avit_jax.files import replace_text, writing
 class RunLog:
     """metrics.jsonl and tensorboard/ in the run's folder; lines after the restored step are removed on resume.
 
+    validated: whether the evaluation of the restored step, where there is one, was made; else its lines go too.
     Of several processes the first writes.
     """
 
-    def __init__(self, workdir: Path, start: int, schedule: optax.Schedule) -> None:
+    def __init__(self, workdir: Path, start: int, schedule: optax.Schedule, *, validated: bool = True) -> None:
         self._writes = jax.process_index() == 0
         self._schedule = schedule
         if not self._writes:
             return
         self._workdir = workdir
-        self._open(start)
+        self._open(start, validated)
 
-    def _open(self, start: int) -> None:
+    def _open(self, start: int, validated: bool) -> None:
         from avit_jax.tensorboard import EventFile  # imports torch where that is installed: two seconds
 
         path = self._workdir / "metrics.jsonl"
         lines = [line for line in read_metrics(self._workdir) if line["step"] <= start]
+        if not validated:
+            lines = [line for line in lines if line["step"] < start or line["split"] == "train"]
         replace_text(path, "".join(json.dumps(line) + "\n" for line in lines))  # killed here, it has lost none
         with writing(path):
             self._file = path.open("a")
             self._tensorboard = EventFile(self._workdir / "tensorboard", start + 1)
 
-    def back_to(self, step: int) -> None:
-        """Remove what was written after this step."""
+    def back_to(self, step: int, *, validated: bool) -> None:
+        """Remove what was written after this step, and its evaluation's lines unless it was `validated`."""
         if self._writes:
             self._close()
-            self._open(step)
+            self._open(step, validated)
 
     def train(self, step: int, means: dict[str, Any]) -> None:
         """Means over the steps since the last line."""
@@ -81,12 +84,14 @@ class RunLog:
 
 
 def read_metrics(workdir: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl; a last line that a killed run left unfinished is passed over."""
+    """The lines of metrics.jsonl; damaged ones, and a last one that a killed run left unfinished, are passed over."""
     path = workdir / "metrics.jsonl"
     lines = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in path.read_bytes().splitlines() if path.exists() else []:
         try:
-            lines.append(json.loads(line))
+            found = json.loads(line)
         except ValueError:
-            break
+            continue
+        if isinstance(found, dict) and isinstance(found.get("step"), int) and isinstance(found.get("split"), str):
+            lines.append(found)
     return lines

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
@@ -14,18 +14,18 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
-from avit_jax.checkpoint import RunCheckpoints
 from avit_jax.data.device import DeviceBatches
 from avit_jax.data.pipeline import training_batches
 from avit_jax.data.sources import Dataset
+from avit_jax.display import Display
 from avit_jax.evaluation import Evaluation, evaluate
-from avit_jax.interruption import StopRequest
+from avit_jax.interruption import StopAsked, StopRequest
 from avit_jax.logs import RunLog
 from avit_jax.mesh import global_batch, place, replicated, state_shardings, training_mesh
 from avit_jax.model import AViT
 from avit_jax.optim import learning_rate_schedule, make_optimizer
+from avit_jax.run_checkpoints import RunCheckpoints
 from avit_jax.speed import StepClock
 from avit_jax.train_step import TrainState, initial_state, make_train_step
 
@@ -67,11 +67,20 @@ def train(
     train_step = make_train_step(graphdef, optimizer, config, mesh, teacher)
     kept = config.keep_checkpoints, config.keep_every, config.keep_best
     with contextlib.closing(batches), RunCheckpoints(workdir / "checkpoints", *kept) as checkpoints:
-        run = _Run(config, dataset, model, steps, mesh, train_step, batches, checkpoints, state, began=began)
+        display = Display(steps, config.batch_size)
+        run = _Run(config, dataset, model, steps, mesh, train_step, batches, checkpoints, display, state, began=began)
+        data = f"{len(dataset.train)} images in {len(dataset.class_names)} classes ({_source(dataset)})"
+        display.begin(model.config, sum(leaf.size for leaf in jax.tree.leaves(state.params)), data, workdir)
         run.restore(workdir)
-        with RunLog(workdir, run.step, schedule) as log, StopRequest() as stop:
+        validated = not run.evaluation_due
+        with RunLog(workdir, run.step, schedule, validated=validated) as log, StopRequest() as stop, display:
             run.loop(log, stop, workdir)
     return run.began_earlier
+
+
+def _source(dataset: Dataset) -> str:
+    settings = dataset.train.settings
+    return ", ".join(value for value in (settings.source, settings.name, settings.path) if value)
 
 
 def training_steps(config: ConfigDict, dataset: Dataset) -> int:
@@ -119,11 +128,13 @@ class _Run:
     train_step: Callable[[TrainState, dict[str, Array]], tuple[TrainState, dict[str, Array]]]
     batches: DeviceBatches
     checkpoints: RunCheckpoints
+    display: Display
     state: TrainState
     began: float
     step: int = 0
     window: list[Metrics] = dataclasses.field(default_factory=list)  # metrics of the steps since the last line
     top1: float = 0.0  # on the validation images, the last time
+    evaluation_due: bool = False  # the run was stopped before, or while, it evaluated after this step
     rolled_back: int = 0  # the step at which a loss was not finite and the run went back, once
     began_earlier: float = 0.0  # seconds that earlier, stopped runs took
 
@@ -135,8 +146,7 @@ class _Run:
         self._take(found)
         self.began_earlier = found.progress["seconds"]
         self.began -= self.began_earlier
-        if jax.process_index() == 0:
-            print(f"going on from step {self.step} of {self.steps} in {workdir}")
+        self.display.say(f"going on from step {self.step} of {self.steps} in {workdir}")
 
     def _take(self, found: Any) -> None:
         state = state_with(self.state, found.items, found.step)
@@ -144,36 +154,34 @@ class _Run:
         self.batches.set_state(found.data)
         self.step, self.window = found.step, found.progress["window"]
         self.top1, self.rolled_back = found.progress["top1"], found.progress["rolled_back"]
+        self.evaluation_due = found.progress.get("evaluation_due", False)
 
     def loop(self, log: RunLog, stop: StopRequest, workdir: Path) -> None:
         """To the last step."""
         clock = StepClock(self.config, self.model.config, self.mesh, workdir)
-        with tqdm(
-            total=self.steps,
-            initial=self.step,
-            unit="step",
-            desc="training",
-            mininterval=1,
-            dynamic_ncols=True,
-            disable=jax.process_index() != 0,
-        ) as bar:
-            while self.step < self.steps:
-                try:
-                    self._some_steps(log, stop, clock, bar)
-                except FloatingPointError as error:
-                    self._roll_back(error)
-                    log.back_to(self.step)
-                    bar.n = self.step
-                    clock.start(self.step)
+        self.display.start(self.step)
+        while self.step < self.steps or self.evaluation_due:
+            try:
+                self._some_steps(log, stop, clock)
+            except FloatingPointError as error:
+                self._roll_back(error)
+                log.back_to(self.step, validated=not self.evaluation_due)
+                self.display.start(self.step)
         self.checkpoints.wait()
-        self._show(self.state.params if self.state.ema is None else self.state.ema)
-        if self.state.ema is not None and self.config.optim.compare_ema:
-            self._keep_better()
+        try:
+            self._show(self.state.params if self.state.ema is None else self.state.ema)
+            if self.state.ema is not None and self.config.optim.compare_ema:
+                self._keep_better(stop)
+            stop.check()
+        except StopAsked:
+            self._stop(stop)
 
-    def _some_steps(self, log: RunLog, stop: StopRequest, clock: StepClock, bar: tqdm) -> None:
+    def _some_steps(self, log: RunLog, stop: StopRequest, clock: StepClock) -> None:
         """Until the end, or a loss that is not finite."""
         config = self.config
         pending: tuple[int, dict[str, Array]] | None = None
+        if self.evaluation_due and not self._evaluate(log, stop):
+            self._stop(stop)  # its checkpoint is there already
         clock.start(self.step)
         while self.step < self.steps:
             clock.trace(self.step + 1)
@@ -191,9 +199,9 @@ class _Run:
                 stop.agreed()
             last = step == self.steps
             logs = last or step % config.log_every == 0
-            evaluates = last or step % config.eval_every == 0
+            self.evaluation_due = last or step % config.eval_every == 0
             saves = last or stopping or step % config.checkpoint_every == 0
-            if logs or evaluates or saves:
+            if logs or self.evaluation_due or saves:
                 with clock.waiting_for("device"):
                     self.window.append(_checked(*pending))
                 pending = None
@@ -201,27 +209,26 @@ class _Run:
             if logs:
                 means = _means(self.window) | clock.figures(step)
                 log.train(step, means)
-                bar.set_postfix(
-                    loss=f"{means['loss']:.3f}",
-                    accuracy=f"{means['accuracy']:.3f}",
-                    depth=f"{means['mean_depth']:.2f}",
-                    images_s=f"{means['images_per_second']:.0f}",
-                )
+                self.display.means(step, means)
                 self.window.clear()
                 clock.start(step)
-            bar.update(1)
-            if evaluates:
+            self.display.at(step)
+            if self.evaluation_due and not stopping:
                 with clock.aside():
-                    self._evaluate(log)
-            if saves:
+                    stopping = not self._evaluate(log, stop)
+            if saves or stopping:
                 with clock.waiting_for("checkpoint"):
                     self._save(stopping or last)
-            if stopping and not last:
-                self.checkpoints.wait()
-                raise Stopped(
-                    f"stopped by {stop.signal or 'preemption'} after step {step} of {self.steps}; its checkpoint is "
-                    "written: the same command goes on"
-                )
+            if stopping:
+                self._stop(stop)
+
+    def _stop(self, stop: StopRequest) -> NoReturn:
+        stop.agreed()
+        self.checkpoints.wait()
+        raise Stopped(
+            f"stopped by {stop.signal or 'preemption'} after step {self.step} of {self.steps}; its checkpoint is "
+            "written: the same command goes on"
+        )
 
     def _save(self, now: bool) -> None:
         # With the metrics since the last line: the next line after a resume is the same mean.
@@ -231,35 +238,43 @@ class _Run:
             "window": self.window,
             "top1": self.top1,
             "rolled_back": self.rolled_back,
+            "evaluation_due": self.evaluation_due,
         }
         items = state_items(self.state)
         self.checkpoints.save(self.step, items, progress, self.batches.get_state(), self.model.config, self.top1)
         if now:
             self.checkpoints.wait()
 
-    def _evaluate(self, log: RunLog) -> None:
-        self._show(self.state.params if self.state.ema is None else self.state.ema)
-        result = self._on_validation()
+    def _evaluate(self, log: RunLog, stop: StopRequest) -> bool:
+        """Evaluate and log it; False, and nothing logged, where a signal broke it off."""
+        raw = None
+        try:
+            self._show(self.state.params if self.state.ema is None else self.state.ema)
+            result = self._on_validation(stop)
+            if self.state.ema is not None and self.config.optim.compare_ema:
+                self._show(self.state.params)
+                raw = self._on_validation(stop)
+        except StopAsked:
+            return False
         log.val(self.step, result, "val")
-        self.top1 = result.top1
-        if self.state.ema is not None and self.config.optim.compare_ema:
-            self._show(self.state.params)
-            raw = self._on_validation()
+        if raw is not None:
             log.val(self.step, raw, "val_raw")
-            self.top1 = max(self.top1, raw.top1)
+        self.display.validation(self.step, result, self.model.config.depth, raw)
+        self.top1 = result.top1 if raw is None else max(result.top1, raw.top1)
+        self.evaluation_due = False
+        return True
 
-    def _on_validation(self) -> Evaluation:
-        return evaluate(self.model, self.dataset.val, self.config.eval_batch_size)
+    def _on_validation(self, stop: StopRequest) -> Evaluation:
+        return evaluate(self.model, self.dataset.val, self.config.eval_batch_size, before_batch=stop.check)
 
-    def _keep_better(self) -> None:
+    def _keep_better(self, stop: StopRequest) -> None:
         """Leave the model with the moving average or the raw weights, whichever is better on validation; say which."""
-        average = self._on_validation().top1
+        average = self._on_validation(stop).top1
         assert self.state.ema is not None
         self._show(self.state.params)
-        raw = self._on_validation().top1
-        if jax.process_index() == 0:
-            better = "the moving average" if average >= raw else "the raw weights"
-            print(f"validation top-1: moving average {average:.2%}, raw weights {raw:.2%}; kept: {better}")
+        raw = self._on_validation(stop).top1
+        better = "the moving average" if average >= raw else "the raw weights"
+        self.display.say(f"validation top-1: moving average {average:.2%}, raw weights {raw:.2%}; kept: {better}")
         if average >= raw:
             self._show(self.state.ema)
 
@@ -280,8 +295,7 @@ class _Run:
         self._take(found)
         self.batches.set_state(data)
         self.rolled_back = bad
-        if jax.process_index() == 0:
-            print(f"{error}\nrolled back to step {self.step}; the data up to step {bad} are skipped")
+        self.display.say(f"{error}\nrolled back to step {self.step}; the data up to step {bad} are skipped")
 
 
 def _means(window: list[Metrics]) -> Metrics:

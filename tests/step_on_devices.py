@@ -13,6 +13,7 @@ from flax import nnx
 from jax.sharding import AxisType
 
 from avit_jax import Preprocessing
+from avit_jax.digests import tree_digests
 from avit_jax.mesh import global_batch
 from avit_jax.train_step import initial_state, make_train_step
 from configs import npz_avit
@@ -57,6 +58,7 @@ for parts, data, fsdp in ((1, 8, 1), (2, 4, 2)):
     where = f"data={data}, fsdp={fsdp}, {parts} parts"
     kernel = layout["blocks"]["mlp"]["fc1"]["kernel"][...]
     assert len(kernel.sharding.device_set) == 8 and kernel.sharding.is_fully_replicated == (fsdp == 1), where
+    assert tree_digests(layout) == tree_digests(jax.device_get(layout)), f"digests depend on the mesh, {where}"
     difference = np.linalg.norm(gradient - expected) / np.linalg.norm(expected)
     print(f"{where}: {difference:.1e}")
     assert difference <= 1e-6, f"{where}: gradients differ by {difference:.1e} of their norm"

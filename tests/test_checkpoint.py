@@ -12,7 +12,8 @@ from flax import nnx
 
 import avit_jax
 from avit_jax import AViT, Preprocessing
-from avit_jax.checkpoint import RunCheckpoints, checkpoint_steps
+from avit_jax.checkpoint import checkpoint_steps
+from avit_jax.run_checkpoints import RunCheckpoints
 from tests.builders import small_config, spread_gate
 
 
