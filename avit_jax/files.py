@@ -84,7 +84,7 @@ def writable_folder(path: str | Path) -> Path:
 
 
 def shown(name: object, longest: int = 400) -> str:
-    """A foreign name as it can be printed: control characters and lone surrogates escaped, the middle of a long one cut."""
+    """A foreign name as it can be printed: control characters and lone surrogates escaped, a long one cut."""
     text = str(name)
     if len(text) > longest:
         text = f"{text[: longest // 2]}...{text[-(longest // 2) :]}"

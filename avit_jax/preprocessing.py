@@ -32,7 +32,7 @@ def preprocess(images: Any, config: AViTConfig | Any = None) -> Float[np.ndarray
     """
     if not isinstance(config, AViTConfig):
         given = "nothing" if config is None else type(config).__name__
-        raise ValueError(f"preprocess needs the model's configuration and has {given}: preprocess(images, model.config)")
+        raise ValueError(f"preprocess needs the model's configuration, not {given}: preprocess(images, model.config)")
     arrays = [_to_array(image, config.in_channels) for image in _as_sequence(images, config.in_channels)]
     return normalize(np.stack([_cut(array, config) for array in arrays]), config)
 
@@ -78,7 +78,7 @@ def _as_array(image: Any) -> np.ndarray:
         array = np.asarray(image)
     except Exception as error:  # a ragged list, or a tensor on another device: every library has its own error
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"a {type(image).__name__} cannot become a NumPy array ({reason}): give uint8 arrays") from None
+        raise ValueError(f"a {type(image).__name__} cannot become an array ({reason}): give uint8 arrays") from None
     if array.dtype != np.uint8:
         what = f"images are {array.dtype}" if array.dtype != object else f"an image is a {type(image).__name__}"
         raise ValueError(
