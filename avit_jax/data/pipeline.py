@@ -26,6 +26,7 @@ from avit_jax.data.elements import (
 from avit_jax.data.randaugment import ColorJitter, RandAugment
 from avit_jax.data.settings import AugmentSettings, DataSettings
 from avit_jax.data.sources import Images, Split
+from avit_jax.data.workers import end_with_parent
 from avit_jax.files import shown
 from avit_jax.mesh import available_cores
 from avit_jax.preprocessing import normalize
@@ -242,7 +243,7 @@ def _read(
         options = grain.ReadOptions(num_threads=settings.threads or 1, prefetch_buffer_size=2)
         return iter(
             batches.to_iter_dataset(options).mp_prefetch(
-                grain.MultiprocessingOptions(num_workers=settings.workers, per_worker_buffer_size=2)
+                grain.MultiprocessingOptions(num_workers=settings.workers, per_worker_buffer_size=2), end_with_parent
             )
         )
     if in_memory:
