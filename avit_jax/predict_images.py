@@ -1,24 +1,28 @@
 """A person's own pictures: what the model says of each, how sure it is, and where its layers went."""
 
 import dataclasses
+import hashlib
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
 import numpy as np
-from PIL import ImageOps
 
 from avit_jax.checkpoint import load
 from avit_jax.config import AViTConfig
 from avit_jax.data.decode import BadImage, decode
 from avit_jax.evaluation import masked_program
-from avit_jax.files import writable_folder
+from avit_jax.files import shown, writable_folder
 from avit_jax.model import AViT
 from avit_jax.packed import compile_packed
-from avit_jax.preprocessing import denormalize, preprocess
+from avit_jax.preprocessing import denormalize, normalize, preprocess
 from avit_jax.report.gallery import overlay
 
 _BATCH = 32
+_WIDEST = 60  # characters of the column of file names; longer names push their line to the right
+_SUFFIX = ".depth.png"
+_LONGEST, _KEPT = 255, 200  # bytes of a file name that file systems take, and those that are kept of a longer one
 
 
 def predict_checkpoint(
@@ -52,29 +56,30 @@ def predict_checkpoint(
 
 def predict_files(model: AViT, files: list[Path], root: Path, out: Path | None, execution: str) -> Iterator[str]:
     """The lines of predict_checkpoint; pictures are read, run and forgotten a batch at a time."""
+    config = model.config
+    normalize(np.zeros((0, *config.image_shape, config.in_channels), np.uint8), config)  # its error is no file's
     run = _program(model, min(_BATCH, len(files)), execution)
     names = model.config.class_names or tuple(map(str, range(model.config.num_classes)))
-    width = max(len(str(file.relative_to(root))) for file in files)
+    shown_names = {file: shown(file.relative_to(root)) for file in files}
+    width = min(max(map(len, shown_names.values())), _WIDEST)
     unreadable = []
     for start in range(0, len(files), _BATCH):
         read = {}
         for file in files[start : start + _BATCH]:
             try:
-                # Upright, as the camera says: a person's pictures are not a data set's.
-                picture = ImageOps.exif_transpose(decode(file, str(file.relative_to(root))))
-                read[file] = preprocess(picture, model.config)[0]
+                read[file] = _read(file, shown_names[file], model.config)
             except BadImage as error:
-                unreadable.append(str(file.relative_to(root)))
+                unreadable.append(shown_names[file])
                 yield f"unreadable: {error}"
         if not read:
             continue
         logits, depths = run(np.stack(list(read.values())))
         probabilities = np.asarray(jax.nn.softmax(logits))
         for (file, image), p, depth in zip(read.items(), probabilities, depths, strict=True):
-            name, best = str(file.relative_to(root)), int(p.argmax())
-            yield f"{name:{width}}  {names[best]}  {p[best]:.1%}  depth {depth.mean():.2f} of {model.config.depth}"
+            name, answer = shown_names[file], shown(names[int(p.argmax())])
+            yield f"{name:{width}}  {answer}  {p.max():.1%}  depth {depth.mean():.2f} of {model.config.depth}"
             if out is not None:
-                path = out / f"{name}.depth.png"
+                path = picture_path(out, file.relative_to(root))
                 path.parent.mkdir(parents=True, exist_ok=True)
                 overlay(denormalize(image[None], model.config)[0], depth, model.config).save(path)
     count = len(files) - len(unreadable)
@@ -84,6 +89,37 @@ def predict_files(model: AViT, files: list[Path], root: Path, out: Path | None, 
         f"; {len(unreadable)} unreadable: {', '.join(unreadable)}" if unreadable else ""
     )
     yield f"pictures with their depths: {out}" if out else "the model never halts: there are no depths to draw"
+
+
+def _read(file: Path, name: str, config: AViTConfig) -> np.ndarray:
+    """The model's view of a file. Raises BadImage, whatever the file does to the libraries that read it."""
+    try:
+        # Upright, as the camera says: a person's pictures are not a data set's.
+        return preprocess(decode(file, name, upright=True), config)[0]
+    except BadImage:
+        raise
+    except Exception as error:
+        reason = shown(str(error).strip()) or type(error).__name__
+        raise BadImage(f"{name} cannot be resized ({reason}): replace the file") from error
+
+
+def picture_path(out: Path, name: Path) -> Path:
+    """Where the picture with the depths of an image goes: `<name>.depth.png` below out.
+
+    A part of the name that cannot be printed, or that is too long for a file system, is escaped and cut, with a digest.
+    """
+    parts = [*name.parts[:-1], name.name + _SUFFIX]
+    if len(os.fsencode(name)) > 4 * _LONGEST:  # the whole path has a limit too
+        parts = ["_".join(parts)]
+    return out.joinpath(*(_safe(part, _SUFFIX * (i == len(parts) - 1)) for i, part in enumerate(parts)))
+
+
+def _safe(part: str, suffix: str) -> str:
+    if part.isprintable() and len(os.fsencode(part)) <= _LONGEST:
+        return part
+    digest = hashlib.sha256(os.fsencode(part)).hexdigest()[:12]
+    kept = shown(part.removesuffix(suffix)).replace("\\", "_").encode()[:_KEPT].decode(errors="ignore")
+    return f"{kept}-{digest}{suffix}"
 
 
 def _program(model: AViT, batch_size: int, execution: str) -> Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]:

@@ -1,7 +1,9 @@
 """From what a person has (uint8 arrays, PIL images) to what the model takes."""
 
 import math
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
@@ -10,6 +12,7 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 
 from avit_jax.config import AViTConfig
+from avit_jax.data.decode import decode
 
 AnyArray = TypeVar("AnyArray", np.ndarray, jax.Array)
 RESAMPLING = {
@@ -17,14 +20,19 @@ RESAMPLING = {
     "bilinear": Image.Resampling.BILINEAR,
     "bicubic": Image.Resampling.BICUBIC,
 }
+LARGEST_RESIZED = 2**24  # pixels of a whole resized picture; 224-pixel models meet it at a side ratio of 1 to 256
 
 
-def preprocess(images: Any, config: AViTConfig) -> Float[np.ndarray, "b h w c"]:
+def preprocess(images: Any, config: AViTConfig | Any = None) -> Float[np.ndarray, "b h w c"]:
     """Images as `model(images)` takes them: resized, centre-cropped, scaled to 0..1, normalised by mean and std.
 
-    images: a PIL image or a sequence of them, or uint8 [H, W], [H, W, C] or [B, H, W, C] (grey without C too).
-    Raises ValueError for any other type or number of channels.
+    images: one image or a sequence of them, each a path, the bytes of a file, a PIL image or uint8 [H, W] or [H, W, C];
+    or uint8 [B, H, W] or [B, H, W, C]. config: model.config. Files are turned upright as their EXIF tag says. Raises
+    ValueError for any other type or number of channels, BadImage (a ValueError) for a file that cannot be read.
     """
+    if not isinstance(config, AViTConfig):
+        given = "nothing" if config is None else type(config).__name__
+        raise ValueError(f"preprocess needs the model's configuration, not {given}: preprocess(images, model.config)")
     arrays = [_to_array(image, config.in_channels) for image in _as_sequence(images, config.in_channels)]
     return normalize(np.stack([_cut(array, config) for array in arrays]), config)
 
@@ -50,35 +58,58 @@ def denormalize(images: Float[np.ndarray, "b h w c"], config: AViTConfig) -> UIn
 
 
 def _as_sequence(images: Any, channels: int) -> Sequence[Any]:
-    if isinstance(images, Image.Image):
+    if isinstance(images, (Image.Image, str, bytes, os.PathLike)):
         return [images]
     if isinstance(images, (list, tuple)):
         if not images:
             raise ValueError("there is no image to preprocess: the sequence is empty")
         return images
-    array = np.asarray(images)
+    array = _as_array(images)
     if array.ndim not in (2, 3, 4):
         raise ValueError(f"images have shape {array.shape}: give [H, W], [H, W, C] or [B, H, W, C]")
+    if not len(array):
+        raise ValueError(f"there is no image to preprocess: the array has shape {array.shape}")
     is_one = array.ndim == 2 or (array.ndim == 3 and array.shape[-1] == channels)
     return [array] if is_one else list(array)
 
 
+def _as_array(image: Any) -> np.ndarray:
+    try:
+        array = np.asarray(image)
+    except Exception as error:  # a ragged list, or a tensor on another device: every library has its own error
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"a {type(image).__name__} cannot become an array ({reason}): give uint8 arrays") from None
+    if array.dtype != np.uint8:
+        what = f"images are {array.dtype}" if array.dtype != object else f"an image is a {type(image).__name__}"
+        raise ValueError(
+            f"{what}: give uint8 0..255, PIL images or paths (or pass normalised float32 to the model itself)"
+        )
+    return array
+
+
 def _to_array(image: Any, channels: int) -> np.ndarray:
-    """uint8 [H, W, channels]; PIL images are converted, arrays must have the right channels."""
+    """uint8 [H, W, channels]; files and PIL images are converted, arrays must have the right channels."""
+    if isinstance(image, (str, os.PathLike)):
+        image = decode(Path(image), os.fspath(image), upright=True)
+    elif isinstance(image, bytes):
+        image = decode(image, f"an image of {len(image)} bytes", upright=True)
     if isinstance(image, Image.Image):
         if channels not in (1, 3):
             raise ValueError(f"the model takes {channels} channels: give arrays, a PIL image has 1 or 3")
         array = np.asarray(image.convert("L" if channels == 1 else "RGB"))
     else:
-        array = np.asarray(image)
-        if array.dtype != np.uint8:
-            raise ValueError(
-                f"images are {array.dtype}: give uint8 0..255 (or pass normalised float32 to the model itself)"
-            )
+        array = _as_array(image)
+    given = array.shape
     if array.ndim == 2:
         array = array[..., None]
-    if array.ndim != 3 or array.shape[-1] != channels:
-        raise ValueError(f"an image has shape {array.shape}: the model takes [height, width, {channels}]")
+    if array.ndim != 3 or array.shape[-1] != channels or not array.size:
+        hint = ""
+        if array.ndim == 3 and array.shape[-1] == 1 and channels == 3:
+            hint = "; a grey array becomes three channels with np.repeat(image[..., None], 3, axis=-1)"
+            hint = hint if len(given) == 2 else hint.replace("[..., None]", "")
+        elif array.ndim == 3 and array.shape[0] == channels:
+            hint = "; channels come last: np.moveaxis(image, 0, -1)"
+        raise ValueError(f"an image has shape {given}: the model takes [height, width, {channels}]{hint}")
     return array
 
 
@@ -86,7 +117,8 @@ def resize_and_crop(picture: Image.Image, config: AViTConfig) -> Image.Image:
     """Resized so that the model's size is crop_fraction of its shorter side, then cropped in the middle.
 
     Sizes are rounded as torchvision and timm round them: down when resizing, to the nearest pixel (half to even) when
-    cropping. Bicubic and bilinear are Pillow's, antialiased.
+    cropping. Bicubic and bilinear are Pillow's, antialiased. A picture so long and thin that its resized form would
+    have more than 16 megapixels is cropped first; its pixels may then differ by a level or two.
     """
     height, width = config.image_shape
     rows, columns = (int(side / config.preprocessing.crop_fraction) for side in (height, width))
@@ -96,6 +128,8 @@ def resize_and_crop(picture: Image.Image, config: AViTConfig) -> Image.Image:
         rows = max(int(columns * picture.height / picture.width), height)
     top, left = round((rows - height) / 2), round((columns - width) / 2)
     method = RESAMPLING[config.preprocessing.interpolation]
+    if rows * columns > max(LARGEST_RESIZED, 4 * height * width):
+        return _middle(picture, (rows, columns), (top, left), (height, width), method)
     upper, lower = (edge * picture.height / rows for edge in (top, top + height))
     if (
         picture.width < picture.height
@@ -107,11 +141,38 @@ def resize_and_crop(picture: Image.Image, config: AViTConfig) -> Image.Image:
     # Pillow resizes a wide picture row by row, then column by column: what the crop leaves out can go before and
     # between the two, with the same pixels for less work. (A tall one it may take the other way round.) Its box is in
     # float32, which a shorter side of 256 suits.
-    reach = math.ceil(2 * max(picture.height / rows, 1)) + 1  # pixels that a filter sees beyond the edge
-    first, last = max(math.floor(upper) - reach, 0), min(math.ceil(lower) + reach, picture.height)
+    first, last, box = _reach(picture.height, rows, top, height)
     picture = picture.crop((0, first, picture.width, last))
     picture = picture.resize((columns, last - first), method).crop((left, 0, left + width, last - first))
-    return picture.resize((width, height), method, box=(0, upper - first, width, lower - first))
+    return picture.resize((width, height), method, box=(0, box[0], width, box[1]))
+
+
+def _middle(
+    picture: Image.Image,
+    resized: tuple[int, int],
+    corner: tuple[int, int],
+    size: tuple[int, int],
+    method: Image.Resampling,
+) -> Image.Image:
+    """The part of `size` at `corner` of the picture as it would be when resized to `resized`; all (height, width).
+
+    Only the pixels that the part needs are read, and nothing larger is made.
+    """
+    first, last, rows = _reach(picture.height, resized[0], corner[0], size[0])
+    start, stop, columns = _reach(picture.width, resized[1], corner[1], size[1])
+    needed = picture.crop((start, first, stop, last))
+    return needed.resize((size[1], size[0]), method, box=(columns[0], rows[0], columns[1], rows[1]))
+
+
+def _reach(length: int, resized: int, start: int, size: int) -> tuple[int, int, tuple[float, float]]:
+    """Along one side of a picture: the first and last pixel that a part of the resized side needs, and its box there.
+
+    The part has `size` pixels from `start` on, after `length` pixels have become `resized`.
+    """
+    near, far = (edge * length / resized for edge in (start, start + size))
+    reach = math.ceil(2 * max(length / resized, 1)) + 1  # pixels that a filter sees beyond the edge
+    first, last = max(math.floor(near) - reach, 0), min(math.ceil(far) + reach, length)
+    return first, last, (near - first, far - first)
 
 
 def _cut(image: UInt8[np.ndarray, "h w c"], config: AViTConfig) -> UInt8[np.ndarray, "height width c"]:

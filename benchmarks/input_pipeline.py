@@ -35,7 +35,7 @@ from PIL import Image, features
 
 from avit_jax import PRESETS
 from avit_jax.data.crop import RandomFlip, RandomResizedCrop
-from avit_jax.data.elements import Decode, EvaluationCrop, ToArray
+from avit_jax.data.elements import BadImages, Decode, EvaluationCrop, ToArray
 from avit_jax.data.open import open_dataset
 from avit_jax.data.pipeline import evaluation_batches, training_batches
 from avit_jax.data.randaugment import RandAugment
@@ -182,19 +182,20 @@ def stages(images: int) -> dict[str, Any]:
     """Milliseconds of one image in each stage, one thread, means."""
     split = open_dataset(DataSettings(source="folder", path=str(ROOT))).train
     rng, fill = np.random.default_rng(0), (124, 116, 104)
+    bad = BadImages(split, MODEL, skip=False)
     crop = RandomResizedCrop((224, 224), (0.08, 1.0), (3 / 4, 4 / 3))
     augment = RandAugment(9, 2, 0.5, 0.5, fill)
     steps: dict[str, dict[str, Callable[[dict[str, Any]], dict[str, Any]]]] = {
         "train": {
-            "decode": Decode(split, MODEL, False).map,
+            "decode": Decode(bad).map,
             "crop": lambda e: crop.random_map(e, rng),
             "flip": lambda e: RandomFlip(0.5).random_map(e, rng),
             "RandAugment": lambda e: augment.random_map(e, rng),
             "array": ToArray().map,
         },
         "eval": {
-            "decode": Decode(split, MODEL, False).map,
-            "crop": EvaluationCrop(MODEL).map,
+            "decode": Decode(bad).map,
+            "crop": EvaluationCrop(bad).map,
             "array": ToArray().map,
         },
     }

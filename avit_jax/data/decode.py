@@ -1,15 +1,28 @@
 """From the bytes of a file to an RGB picture, or one sentence that says why not."""
 
 import io
+import os
+import re
+import stat
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image
+
+from avit_jax.files import shown
 
 # Pillow only warns of pictures above 89 megapixels, and goes on to decode them: here that is an error.
 warnings.simplefilter("error", Image.DecompressionBombWarning)
+
+# Whatever a file is called, nothing else is tried: Pillow hands EPS to Ghostscript, and has forty rarely used decoders.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+MAX_FILE_SIZE = 256_000_000  # bytes
+MAX_SIDE = 1_000_000  # pixels; Pillow keeps a pointer for each row
+MAX_SCANNED_PIXELS = 2_000_000_000  # of all scans of a JPEG together: libjpeg goes over the whole picture in each
+MAX_SLOW_PIXELS = 8_000_000  # of a run-length encoded BMP, which Pillow decodes in Python, 10 million a second
+MAX_SLOW_BYTES = 8_000_000  # of a PPM in plain text, which it decodes in Python too
 
 
 class BadData(ValueError):
@@ -20,19 +33,28 @@ class BadImage(BadData):
     """An image that cannot be decoded; on_bad_image = "skip" lets it pass."""
 
 
-def decode(source: bytes | Path, name: str | Callable[[], str]) -> Image.Image:
-    """The picture in mode RGB, as PyTorch's loader has it: alpha is dropped, CMYK converted, EXIF rotation left alone.
+class _Refused(Exception):
+    """A picture that would take too much time or memory."""
 
-    source: a file or its content; name: what an error calls it, or makes that. Raises BadImage for what is no image, is
-    cut off or has more than 89 megapixels.
+
+def decode(source: bytes | Path, name: str | Callable[[], str], *, upright: bool = False) -> Image.Image:
+    """The picture in mode RGB, as PyTorch's loader has it: alpha is dropped, CMYK converted; the first of several.
+
+    source: a file or its content; name: what an error calls it, or makes that; upright: rotated as the camera's EXIF
+    tag says, which PyTorch's loader ignores. Raises BadImage for what is no JPEG, PNG, WebP, GIF, BMP, TIFF or PPM
+    picture, is damaged or cut off, is no regular file, or is too large (89 megapixels, 256 MB).
     """
     try:
-        data = source if isinstance(source, bytes) else source.read_bytes()
-        with Image.open(io.BytesIO(data)) as picture:
+        data = source if isinstance(source, bytes) else read_file(source)
+        with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
+            _check_cost(picture, data)
             picture.load()
-            return as_rgb(picture)
+            rgb = as_rgb(picture)
+            return _upright(rgb) if upright else rgb
+    except _Refused as error:
+        raise BadImage(f"{_called(name)} {error}") from None
     except Image.UnidentifiedImageError:
-        what = "is no image that Pillow can read" if data else "is empty"
+        what = f"is no image that Pillow can read as {', '.join(FORMATS)}" if data else "is empty"
         raise BadImage(f"{_called(name)} {what}: remove it or replace it") from None
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         limit = (Image.MAX_IMAGE_PIXELS or 0) / 1e6
@@ -40,12 +62,85 @@ def decode(source: bytes | Path, name: str | Callable[[], str]) -> Image.Image:
             f"{_called(name)} has more than {limit:.0f} megapixels, which may be a decompression bomb: make it smaller"
         ) from None
     except Exception as error:  # Pillow's formats raise OSError, SyntaxError, struct.error and others
-        reason = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
+        reason = getattr(error, "strerror", None) or shown(str(error).strip()) or type(error).__name__
         raise BadImage(f"{_called(name)} cannot be read ({reason}): replace the file") from error
 
 
+def read_file(path: Path) -> bytes:
+    """The content of a regular file of at most 256 MB; a pipe or a device is not waited for."""
+    # O_NONBLOCK: opening a pipe that nobody writes to would wait for ever.
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    with os.fdopen(descriptor, "rb") as stream:
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode):
+            raise _Refused("is no regular file: remove it")
+        if found.st_size <= MAX_FILE_SIZE:
+            data = stream.read(MAX_FILE_SIZE + 1)  # some file systems say that a file has no size
+            if len(data) <= MAX_FILE_SIZE:
+                return data
+    raise _Refused(f"is larger than {MAX_FILE_SIZE / 1e6:.0f} MB, too large for one picture: make it smaller")
+
+
+def _check_cost(picture: Image.Image, data: bytes) -> None:
+    """Raises _Refused for a picture whose decoding takes much longer than its size suggests; nothing is decoded yet."""
+    width, height = picture.size
+    if Image.MAX_IMAGE_PIXELS and width * height > Image.MAX_IMAGE_PIXELS:
+        raise Image.DecompressionBombError  # where a program has reset the warnings
+    if max(width, height) > MAX_SIDE:
+        raise _Refused(f"is {width} x {height} pixels, and a side may have {MAX_SIDE:,}: make it smaller")
+    if picture.format in ("JPEG", "MPO"):
+        scans = _count_scans(data)
+        if scans * width * height > MAX_SCANNED_PIXELS and scans > 4:  # 4: one for each component
+            raise _Refused(f"is a JPEG of {scans} scans, too many for {width} x {height} pixels: save it again")
+    if picture.format == "BMP" and width * height > MAX_SLOW_PIXELS and picture.tile[0][0] == "bmp_rle":
+        raise _Refused(f"is a run-length encoded BMP of more than {MAX_SLOW_PIXELS:,} pixels: save it as PNG")
+    if picture.format == "PPM" and len(data) > MAX_SLOW_BYTES and picture.tile[0][0] == "ppm_plain":
+        raise _Refused(f"is a PPM in plain text of more than {MAX_SLOW_BYTES / 1e6:.0f} MB: save it as PNG")
+
+
+def _count_scans(data: bytes) -> int:
+    """The number of scans of the first picture in a JPEG file; thumbnails and what follows the picture do not count."""
+    scans, place = 0, 2
+    # A marker is ff and a byte; inside a scan 00 and d0 to d7 after ff belong to the scan.
+    while marker := _MARKER.search(data, place):
+        place = marker.end()
+        kind = data[place - 1]
+        if kind == 0xD9:  # the end of the picture
+            break
+        scans += kind == 0xDA
+        if kind not in (0x01, 0xD8):  # all others have a length
+            place += int.from_bytes(data[place : place + 2], "big")
+    return scans
+
+
+_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
+
+
+# How a picture is stored, by EXIF's orientation tag, and what turns it back.
+_TURNED = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def _upright(picture: Image.Image) -> Image.Image:
+    """The picture as the camera was held. ImageOps.exif_transpose writes all tags anew and fails on damaged ones."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            turn = _TURNED.get(picture.getexif().get(ExifTags.Base.Orientation))
+    except Exception:  # a damaged tag says nothing
+        turn = None
+    return picture if turn is None else picture.transpose(turn)
+
+
 def _called(name: str | Callable[[], str]) -> str:
-    return name if isinstance(name, str) else name()
+    return shown(name if isinstance(name, str) else name())
 
 
 def as_rgb(picture: Image.Image) -> Image.Image:
@@ -53,8 +148,16 @@ def as_rgb(picture: Image.Image) -> Image.Image:
     if picture.mode == "RGB":
         return picture
     if picture.mode.startswith("I"):  # 16 bits, also where Pillow widens them to 32
-        levels = np.asarray(picture)
-        picture = Image.fromarray((np.clip(levels, 0, 65535) // 256).astype(np.uint8))
+        picture = _high_bytes(picture)
     elif picture.mode == "P" and "transparency" in picture.info:
         picture = picture.convert("RGBA")  # straight to RGB Pillow warns, and gives the same colours
     return picture.convert("RGB")
+
+
+def _high_bytes(picture: Image.Image) -> Image.Image:
+    """16-bit grey as 8-bit grey, some rows at a time: NumPy makes several copies."""
+    grey, rows = Image.new("L", picture.size), max(1, 2**22 // picture.width)
+    for top in range(0, picture.height, rows):
+        levels = np.asarray(picture.crop((0, top, picture.width, min(top + rows, picture.height))))
+        grey.paste(Image.fromarray((np.clip(levels, 0, 65535) // 256).astype(np.uint8)), (0, top))
+    return grey

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import grain
@@ -9,8 +10,10 @@ import numpy as np
 from PIL import Image
 
 from avit_jax.config import AViTConfig
+from avit_jax.data.crop import RandomResizedCrop
 from avit_jax.data.decode import BadData, BadImage, decode
 from avit_jax.data.sources import Images
+from avit_jax.files import shown
 from avit_jax.preprocessing import resize_and_crop
 
 
@@ -49,34 +52,57 @@ class EvaluationRows:
 
 
 @dataclasses.dataclass(frozen=True)
-class Decode(grain.transforms.Map):
-    """A file, bytes or an array as a picture; its weight is 0 for padding and for a bad image, else 1."""
+class BadImages:
+    """What happens to images that cannot be used: the slot of each stays, black and with weight 0, or BadImage."""
 
     split: Images
     config: AViTConfig
-    skip_bad: bool
+    skip: bool
+
+    def blank(self) -> Image.Image:
+        """The picture that stands in for one that is missing."""
+        height, width = self.config.image_shape
+        return Image.new("L" if self.config.in_channels == 1 else "RGB", (width, height))
+
+    def cut(self, element: dict[str, Any], cut: Callable[[Image.Image], Image.Image]) -> dict[str, Any]:
+        """The element with `cut` of its picture. Raises BadImage for whatever goes wrong, unless it is skipped."""
+        try:
+            return element | {"image": cut(element["image"])}
+        except Exception as error:
+            if self.skip:
+                return element | {"image": self.blank(), "weight": np.float32(0)}
+            name = shown(self.split.name(element["index"]))
+            reason = shown(str(error).strip()) or type(error).__name__
+            raise BadImage(f"{name} cannot be resized ({reason}): replace the file") from error
+
+
+@dataclasses.dataclass(frozen=True)
+class Decode(grain.transforms.Map):
+    """A file, bytes or an array as a picture; its weight is 0 for padding and for a bad image, else 1."""
+
+    bad: BadImages
 
     def map(self, element: dict[str, Any]) -> dict[str, Any]:
-        """The element decoded. Raises BadImage unless skip_bad, BadData for a label beyond the model's classes."""
-        height, width = self.config.image_shape
+        """The element decoded. Raises BadImage unless skipped, BadData for a label beyond the model's classes."""
+        split, classes = self.bad.split, self.bad.config.num_classes
         image, label, weight = element["image"], int(element["label"]), np.float32(1)
-        if image is not None and not 0 <= label < self.config.num_classes:
+        if image is not None and not 0 <= label < classes:
             raise BadData(
-                f"{self.split.name(element['index'])} has label {label} and the model {self.config.num_classes} "
+                f"{shown(split.name(element['index']))} has label {label} and the model {classes} "
                 "classes: 0..num_classes - 1 is allowed"
             )
         try:
             if isinstance(image, np.ndarray):
                 image = as_picture(image)
             elif image is not None:
-                image = decode(image, functools.partial(self.split.name, element["index"]))
+                image = decode(image, functools.partial(split.name, element["index"]))
         except BadImage:
-            if not self.skip_bad:
+            if not self.bad.skip:
                 raise
             image = None
         if image is None:
-            image, weight = Image.new("RGB", (width, height)), np.float32(0)
-        if self.config.in_channels == 1:
+            image, weight = self.bad.blank(), np.float32(0)
+        if self.bad.config.in_channels == 1:
             image = image.convert("L")
         return element | {"image": image, "label": np.int32(label), "weight": weight}
 
@@ -85,11 +111,23 @@ class Decode(grain.transforms.Map):
 class EvaluationCrop(grain.transforms.Map):
     """The resized middle of a picture, as preprocess(images, config) has it."""
 
-    config: AViTConfig
+    bad: BadImages
 
     def map(self, element: dict[str, Any]) -> dict[str, Any]:
         """The element with its picture cut."""
-        return element | {"image": resize_and_crop(element["image"], self.config)}
+        return self.bad.cut(element, lambda picture: resize_and_crop(picture, self.bad.config))
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingCrop(grain.transforms.RandomMap):
+    """A random part of a picture, resized."""
+
+    crop: RandomResizedCrop
+    bad: BadImages
+
+    def random_map(self, element: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
+        """The element with its picture cut."""
+        return self.bad.cut(element, lambda picture: self.crop.random_map({"image": picture}, rng)["image"])
 
 
 @dataclasses.dataclass(frozen=True)

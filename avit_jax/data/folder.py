@@ -1,21 +1,18 @@
 """Images in folders by class, train/CLASS/*.JPEG and val/CLASS/*.JPEG: the layout that PyTorch's ImageFolder reads."""
 
 import dataclasses
-import hashlib
-import json
 import os
-import tempfile
-import zipfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Int
 
-from avit_jax.data.settings import DataSettings
+from avit_jax.data.folder_index import cache_file, read_index, write_index
+from avit_jax.data.folder_index import list_files as _list_files
+from avit_jax.data.settings import DataSettings, expanded
 from avit_jax.data.sources import Dataset
-
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif")
+from avit_jax.files import shown
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +41,7 @@ def load_folder(settings: DataSettings) -> Dataset:
     The list of files is made once and kept in the cache folder ($XDG_CACHE_HOME or ~/.cache)/avit_jax; it is made anew
     when a folder has changed. Raises ValueError naming the folder or file that is missing, empty or out of place.
     """
-    root = Path(settings.path).expanduser()
+    root = expanded(settings.path)
     if not settings.path or not root.is_dir():
         raise ValueError(
             f"config.data.path {settings.path!r} is not a folder: give one with train/CLASS/ and val/CLASS/ in it"
@@ -61,97 +58,39 @@ def load_folder(settings: DataSettings) -> Dataset:
 def _hint(root: Path, purpose: str) -> str:
     """Why there is no train/ or val/, as far as one can see."""
     if any(root.glob("*.tfrecord*")) or any(root.glob("*.array_record*")) or (root / "dataset_info.json").exists():
-        return f"{root} holds a TFDS data set and no folder {purpose}/: use config.data.source='tfds'"
+        return f"{shown(root)} holds a TFDS data set and no folder {purpose}/: use config.data.source='tfds'"
     archives = sorted(file.name for file in root.glob("*.tar*"))
     if archives:
-        return f"{root} has no folder {purpose}/ and {archives[0]} is still packed: unpack it into {purpose}/CLASS/"
-    return f"{root} has no folder {purpose}/: images must be in {purpose}/CLASS/"
+        return (
+            f"{shown(root)} has no folder {purpose}/ and {shown(archives[0])} is still packed: unpack it into "
+            f"{purpose}/CLASS/"
+        )
+    return f"{shown(root)} has no folder {purpose}/: images must be in {purpose}/CLASS/"
 
 
 def _indexed(
     folder: Path, class_names: tuple[str, ...] | None, settings: DataSettings
 ) -> tuple[tuple[str, ...], FolderSplit]:
     """The folder's classes and files, from the cache where that still holds; class_names: those of train/."""
-    cache = _cache_file(folder)
-    index = _read_index(cache, folder)
+    cache = cache_file(folder)
+    index = read_index(cache, folder) if cache else None
     if index is None:
         index = _list_files(folder)
-        _write_index(cache, index)
+        if cache:
+            write_index(cache, index)
     names, files, own_labels = index["class_names"], index["files"], index["labels"]
     if index["ignored"]:
         print(
-            f"{folder}: {len(index['ignored'])} files that are no images by their names are left out, the first: "
-            f"{index['ignored'][0]}"
+            f"{shown(folder)}: {len(index['ignored'])} files that are no images by their names are left out, the "
+            f"first: {shown(index['ignored'][0])}"
         )
     if class_names is None:
         return names, FolderSplit(folder, files, own_labels, settings)
     extra = sorted(set(names) - set(class_names))
     if extra:
         raise ValueError(
-            f"{folder / extra[0]} is a class that {folder.parent / 'train'} lacks: both must name classes alike"
+            f"{shown(folder / extra[0])} is a class that {shown(folder.parent / 'train')} lacks: both must name "
+            "classes alike"
         )
     positions = np.asarray([class_names.index(name) for name in names], np.int32)
     return class_names, FolderSplit(folder, files, positions[own_labels], settings)
-
-
-def _list_files(folder: Path) -> dict[str, Any]:
-    """Every image below a class folder, sorted, and the time stamps of all folders seen."""
-    names = tuple(sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and entry.name[0] != "."))
-    if not names:
-        raise ValueError(f"{folder} holds no class folders: images must be in {folder.name}/CLASS/")
-    files: list[bytes] = []
-    labels: list[int] = []
-    ignored: list[str] = []
-    stamps = {".": os.stat(folder).st_mtime_ns}
-    for label, name in enumerate(names):
-        before = len(files)
-        for place, inner, found in os.walk(folder / name, followlinks=True):
-            inner.sort()
-            stamps[os.path.relpath(place, folder)] = os.stat(place).st_mtime_ns
-            for file in sorted(found):
-                relative = os.path.relpath(os.path.join(place, file), folder)
-                if file.lower().endswith(EXTENSIONS) and file[0] != ".":
-                    files.append(os.fsencode(relative))
-                    labels.append(label)
-                elif file[0] != ".":
-                    ignored.append(relative)
-        if len(files) == before:
-            raise ValueError(f"the class folder {folder / name} holds no images: fill it or remove it")
-    return {
-        "class_names": names,
-        "files": np.asarray(files),
-        "labels": np.asarray(labels, np.int32),
-        "ignored": ignored,
-        "stamps": stamps,
-    }
-
-
-def _cache_file(folder: Path) -> Path:
-    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    key = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:16]
-    return caches / "avit_jax" / f"folder-{key}.npz"
-
-
-def _read_index(cache: Path, folder: Path) -> dict[str, Any] | None:
-    """The cached list, or None where there is none, it is damaged, or a folder changed since."""
-    try:
-        with cache.open("rb") as stream, np.load(stream) as file:
-            about = json.loads(str(file["about"]))
-            index = {"files": file["files"], "labels": file["labels"], "ignored": about["ignored"]}
-        if any(os.stat(folder / place).st_mtime_ns != stamp for place, stamp in about["stamps"].items()):
-            return None
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        return None
-    return index | {"class_names": tuple(about["class_names"]), "stamps": about["stamps"]}
-
-
-def _write_index(cache: Path, index: dict[str, Any]) -> None:
-    """Whole or not at all, also while other processes write the same; without a place to write there is no cache."""
-    about = {name: index[name] for name in ("class_names", "ignored", "stamps")}
-    try:
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=cache.parent, delete=False) as stream:
-            np.savez(stream, files=index["files"], labels=index["labels"], about=np.asarray(json.dumps(about)))
-        os.replace(stream.name, cache)
-    except OSError as error:
-        print(f"the list of images is not kept, it will be made again: {error}")

@@ -13,12 +13,23 @@ from avit_jax.config import AViTConfig
 from avit_jax.data.augment import RandomAffine
 from avit_jax.data.crop import RandomFlip, RandomResizedCrop
 from avit_jax.data.decode import BadData, BadImage, decode
-from avit_jax.data.elements import Decode, EvaluationCrop, EvaluationRows, Numbered, ToArray, as_array
+from avit_jax.data.elements import (
+    BadImages,
+    Decode,
+    EvaluationCrop,
+    EvaluationRows,
+    Numbered,
+    ToArray,
+    TrainingCrop,
+    as_array,
+)
 from avit_jax.data.randaugment import ColorJitter, RandAugment
 from avit_jax.data.settings import AugmentSettings, DataSettings
 from avit_jax.data.sources import Images, Split
+from avit_jax.data.workers import end_with_parent
+from avit_jax.files import shown
 from avit_jax.mesh import available_cores
-from avit_jax.preprocessing import normalize, resize_and_crop
+from avit_jax.preprocessing import normalize
 
 Batch = dict[str, Any]
 BAD_LIMIT = 0.01  # share of a split's images that on_bad_image = "skip" puts up with
@@ -103,12 +114,13 @@ def _augmented(
 ) -> grain.MapDataset:
     settings = split.settings
     if not isinstance(split, Split) or augment.needs_pictures:
-        dataset = dataset.map(Decode(split, model, settings.on_bad_image == "skip"))
+        bad = BadImages(split, model, settings.on_bad_image == "skip")
+        dataset = dataset.map(Decode(bad))
         if augment.crop_scale:
             crop = RandomResizedCrop(model.image_shape, augment.crop_scale, augment.crop_ratio, settings.interpolation)
-            dataset = dataset.random_map(crop)
+            dataset = dataset.random_map(TrainingCrop(crop, bad))
         else:
-            dataset = dataset.map(EvaluationCrop(model))
+            dataset = dataset.map(EvaluationCrop(bad))
         if augment.flip:
             dataset = dataset.random_map(RandomFlip(augment.flip))
         if augment.randaugment:
@@ -146,8 +158,8 @@ def evaluation_batches(
         return
     settings = split.settings
     rows = EvaluationRows(split, batch_size, process_index, process_count)
-    dataset = grain.MapDataset.source(rows).map(Decode(split, model, settings.on_bad_image == "skip"))
-    dataset = dataset.map(EvaluationCrop(model)).map(ToArray())
+    bad_images = BadImages(split, model, settings.on_bad_image == "skip")
+    dataset = grain.MapDataset.source(rows).map(Decode(bad_images)).map(EvaluationCrop(bad_images)).map(ToArray())
     iterator = _read(dataset, own, 0, lambda batch: batch, settings, in_memory=False)
     bad: set[int] = set()
     try:
@@ -165,9 +177,9 @@ def evaluation_images(
     """Some images of a split as evaluation sees them, not normalised."""
     if isinstance(split, Split):
         return split.images[np.asarray(indices)]
-    decoded = Decode(split, model, skip_bad=False)
-    elements = (decoded.map(split[int(i)] | {"index": int(i)}) for i in indices)
-    return np.stack([as_array(resize_and_crop(element["image"], model)) for element in elements])
+    bad = BadImages(split, model, skip=False)
+    elements = (Decode(bad).map(split[int(i)] | {"index": int(i)}) for i in indices)
+    return np.stack([as_array(EvaluationCrop(bad).map(element)["image"]) for element in elements])
 
 
 class _Reindexed(grain.MapDataset):
@@ -231,7 +243,7 @@ def _read(
         options = grain.ReadOptions(num_threads=settings.threads or 1, prefetch_buffer_size=2)
         return iter(
             batches.to_iter_dataset(options).mp_prefetch(
-                grain.MultiprocessingOptions(num_workers=settings.workers, per_worker_buffer_size=2)
+                grain.MultiprocessingOptions(num_workers=settings.workers, per_worker_buffer_size=2), end_with_parent
             )
         )
     if in_memory:
@@ -282,7 +294,7 @@ def _reason(split: Images, index: int) -> str:
         decode(split[index]["image"], functools.partial(split.name, index))
     except BadImage as error:
         return str(error)
-    return f"{split.name(index)} could not be read and can be now"
+    return f"{shown(split.name(index))} could not be read and can be now"
 
 
 def _check_shares(batch_size: int, process_count: int) -> None:

@@ -1,8 +1,12 @@
 """config.data and config.augment: every key, its default and its unit."""
 
 import dataclasses
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
+
+import numpy as np
 
 from avit_jax.config import INTERPOLATIONS, nearest
 
@@ -24,9 +28,48 @@ class _Settings:
                 raise ValueError(f"config.{cls._section} has no key {name!r}: {nearest(name, fields)}")
         return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in section.items()})
 
+    def _check_types(self) -> None:
+        """Raises ValueError for a value that is not of its field's type, or not finite."""
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+            good, kind = _KINDS[field.type]
+            self._check(field.name, good(getattr(self, field.name)), kind)
+
     def _check(self, name: str, is_good: bool, rule: str) -> None:
         if not is_good:
             raise ValueError(f"config.{self._section}.{name} is {getattr(self, name)!r}: it must be {rule}")
+
+
+def expanded(path: str) -> Path:
+    """config.data.path with ~ as the home folder. Raises ValueError where there is none."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"config.data.path {path!r} cannot be found ({error}): give a path without ~") from error
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return _is_whole(value) or (isinstance(value, (float, np.floating)) and math.isfinite(value))
+
+
+# What a field of a type may hold, and what a sentence calls it.
+_KINDS: dict[Any, tuple[Callable[[Any], bool], str]] = {
+    str: (_is_text, "text"),
+    int: (_is_whole, "a whole number"),
+    float: (_is_number, "a finite number"),
+    tuple[str, ...]: (lambda v: isinstance(v, tuple) and all(map(_is_text, v)), "a list of names, as ('cat', 'dog')"),
+    tuple[float, ...]: (
+        lambda v: isinstance(v, tuple) and all(map(_is_number, v)),
+        "a list of finite numbers, as (0.5,), or () for the default",
+    ),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,12 +92,14 @@ class DataSettings(_Settings):
     _section = "data"
 
     def __post_init__(self) -> None:
+        self._check_types()
         if self.source not in SOURCES:
             raise ValueError(f"config.data.source {self.source!r} is unknown: {nearest(self.source, SOURCES)}")
-        self._check("crop_fraction", 0 < self.crop_fraction <= 1, "above 0 and at most 1")
+        self._check("std", not self.std or min(self.std) > 0, "above 0 for every channel")
+        self._check("crop_fraction", 0.05 <= self.crop_fraction <= 1, "above 0: at least 0.05 and at most 1")
         self._check("interpolation", self.interpolation in INTERPOLATIONS, f"one of {', '.join(INTERPOLATIONS)}")
-        self._check("workers", self.workers >= 0, "0 (threads) or a number of processes")
-        self._check("threads", self.threads >= 0, "0 (one a core) or a number of threads")
+        self._check("workers", 0 <= self.workers <= 1000, "0 (threads) or a number of processes up to 1,000")
+        self._check("threads", 0 <= self.threads <= 1000, "0 (one a core) or a number of threads up to 1,000")
         self._check("on_bad_image", self.on_bad_image in ON_BAD_IMAGE, " or ".join(ON_BAD_IMAGE))
         self._check("repeated_augmentation", self.repeated_augmentation >= 1, "at least 1")
 
@@ -86,6 +131,7 @@ class AugmentSettings(_Settings):
     _section = "augment"
 
     def __post_init__(self) -> None:
+        self._check_types()
         for name, limits in (("crop_scale", self.crop_scale), ("crop_ratio", self.crop_ratio)):
             good = len(limits) == 2 and 0 < limits[0] <= limits[1]
             self._check(name, good or (name == "crop_scale" and not limits), "(least, most), both above 0")

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from avit_jax.data.settings import DataSettings
+from avit_jax.data.settings import DataSettings, expanded
 from avit_jax.data.sources import Dataset
 
 HELD_OUT = 5  # percent of train that become val where a data set has no validation split
@@ -31,7 +31,7 @@ class TfdsSplit:
         """Data set, split and number of the record, with its file name where the data set keeps one."""
         record = self.source[int(index)]
         file = record.get("file_name", b"")
-        return f"{self.about}, record {index}" + (f" ({file.decode()})" if file else "")
+        return f"{self.about}, record {index}" + (f" ({file.decode(errors='replace')})" if file else "")
 
 
 def load_tfds(settings: DataSettings) -> Dataset:
@@ -48,7 +48,7 @@ def load_tfds(settings: DataSettings) -> Dataset:
         import tensorflow_datasets as tfds
     except ImportError as error:
         raise ValueError("config.data.source 'tfds' needs a package: pip install tensorflow-datasets") from error
-    root = Path(settings.path or "~/tensorflow_datasets").expanduser()
+    root = expanded(settings.path or "~/tensorflow_datasets")
     _check_prepared(root, name)
     try:
         builder = tfds.builder(name, data_dir=root)
