@@ -20,6 +20,7 @@ from avit_jax.convert import Conversion, convert, fit, override
 from avit_jax.convert.weight_files import read_weight_file
 from avit_jax.distributed import in_any_process, lost_a_process
 from avit_jax.files import CannotWrite, read_json, write_json, writing
+from avit_jax.mesh import check_platform
 from avit_jax.model import AViT
 
 
@@ -71,6 +72,7 @@ def load(path: str | Path, preset: str | None = None, *, ema: bool = False, **ov
 
 def load_conversion(path: str | Path, preset: str | None = None, *, ema: bool = False, **overrides: Any) -> Conversion:
     """What load does, with the account of it."""
+    check_platform()
     path = Path(path).absolute()
     if path.is_file():
         file = read_weight_file(path, ema=ema)
