@@ -99,7 +99,7 @@ def _data(config: ConfigDict) -> tuple[AViTConfig, int, str]:
     try:
         dataset = open_dataset(settings)
     except ValueError as error:
-        if _are_there(settings):  # the run would refuse them, too
+        if not _may_be_missing(settings):
             raise
         preset, fields = given_fields(config.model)
         line = f"not to be read here ({error}); steps are counted for ImageNet's {IMAGENET_IMAGES} images"
@@ -109,12 +109,12 @@ def _data(config: ConfigDict) -> tuple[AViTConfig, int, str]:
     return model_config(config, dataset), images, line
 
 
-def _are_there(settings: DataSettings) -> bool:
-    """Whether there is anything where the data should be."""
+def _may_be_missing(settings: DataSettings) -> bool:
+    """Whether there is nothing at all where the config says the data are; a dry run forgives that, and nothing else."""
     if settings.source == "tfds":
         root = Path(settings.path or "~/tensorflow_datasets").expanduser()
-        return (root / settings.name.partition(":")[0]).exists()
-    return settings.source == "mnist" or bool(settings.path and Path(settings.path).expanduser().exists())
+        return bool(settings.name) and not (root / settings.name.partition(":")[0]).exists()
+    return settings.source != "mnist" and bool(settings.path) and not Path(settings.path).expanduser().exists()
 
 
 def _two_steps(program: Any, state: TrainState, batch: Any, teacher: Any) -> Iterator[str]:

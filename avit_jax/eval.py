@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from absl import flags
+from ml_collections import config_flags
 
 from avit_jax.cli import define_config_flag, run_main
 from avit_jax.config_files import DEFAULT_CONFIG
@@ -51,7 +52,7 @@ def main() -> None:
             return
         from avit_jax.checkpoint_evaluation import evaluate_checkpoint
 
-        changed = flags.FLAGS["config"].override_values
+        changed = config_flags.get_override_values(flags.FLAGS["config"])
         model = {name.removeprefix("model."): value for name, value in changed.items() if name.startswith("model.")}
         print(evaluate_checkpoint(config.value, path, report=report.value, model=model, **settings, **comparison))
 

@@ -33,11 +33,11 @@ def check_platform() -> None:
     try:
         jax.local_devices()
     except (RuntimeError, AssertionError) as error:
-        platforms = jax.config.jax_platforms or "the default"
+        platforms = os.environ.get("JAX_PLATFORMS") or "the default"
         reason = (str(error).splitlines() or ["it has no device of that kind"])[0][:200].rstrip(".")
         raise ValueError(
-            f"JAX cannot use the platform {platforms!r} (JAX_PLATFORMS) here: {reason}; install JAX for it, for instance "
-            "pip install 'jax[cuda12]' for an NVIDIA GPU, or set JAX_PLATFORMS=cpu"
+            f"JAX cannot use the platform {platforms!r} (JAX_PLATFORMS) here: {reason}; install JAX for it, for "
+            "instance pip install 'jax[cuda12]' for an NVIDIA GPU, or set JAX_PLATFORMS=cpu"
         ) from error
 
 

@@ -3,16 +3,18 @@
     python train.py --config=configs/folder.py:dense,/data/pictures
     python train.py --config=configs/folder.py:avit,/data/pictures
 
-The folder has train/CLASS/ and val/CLASS/ (and test/CLASS/ if you like), or just CLASS/; then 72 % of each class are for
-training, 8 % for validation and 20 % for the test. JPEG, PNG, WebP and others, each of any size.
+The folder has train/CLASS/ and val/CLASS/ (and test/CLASS/ if you like), or just CLASS/; then 72 % of each class are
+for training, 8 % for validation and 20 % for the test. JPEG, PNG, WebP and others, each of any size.
 
-Pictures are cut to 64x64 pixels. --config.model.image_size=128 --config.model.patch_size=16 shows the model more; the patch
-size must divide the image size. Set --config.augment.flip=0 where left and right differ (text, digits).
+Pictures are cut to 64x64 pixels. --config.model.image_size=128 --config.model.patch_size=16 shows the model more; the
+patch size must divide the image size. Set --config.augment.flip=0 where left and right differ (text, digits).
 
 With published weights instead of random ones, name a preset as the third word:
 
-    python train.py --config=configs/folder.py:dense,/data/pictures,deit_tiny_patch16_224 --config.init_from=deit_tiny.pth
+    python train.py --config=configs/folder.py:dense,/data/pictures,deit_tiny_patch16_224
     python train.py --config=configs/folder.py:avit,/data/pictures,deit_tiny_patch16_224
+
+The first reads deit_tiny_patch16_224.pth in the current folder, or --config.init_from=FILE.
 
 The settings are for hundreds to thousands of pictures; they were tried on made-up pictures of three classes.
 """
@@ -39,6 +41,7 @@ def get_config(arg: str = "avit") -> ConfigDict:
     config.augment.update({"crop_scale": (0.4, 1.0), "flip": 0.5, "color_jitter": 0.2})
     if preset:
         config.model = model_settings(preset=preset, drop_path_rate=0.1, remat=True)
+        config.init_from = f"{preset}.pth"
     else:
         config.model.update({"image_size": 64, "patch_size": 8})
     config.batch_size = 32
