@@ -17,6 +17,7 @@ from avit_jax.convert.huggingface import is_foreign_folder
 from avit_jax.convert.published import merged, where_to_get
 from avit_jax.digests import NO_DIGESTS, check_digests, json_digest, read_digests, tree_digests
 from avit_jax.files import read_json, write_json, writing
+from avit_jax.mesh import check_platform
 from avit_jax.model import AViT
 
 
@@ -96,6 +97,7 @@ def load(path: str | Path, preset: str | None = None, *, ema: bool = False, **ov
 
 def load_conversion(path: str | Path, preset: str | None = None, *, ema: bool = False, **overrides: Any) -> Conversion:
     """What load does, with the account of it."""
+    check_platform()
     if not Path(path).exists():
         raise ValueError(f"there is no checkpoint at {path}: {where_to_get(path)}")
     path = Path(path).absolute()

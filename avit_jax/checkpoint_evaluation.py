@@ -1,7 +1,9 @@
 """What eval.py does: any checkpoint on a data set, as a table and as a page."""
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -11,6 +13,7 @@ from avit_jax.config import AViTConfig
 from avit_jax.convert.weight_files import read_config
 from avit_jax.data.open import open_dataset
 from avit_jax.data.settings import DataSettings
+from avit_jax.data.sources import Dataset, Split
 from avit_jax.evaluation import Evaluation, evaluate
 from avit_jax.experiment import model_config
 from avit_jax.files import writable_folder
@@ -19,19 +22,6 @@ from avit_jax.model import AViT
 from avit_jax.predict_images import read_class_names
 from avit_jax.report.writer import Subject, write_report
 from avit_jax.sweep import parse_sweep
-
-# What decides the shapes of the parameters; the gate and the preprocessing are the checkpoint's own.
-SHAPE_FIELDS = [
-    "image_size",
-    "patch_size",
-    "in_channels",
-    "num_classes",
-    "embed_dim",
-    "depth",
-    "mlp_ratio",
-    "qkv_bias",
-    "distilled",
-]
 
 
 def evaluate_checkpoint(
@@ -44,61 +34,110 @@ def evaluate_checkpoint(
     baseline: str | Path | None = None,
     sweep: str | None = None,
     class_names: str | Path | None = None,
+    model: Mapping[str, Any] | None = None,
 ) -> str:
-    """Any checkpoint on the test images of config.data; a folder brings its own gate. Returns the table.
+    """Any checkpoint on the test images of config.data. Returns the table, after a line for what is odd.
 
-    report: a folder for report.html and report.json; baseline: a checkpoint to compare with in it; sweep: gate settings
-    to try, as sweep.parse_sweep takes them; class_names: a file, one name a line. Raises ValueError where the
-    checkpoint and config.model differ in shape, or the checkpoint and the data, and for a folder that is not writable.
+    A checkpoint that carries its configuration keeps it, gate and preprocessing included; a foreign file takes
+    config.model. model: fields of AViTConfig that the user asked for. report: a folder for report.html and report.json;
+    baseline: a checkpoint to compare with in it; sweep: gate settings to try, as sweep.parse_sweep takes them;
+    class_names: a file, one name a line. Raises ValueError where the checkpoint and the data differ in shape or number
+    of classes, for a baseline of other classes, and for a folder that is not writable.
     """
     check_values(config)
     if (baseline or sweep) and not report:
         raise ValueError(f"--{'sweep' if sweep else 'baseline'} is shown in the report: give --report=FOLDER too")
     settings = parse_sweep(sweep) if sweep else None
+    for checkpoint in (path, baseline):
+        if checkpoint and not Path(checkpoint).exists():
+            raise ValueError(f"there is no checkpoint at {checkpoint}: nothing of that name is there")
     folder = writable_folder(report) if report else None
     dataset = open_dataset(DataSettings.from_config(dict(config.data)))
-    wanted = model_config(config, dataset)
     mesh = data_mesh(config.eval_batch_size)
+    model_fields = dict(model or {})
 
-    def subject(path: str | Path, ema: bool) -> Subject:
-        model = _evaluable(path, wanted, ema)
-        names = read_class_names(class_names, wanted) if class_names else model.config.class_names
-        model.config = dataclasses.replace(model.config, class_names=names or wanted.class_names)
-        result = evaluate(model, dataset.test, config.eval_batch_size, execution, mesh)
-        return Subject(Path(path).name, model, result)
+    def loaded(path: str | Path, ema: bool) -> AViT:
+        found = _evaluable(path, config, dataset, ema, model_fields)
+        if class_names:
+            found.config = dataclasses.replace(found.config, class_names=read_class_names(class_names, found.config))
+        return found
 
-    ours = subject(path, ema)
-    if settings and not ours.model.config.halts:
+    def subject(path: str | Path, found: AViT) -> Subject:
+        result = evaluate(found, dataset.test, config.eval_batch_size, execution, mesh)
+        return Subject(Path(path).name, found, result)
+
+    ours = loaded(path, ema)
+    other = loaded(baseline, False) if baseline else None
+    doubt = None if class_names else _compare_names(path, ours.config, baseline, other, dataset.class_names)
+    for found in (ours, other):
+        if found is not None and found.config.class_names is None:
+            found.config = dataclasses.replace(found.config, class_names=dataset.class_names)
+    if settings and not ours.config.halts:
         raise ValueError(f"--sweep moves a gate and {path} has none: it never halts; leave --sweep out")
-    lines = [format_evaluation(ours.result, ours.model.config)]
+    evaluated = subject(path, ours)
+    lines = [f"warning: {doubt}"] if doubt else []
+    lines.append(format_evaluation(evaluated.result, ours.config))
     if folder:
         page = write_report(
             folder,
-            ours,
+            evaluated,
             dataset.test,
-            data=f"the test set of {Path(config.data.path).name or config.data.source}",
+            data=f"the test set of {Path(config.data.path).name or config.data.source}"
+            + (f"; {doubt}" if doubt else ""),
             batch_size=config.eval_batch_size,
-            baseline=subject(baseline, False) if baseline else None,
+            baseline=subject(baseline, other) if baseline and other else None,
             sweep=settings,
         )
         lines.append(f"report: {page}")
     return "\n".join(lines)
 
 
-def _evaluable(path: str | Path, wanted: AViTConfig, ema: bool) -> AViT:
-    """The checkpoint, checked against what the data want."""
-    # A foreign file knows nothing but weights; ours knows itself, and is only held against the config's shapes.
-    foreign = Path(path).is_file() and read_config(Path(path)) is None
-    known = list(wanted.__dataclass_fields__) if foreign else SHAPE_FIELDS
-    # Not the classes: asking for them would make a new head where the checkpoint has other ones.
-    fields = {name: getattr(wanted, name) for name in known if name not in ("num_classes", "class_names")}
-    model = load(path, ema=ema, **fields)
-    if model.config.num_classes != wanted.num_classes:
+def _compare_names(
+    path: str | Path, ours: AViTConfig, baseline: str | Path | None, other: AViT | None, of_data: tuple[str, ...]
+) -> str | None:
+    """A sentence where the checkpoint names its classes otherwise than the data, else None.
+
+    A checkpoint without names says nothing. Raises ValueError where the baseline's classes are others.
+    """
+    named = ours.class_names or of_data
+    theirs = None if other is None else other.config.class_names
+    if theirs is not None and tuple(theirs) != tuple(named):
         raise ValueError(
-            f"the checkpoint {path} has {model.config.num_classes} classes and the data {wanted.num_classes}: "
+            f"the baseline {baseline} has the classes {_listed(theirs)} and {path} {_listed(named)}: compare models of "
+            "the same classes, or give --class_names=FILE if they are the same"
+        )
+    if tuple(named) == tuple(of_data):
+        return None
+    if sorted(named) == sorted(of_data):
+        return f"{path} has the data's classes in another order ({_listed(named)}): its figures mean nothing here"
+    return (
+        f"{path} was trained for the classes {_listed(named)} and the data have {_listed(of_data)}: the figures mean "
+        "something only if these are the same classes in the same order"
+    )
+
+
+def _listed(names: Sequence[str], most: int = 3) -> str:
+    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
+
+
+def _evaluable(path: str | Path, config: ConfigDict, dataset: Dataset, ema: bool, asked: dict[str, Any]) -> AViT:
+    """The checkpoint, checked against the data; asked: fields of AViTConfig that it must have."""
+    if Path(path).is_file() and read_config(Path(path)) is None:  # a foreign file: it knows nothing but weights
+        wanted = model_config(config, dataset)
+        fields = {name: getattr(wanted, name) for name in wanted.__dataclass_fields__}
+    else:
+        fields = dict(asked)
+        if isinstance(dataset.train, Split):  # images from disk are made what the model takes
+            _, height, width, channels = dataset.train.images.shape
+            fields |= {"image_size": height if height == width else (height, width), "in_channels": channels}
+    # Not the classes: asking for them would make a new head where the checkpoint has other ones.
+    found = load(path, ema=ema, **{name: v for name, v in fields.items() if name not in ("num_classes", "class_names")})
+    if found.config.num_classes != len(dataset.class_names):
+        raise ValueError(
+            f"the checkpoint {path} has {found.config.num_classes} classes and the data {len(dataset.class_names)}: "
             "evaluate it on the data it was trained for, or train a new head with config.init_from"
         )
-    return model
+    return found
 
 
 def format_evaluation(result: Evaluation, config: AViTConfig) -> str:

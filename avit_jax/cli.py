@@ -1,11 +1,11 @@
 """The command line's manners: configs from files, one clear sentence for what is wrong, exit status 1."""
 
-import importlib.util
+import itertools
 import os
 import sys
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,9 @@ import jax
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
+from avit_jax.command_help import HELP, help_text
 from avit_jax.config import nearest
+from avit_jax.config_files import DEFAULT_CONFIG, find_config, load_config
 from avit_jax.distributed import LOST, end_now, leave, lost_a_process
 from avit_jax.mesh import use_all_cores
 
@@ -21,25 +23,36 @@ _PACKAGE = Path(__file__).parent
 
 
 def define_config_flag() -> flags.FlagHolder:
-    """--config=FILE with --config.key=value overrides."""
-    return config_flags.DEFINE_config_file("config", None, "Experiment, a file in configs/.", lock_config=True)
+    """--config=NAME or FILE, with --config.key=value overrides."""
+    return config_flags.DEFINE_config_file("config", None, "The experiment.", lock_config=True)
 
 
-def run_main(main: Callable[[], None], default_config: Path) -> None:
-    """Parse the flags, run, and turn what a user can mend into one sentence and exit status 1."""
+def run_main(
+    main: Callable[[], None],
+    options: Sequence[flags.FlagHolder],
+    about: str,
+    default_config: Callable[[Mapping[str, str]], str] = lambda _: DEFAULT_CONFIG,
+) -> None:
+    """Parse the flags, run main, and turn what a user can mend into one sentence and exit status 1.
+
+    options: the command's own flags, without --config; about: its one-line description, for --help; default_config:
+    what --config is where it is not given, from the other options by name.
+    """
     # matplotlib writes its font cache to the home folder unless it is told otherwise before it is imported.
     os.environ.setdefault("MPLCONFIGDIR", str(Path("runs/.matplotlib").absolute()))
+    own = ["config", *(option.name for option in options)]
 
     def parse(argv: list[str]) -> list[str]:
-        # Not the flag's default: ml_collections would apply the overrides at import, where nobody catches a wrong key.
-        if not any(argument.lstrip("-").split("=")[0] == "config" for argument in argv[1:]):
-            argv = [argv[0], f"--config={default_config}", *argv[1:]]
-        _check_config(argv)
+        if any(argument in HELP for argument in argv[1:]):
+            print(help_text(about, options))
+            raise SystemExit(0)
+        try:
+            argv, config = _with_config(argv, default_config)
+            _check_names(config, argv, own)
+        except ValueError as error:
+            raise SystemExit(_say(str(error))) from None
         try:
             return flags.FLAGS(argv)
-        except flags.UnrecognizedFlagError as error:
-            own = ["config", *(flag.name for flag in flags.FLAGS.get_key_flags_for_module(argv[0]))]
-            raise SystemExit(_say(f"there is no option --{error.flagname}: {nearest(error.flagname, own)}")) from None
         except (flags.Error, ValueError, TypeError, AttributeError, KeyError) as error:
             raise SystemExit(_say(" ".join(str(error).split()))) from None
 
@@ -98,46 +111,79 @@ def _sentence(error: BaseException) -> str | None:
     return str(error) if ours or isinstance(error, OSError) else None
 
 
-def _check_config(argv: list[str]) -> None:
-    """The config file and every overridden key exist, or the nearest is named."""
-    for position, argument in enumerate(argv):
-        name, _, value = argument.lstrip("-").partition("=")
-        if name != "config" or not argument.startswith("-"):
-            continue
-        value = value or (argv[position + 1] if position + 1 < len(argv) else "")
-        file, _, config_argument = value.partition(":")
-        if not Path(file).is_file():
-            known = [str(path) for path in Path("configs").glob("*.py")]
-            raise SystemExit(_say(f"there is no config file {file!r}: {nearest(file, known)}"))
-        _check_keys(_load_config(file, config_argument), argv)
+def _with_config(argv: list[str], default_config: Callable[[Mapping[str, str]], str]) -> tuple[list[str], ConfigDict]:
+    """The arguments as ml_collections reads them, --config with the file's whole path, and the config itself.
+
+    Raises ValueError for a config that is not there or fails.
+    """
+    given: dict[str, str] = {}
+    rest: list[str] = []
+    skipped: str | None = None  # the value of --config VALUE
+    for argument, following in itertools.zip_longest(argv[1:], argv[2:], fillvalue=""):
+        name, has_value, value = argument.lstrip("-").partition("=")
+        if argument.startswith("-"):
+            given[name] = value if has_value else following  # --checkpoint=RUN or --checkpoint RUN
+        if name == "config" and argument.startswith("-"):
+            skipped = None if has_value else following
+        elif skipped is not None:
+            skipped = None
+        else:
+            rest.append(argument)
+    # Not the flag's default: ml_collections would apply the overrides at import, where nobody catches a wrong key.
+    file, config_argument = find_config(given["config"] if "config" in given else default_config(given))
+    spec = ":".join([str(file), *config_argument])
+    config = load_config(spec)
+    return [argv[0], f"--config={spec}", *(_empty_tuple(argument, config) for argument in rest)], config
 
 
-def _load_config(file: str, argument: str) -> ConfigDict:
-    spec = importlib.util.spec_from_file_location("experiment_config", file)
-    try:
-        if spec is None or spec.loader is None:
-            raise ImportError("it is no Python file")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module.get_config(argument)
-    except Exception as error:  # whatever the user's own file raises
-        message = f"the config file {file!r} fails with {type(error).__name__}: {' '.join(str(error).split())}"
-        raise SystemExit(_say(message)) from None
+def _empty_tuple(argument: str, config: ConfigDict) -> str:
+    """--config.data.mean= as --config.data.mean=(), where the key holds a tuple; ml_collections reads ("",)."""
+    name, _, value = argument.partition("=")
+    path = name.lstrip("-").split(".")
+    is_tuple = not value and path[0] == "config" and isinstance(flat_keys(config).get(".".join(path[1:])), tuple)
+    return f"{name}=()" if is_tuple and "=" in argument else argument
 
 
-def _check_keys(config: ConfigDict, argv: list[str]) -> None:
-    for argument in argv:
+def flat_keys(section: ConfigDict, prefix: str = "") -> dict[str, Any]:
+    """Every key of a config with its value, nested keys joined by dots."""
+    found: dict[str, Any] = {}
+    for name in section:
+        value = section[name]
+        found |= flat_keys(value, f"{prefix}{name}.") if isinstance(value, ConfigDict) else {prefix + name: value}
+    return found
+
+
+def _check_names(config: ConfigDict, argv: list[str], own: list[str]) -> None:
+    """Raises ValueError, naming the nearest, for an option or a key of the config that does not exist."""
+    keys = flat_keys(config)
+    known = flags.FLAGS
+    for argument in argv[1:]:
         name = argument.lstrip("-").partition("=")[0]
-        if not (argument.startswith("-") and name.startswith("config.")):
+        if not argument.startswith("-") or not name:
             continue
-        node, path = config, name.split(".")[1:]
-        for depth, key in enumerate(path):
-            where = ".".join(["config", *path[:depth]])
-            if not isinstance(node, ConfigDict):
-                raise SystemExit(_say(f"{where} is a value and has no key {key!r}"))
-            if key not in node:
-                raise SystemExit(_say(f"{where} has no key {key!r}: {nearest(key, node.keys())}"))
-            node = node[key]
+        if name.startswith("config."):
+            _check_key(config, name.split(".")[1:], keys)
+        elif name not in known and not (name.startswith("no") and name[2:] in known):
+            hint = _keys_named(name, keys) or nearest(name, own)
+            raise ValueError(f"there is no option --{name}: {hint}")
+
+
+def _check_key(config: ConfigDict, path: list[str], keys: Mapping[str, Any]) -> None:
+    node: Any = config
+    for depth, key in enumerate(path):
+        where = ".".join(["config", *path[:depth]])
+        if not isinstance(node, ConfigDict):
+            raise ValueError(f"{where} is a value and has no key {key!r}")
+        if key not in node:
+            hint = _keys_named(".".join(path[depth:]), keys) or nearest(key, node.keys())
+            raise ValueError(f"{where} has no key {key!r}: {hint}")
+        node = node[key]
+
+
+def _keys_named(name: str, keys: Mapping[str, Any]) -> str:
+    """A hint where a key of the config is called so, in whatever section; else nothing."""
+    found = [f"--config.{key}" for key in keys if key == name or key.endswith(f".{name}")]
+    return f"did you mean {' or '.join(found)}?" if found else ""
 
 
 def _say(message: str) -> int:

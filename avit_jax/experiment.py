@@ -1,6 +1,5 @@
 """The main job: from a config to a trained model, a table, pictures, and a model to take away."""
 
-import shlex
 import sys
 import time
 from importlib import metadata
@@ -13,7 +12,8 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from avit_jax.checkpoint import load, save
-from avit_jax.checks import check_folder, check_values, flat, resolved
+from avit_jax.checks import check_folder, check_starts, check_values, flat, resolved
+from avit_jax.command_help import command_line
 from avit_jax.config import AViTConfig, Preprocessing, config_from
 from avit_jax.convert.weight_files import read_config
 from avit_jax.data.open import open_dataset
@@ -29,6 +29,7 @@ from avit_jax.interruption import FolderLock
 from avit_jax.logs import read_metrics
 from avit_jax.mesh import data_mesh
 from avit_jax.model import AViT
+from avit_jax.model_settings import given_fields
 from avit_jax.packed import compile_packed
 from avit_jax.preprocessing import normalize
 from avit_jax.report import draw_curves, draw_depth_histogram, draw_depth_maps
@@ -37,14 +38,24 @@ from avit_jax.training import train
 SUMMARY_KEYS = ("top1", "top5", "gmacs")
 DEPTH_KEYS = ("mean_depth", "depth_fraction", "depth_std_tokens", "depth_std_images")
 
+HARDLY_HALTS = 0.98  # of the layers: no work to speak of is saved
+
+
+def hardly_halts(depth: float) -> str:
+    """What to do about an A-ViT of so many layers whose tokens go through nearly all of them."""
+    return (
+        "its tokens halt almost nowhere, so nothing is saved: start the gate where tokens halt, with "
+        f"--config.gate_start.images=1000 --config.gate_start.target_depth={0.75 * depth:g} "
+        "--config.gate_start.deviation=2 in another --workdir, or train for more epochs"
+    )
+
 
 def model_config(config: ConfigDict, dataset: Dataset) -> AViTConfig:
     """config.model, with image size, channels, classes, class names and normalisation taken from the data.
 
     Raises ValueError where config.model names a field that does not exist or contradicts the data.
     """
-    fields = dict(config.model)
-    preset = fields.pop("preset", None)
+    preset, fields = given_fields(config.model)
     from_data: dict[str, Any] = {"num_classes": len(dataset.class_names)}
     if isinstance(dataset.train, Split):
         _, height, width, channels = dataset.train.images.shape
@@ -124,6 +135,7 @@ def _run(config: ConfigDict, workdir: Path, resume: bool, began: float) -> dict[
         print(f"this run is finished; its table, from {summary_path}:")
         print(format_summary(summary))
         return summary
+    check_starts(config)
     dataset = open_dataset(DataSettings.from_config(dict(config.data)))
     data = data_account(dataset)
     check_data(data, workdir)
@@ -132,7 +144,7 @@ def _run(config: ConfigDict, workdir: Path, resume: bool, began: float) -> dict[
     teacher = _teacher(config, model.config)
     first = jax.process_index() == 0
     if first:
-        origin = {"command": shlex.join(["python", *sys.argv]), "versions": _versions(), "data": data}
+        origin = {"command": command_line(), "versions": _versions(), "data": data}
         write_json(workdir / "train_config.json", origin | {"config": resolved(config)})
     earlier = train(config, dataset, model, workdir, teacher, began=began)
     summary, result = _measure(config, dataset, baseline, model)
@@ -229,6 +241,8 @@ def format_summary(summary: dict[str, Any]) -> str:
             f"A-ViT uses {row['depth_fraction']:.0%} of its layers; depth deviates by {row['depth_std_tokens']:.2f} "
             f"layers between the tokens of an image, by {row['depth_std_images']:.2f} between images"
         )
+        if row["depth_fraction"] >= HARDLY_HALTS:
+            lines.append(hardly_halts(row["mean_depth"] / row["depth_fraction"]))
     packed = ", A-ViT by packed execution (halted tokens are gone)" if "avit" in summary else ""
     lines.append(
         f"{summary['images']} test images; images/s at batch {summary['batch_size']}{packed}; "

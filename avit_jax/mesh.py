@@ -24,6 +24,23 @@ def use_all_cores(most: int = 8) -> None:
         jax.config.update("jax_num_cpu_devices", min(available_cores(), most))
 
 
+def check_platform() -> None:
+    """Raises ValueError where JAX_PLATFORMS names a platform that this machine, or this JAX, does not have.
+
+    JAX itself fails with an assertion or with an error that names no way out. It starts the backend: several processes
+    have to be joined before (distributed.start_distributed).
+    """
+    try:
+        jax.local_devices()
+    except (RuntimeError, AssertionError) as error:
+        platforms = os.environ.get("JAX_PLATFORMS") or "the default"
+        reason = (str(error).splitlines() or ["it has no device of that kind"])[0][:200].rstrip(".")
+        raise ValueError(
+            f"JAX cannot use the platform {platforms!r} (JAX_PLATFORMS) here: {reason}; install JAX for it, for "
+            "instance pip install 'jax[cuda12]' for an NVIDIA GPU, or set JAX_PLATFORMS=cpu"
+        ) from error
+
+
 def data_mesh(batch_size: int) -> Mesh:
     """A mesh with one axis, `data`, over as many of this process's devices as divide the batch."""
     devices = jax.local_devices()

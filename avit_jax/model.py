@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, Shaped
 from avit_jax import halting
 from avit_jax.config import AViTConfig, config_from
 from avit_jax.layers import INIT, Block, PatchEmbed, layer_norm, linear
+from avit_jax.mesh import check_platform
 
 
 @jax.tree_util.register_dataclass
@@ -188,4 +189,6 @@ def create(preset: str, *, seed: int = 0, **overrides: Any) -> AViT:
 
     Raises ValueError for an unknown preset or field, naming the nearest one.
     """
-    return AViT(config_from(preset, **overrides), rngs=nnx.Rngs(seed))
+    model_config = config_from(preset, **overrides)
+    check_platform()
+    return AViT(model_config, rngs=nnx.Rngs(seed))

@@ -19,6 +19,7 @@ v5e-256 a batch of 1024 leaves 4 images to a chip; sums of gradients then take m
 
 from ml_collections import ConfigDict
 
+from avit_jax.model_settings import model_settings
 from configs import mnist_dense
 
 LEARNING_RATES = {"tiny": 5e-4, "small": 5e-4, "base": 5e-4}  # for a batch of 512
@@ -38,14 +39,8 @@ def get_config(arg: str = "small") -> ConfigDict:
     config.augment.update({"crop_scale": (0.08, 1.0), "flip": 0.5, "randaugment": "rand-m9-mstd0.5-inc1"})
     config.augment.update({"color_jitter": 0.3})  # where RandAugment is switched off
     config.augment.update({"erasing": 0.25, "mixup": 0.8, "cutmix": 1.0})
-    config.model = ConfigDict(
-        {
-            "preset": f"deit_{arg}_patch16_224",
-            "image_size": 224,
-            "drop_path_rate": 0.1,
-            "dtype": "bfloat16",
-            "remat": True,
-        }
+    config.model = model_settings(
+        preset=f"deit_{arg}_patch16_224", image_size=224, drop_path_rate=0.1, dtype="bfloat16", remat=True
     )
     config.optim.update({"learning_rate": LEARNING_RATES[arg], "reference_batch": 512, "final_learning_rate": 1e-5})
     config.optim.update({"schedule": "epoch", "warmup_epochs": 5, "warmup_learning_rate": 1e-6})

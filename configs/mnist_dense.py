@@ -8,9 +8,9 @@ Expected: 98.0 % on the 1,000 test images (99 % on the 400 of validation). Its r
 import dataclasses
 
 from ml_collections import ConfigDict
-from ml_collections.config_dict import placeholder
 
 from avit_jax.data.settings import AugmentSettings, DataSettings
+from avit_jax.model_settings import model_settings
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -24,22 +24,18 @@ def get_config(arg: str = "") -> ConfigDict:
     # In pixels, degrees and fractions: what handwriting varies by, without turning a 6 into a 9.
     affine = AugmentSettings(rotate=12.0, scale=0.12, shear=0.15, translate=2.0)
     config.augment = ConfigDict(dataclasses.asdict(affine))
-    # Image size, channels, classes and class names come from the data where they are not given.
-    config.model = ConfigDict(
-        {
-            "patch_size": 4,
-            "embed_dim": 64,
-            "depth": 12,
-            "num_heads": 4,
-            "mlp_ratio": 4.0,
-            "drop_rate": 0.0,
-            "drop_path_rate": 0.05,
-            "gate_scale": placeholder(float),  # none: no token ever halts
-            "gate_center": placeholder(float),
-            "halt_epsilon": 0.01,
-            "dtype": "float32",
-            "remat": True,  # faster on a CPU, where writing activations costs more than computing them again
-        }
+    # A key for every field of AViTConfig. Image size, channels, classes and class names come from the data.
+    config.model = model_settings(
+        patch_size=4,
+        embed_dim=64,
+        depth=12,
+        num_heads=4,
+        mlp_ratio=4.0,
+        drop_rate=0.0,
+        drop_path_rate=0.05,
+        halt_epsilon=0.01,  # gate_scale and gate_center are not given: no token ever halts
+        dtype="float32",
+        remat=True,  # faster on a CPU, where writing activations costs more than computing them again
     )
     config.init_from = ""  # a checkpoint: the weights to start from, and the dense row of the table
     # How tokens of init_from halt before training: from so many images, 0 for as its channel 0 has it (gate_start.py).

@@ -228,12 +228,12 @@ def test_the_table_shows_the_summarys_figures() -> None:
 
 
 def test_a_dry_run_forgives_missing_data_and_nothing_else(config: ConfigDict) -> None:
-    assert "data      87 training, 9 validation, 24 test images" in dry_run(config)
+    assert "data      87 training, 9 validation, 24 test images" in "\n".join(dry_run(config))
     config.model.num_classes = 4
     with pytest.raises(ValueError, match="config.model.num_classes is 4 and the data say 3"):
-        dry_run(config)
+        list(dry_run(config))
     config.data.path = "missing.npz"
-    account = dry_run(config)
+    account = "\n".join(dry_run(config))
     assert "not to be read here (config.data.path 'missing.npz' is not a file" in account
     assert "4 classes" in account
 

@@ -14,6 +14,8 @@ from avit_jax.data.settings import DataSettings, expanded
 from avit_jax.data.sources import Dataset
 from avit_jax.files import shown
 
+PURPOSES = ("train", "training", "val", "valid", "validation", "test", "testing")
+
 
 @dataclasses.dataclass(frozen=True)
 class FolderSplit:
@@ -38,6 +40,8 @@ class FolderSplit:
 def load_folder(settings: DataSettings) -> Dataset:
     """train/ is learnt from, val/ chosen on and, unless there is a test/, read at the end; classes by sorted name.
 
+    A folder of class folders without train/ and val/ is split: 72 %, 8 % and 20 % of each class, the same every time.
+
     The list of files is made once and kept in the cache folder ($XDG_CACHE_HOME or ~/.cache)/avit_jax; it is made anew
     when a folder has changed. Raises ValueError naming the folder or file that is missing, empty or out of place.
     """
@@ -46,12 +50,45 @@ def load_folder(settings: DataSettings) -> Dataset:
         raise ValueError(
             f"config.data.path {settings.path!r} is not a folder: give one with train/CLASS/ and val/CLASS/ in it"
         )
+    if _has_only_classes(root):
+        return _split_classes(root, settings)
     for purpose in ("train", "val"):
         if not (root / purpose).is_dir():
             raise ValueError(_hint(root, purpose))
     class_names, train = _indexed(root / "train", None, settings)
     _, val = _indexed(root / "val", class_names, settings)
     test = _indexed(root / "test", class_names, settings)[1] if (root / "test").is_dir() else val
+    return Dataset(train, val, test, class_names)
+
+
+def _has_only_classes(root: Path) -> bool:
+    """Whether there are class folders with images right in them, and no folders by purpose."""
+    folders = [entry for entry in os.scandir(root) if entry.is_dir() and entry.name[0] != "."]
+    if not folders or any(folder.name.lower() in PURPOSES for folder in folders):
+        return False
+    return all(any(e.name.lower().endswith(EXTENSIONS) for e in os.scandir(folder.path)) for folder in folders)
+
+
+def _split_classes(root: Path, settings: DataSettings) -> Dataset:
+    """Raises ValueError where there are too few images for three sets."""
+    class_names, everything = _indexed(root, None, settings)
+    rng = np.random.RandomState(0)  # its stream is frozen by NumPy
+    parts: tuple[list[np.ndarray], ...] = ([], [], [])
+    for label in range(len(class_names)):
+        members = rng.permutation(np.flatnonzero(everything.labels == label))
+        cuts = [round(0.72 * len(members)), round(0.8 * len(members))]
+        for part, chosen in zip(parts, np.split(members, cuts), strict=True):
+            part.append(chosen)
+    indices = [np.sort(np.concatenate(part)) for part in parts]
+    if not all(len(index) for index in indices):
+        raise ValueError(f"{root} has too few images to split: give at least 20 for each class, or train/ and val/")
+    print(
+        f"{root} has no train/ and val/: {len(indices[0])} images are for training, {len(indices[1])} for validation "
+        f"and {len(indices[2])} for the test, drawn from each class, the same every time"
+    )
+    train, val, test = (
+        FolderSplit(root, everything.files[index], everything.labels[index], settings) for index in indices
+    )
     return Dataset(train, val, test, class_names)
 
 
