@@ -15,7 +15,6 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
-from tqdm import tqdm
 
 from avit_jax.config import AViTConfig
 from avit_jax.data.pipeline import evaluation_batches
@@ -27,6 +26,7 @@ from avit_jax.model import AViT, AViTOutput
 from avit_jax.packed import compile_packed
 from avit_jax.plan import executed_gmacs, layer_loads
 from avit_jax.preprocessing import normalize
+from avit_jax.progress import counted
 
 EXECUTIONS = ("masked", "packed")
 
@@ -191,8 +191,8 @@ def totals(model: AViT, split: Images, batch_size: int, execution: str = "masked
     histogram, by_token = np.zeros(config.depth, np.int64), np.zeros(config.num_tokens, np.int64)
     slots, performed = 0, 0.0
     batches = evaluation_batches(split, config, batch_size, process_index=process, process_count=processes)
-    bar = tqdm(batches, desc="evaluating", total=-(-len(split) // batch_size), unit="batch", delay=2, leave=False)
-    for number, batch in enumerate(bar):
+    shown = counted(batches, "evaluating", -(-len(split) // batch_size), "batch")
+    for number, batch in enumerate(shown):
         real = np.asarray(batch["weight"]) > 0
         _check_labels(batch["label"][real], config)
         pixels = jax.device_put(batch["image"], batch_sharding(mesh)) if mesh else batch["image"]
