@@ -15,7 +15,6 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
-from tqdm import tqdm
 
 from avit_jax.config import AViTConfig
 from avit_jax.data.pipeline import evaluation_batches
@@ -27,6 +26,7 @@ from avit_jax.model import AViT, AViTOutput
 from avit_jax.packed import compile_packed
 from avit_jax.plan import executed_gmacs, layer_loads
 from avit_jax.preprocessing import normalize
+from avit_jax.progress import counted
 
 EXECUTIONS = ("masked", "packed")
 
@@ -206,10 +206,9 @@ def totals(
     histogram, by_token = np.zeros(config.depth, np.int64), np.zeros(config.num_tokens, np.int64)
     slots, performed = 0, 0.0
     batches = evaluation_batches(split, config, batch_size, process_index=process, process_count=processes)
-    silent = None if process == 0 else True  # None: where stderr is no terminal
     count = -(-len(split) // batch_size)
-    bar = tqdm(batches, desc="evaluating", total=count, unit="batch", delay=2, leave=False, disable=silent)
-    for number, batch in enumerate(bar):
+    told = counted(batches, "evaluating", count, "batch") if process == 0 else batches  # by one process of several
+    for number, batch in enumerate(told):
         if before_batch is not None:
             before_batch()
         real = np.asarray(batch["weight"]) > 0

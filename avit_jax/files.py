@@ -51,12 +51,26 @@ def _disk_error(error: BaseException) -> int | None:
     return next((number for number in DISK_ERRORS if os.strerror(number) in str(error)), None)
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Replace the content of `path` in one step, so that a killed process leaves no half of it."""
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A file beside `path` to write to; it takes the place of `path` at the end, and is removed after an error."""
     partial = path.with_name(path.name + ".partial")
-    with writing(path):
-        partial.write_text(text)
+    try:
+        yield partial
         os.replace(partial, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Replace the content of `path` in one step, so that a killed process leaves no half of it.
+
+    UTF-8 in any locale; lone surrogates, which it cannot hold, become escapes (\\ud800).
+    """
+    with writing(path), replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -17,7 +17,7 @@ from avit_jax.files import shown, writable_folder
 from avit_jax.model import AViT
 from avit_jax.packed import compile_packed
 from avit_jax.preprocessing import denormalize, normalize, preprocess
-from avit_jax.report.gallery import overlay
+from avit_jax.report.gallery import side_by_side
 
 _BATCH = 32
 _WIDEST = 60  # characters of the column of file names; longer names push their line to the right
@@ -38,7 +38,7 @@ def predict_checkpoint(
 ) -> Iterator[str]:
     """Lines to print: one for each image (file, class, probability, mean depth), the unreadable ones, and a sum.
 
-    images: a file or a folder, with what lies in its folders. Each picture with its depths over it goes to `folder`,
+    images: a file or a folder, with what lies in its folders. Each picture with its depths beside it goes to `folder`,
     runs/<name of the checkpoint>/images by default; a model that never halts has none. Raises ValueError where there
     is no image, and for baseline and sweep, which need a data set.
     """
@@ -81,7 +81,7 @@ def predict_files(model: AViT, files: list[Path], root: Path, out: Path | None, 
             if out is not None:
                 path = picture_path(out, file.relative_to(root))
                 path.parent.mkdir(parents=True, exist_ok=True)
-                overlay(denormalize(image[None], model.config)[0], depth, model.config).save(path)
+                side_by_side(denormalize(image[None], model.config)[0], depth, model.config).save(path)
     count = len(files) - len(unreadable)
     if not count:
         raise ValueError(f"none of the {len(files)} files is an image that can be read: {', '.join(unreadable[:10])}")

@@ -12,12 +12,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from avit_jax.report.depth_colours import COLOURS, coloured, ink_on, scale
+
 # matplotlib draws in these; in the page they are variables of report.css.
 _INK, _MUTED, _RULE, _ACCENT, _SECOND = "#010101", "#020202", "#030303", "#040404", "#050505"
 _VARIABLES = {_INK: "--ink", _MUTED: "--muted", _RULE: "--rule", _ACCENT: "--accent", _SECOND: "--second"}
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text: it can be searched, and takes the page's font
     "text.parse_math": False,
+    "text.usetex": False,
     "font.size": 9.5,
     "axes.edgecolor": _RULE,
     "axes.labelcolor": _MUTED,
@@ -109,24 +112,24 @@ def _layer_axis(axes: Axes, depth: int) -> None:
     axes.grid(visible=False, axis="x")
 
 
-def position_map(depths: Sequence[Sequence[float]]) -> Markup:
-    """Mean depth at each patch, laid out as the images are; small grids have their numbers written in."""
+def position_map(depths: Sequence[Sequence[float]], depth: int) -> Markup:
+    """Mean depth at each patch, laid out as the images are, in the page's colours of depth (depth: layers).
+
+    Small grids have their numbers written in.
+    """
     grid = np.asarray(depths)
     rows, columns = grid.shape
 
     def draw(axes: Axes) -> None:
-        mesh = axes.pcolormesh(grid, cmap="viridis", edgecolor="face", linewidth=0.4)
+        axes.pcolormesh(grid, cmap=COLOURS, norm=scale(depth), edgecolor="face", linewidth=0.4)
         axes.set_aspect("equal")
         axes.set(xlim=(0, columns), ylim=(rows, 0), xticks=[], yticks=[])  # row 0 at the top
         axes.spines[:].set_visible(False)
         axes.grid(visible=False)
-        bar = axes.figure.colorbar(mesh, ax=axes, label="mean depth (layers)", shrink=0.9)
-        bar.outline.set_visible(False)
-        dark = grid.min() + 0.6 * np.ptp(grid)
         if max(rows, columns) <= 8:
             for (row, column), value in np.ndenumerate(grid):
                 place = (column + 0.5, row + 0.5)
-                colour = "white" if value < dark else "black"
+                colour = ink_on(coloured(np.asarray(value), depth))
                 axes.annotate(f"{value:.1f}", place, ha="center", va="center", fontsize=8, color=colour)
 
     return _chart("position_map", draw, (4.7, max(2.0, min(4.6, 3.7 * rows / columns))))

@@ -1,4 +1,4 @@
-"""A few images with what the model did to them; a picture and its map of depths are two layers of one frame.
+"""A few images with what the model did to them: each picture as it is, and beside it its map of depths.
 
 Images are chosen by their place in the evaluation, and read by their index in the data.
 """
@@ -8,10 +8,9 @@ import dataclasses
 import io
 from collections.abc import Sequence
 
-import matplotlib
 import numpy as np
 from jaxtyping import Bool, Int, UInt8
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from avit_jax.config import AViTConfig
 from avit_jax.data.pipeline import evaluation_images
@@ -19,19 +18,21 @@ from avit_jax.data.sources import Images
 from avit_jax.evaluation import Evaluation, predict
 from avit_jax.model import AViT
 from avit_jax.preprocessing import normalize
+from avit_jax.report.depth_colours import coloured, ticks
 from avit_jax.report.pictures import depth_map
 
 SHOWN = 8  # images in a gallery
 _LONGEST = 224  # pixels of a picture in the page
+_GAP = 8  # pixels between a picture and its map
 _HALTED = (126, 126, 126, 225)  # over the patches that are gone: their place stays faintly visible
 
 
-def easiest(result: Evaluation, count: int = SHOWN) -> Int[np.ndarray, " k"]:
+def shallowest(result: Evaluation, count: int = SHOWN) -> Int[np.ndarray, " k"]:
     """The images of the lowest mean depth."""
     return np.argsort(result.image_depths, kind="stable")[:count]
 
 
-def hardest(result: Evaluation, count: int = SHOWN) -> Int[np.ndarray, " k"]:
+def deepest(result: Evaluation, count: int = SHOWN) -> Int[np.ndarray, " k"]:
     """The images of the highest mean depth."""
     return np.argsort(-result.image_depths, kind="stable")[:count]
 
@@ -44,7 +45,7 @@ def confidently_wrong(result: Evaluation, count: int = SHOWN) -> Int[np.ndarray,
 
 
 def spread(result: Evaluation, count: int) -> Int[np.ndarray, " k"]:
-    """Images from the easiest to the hardest, in equal steps of rank by mean depth."""
+    """Images from the lowest mean depth to the highest, in equal steps of rank."""
     order = np.argsort(result.image_depths, kind="stable")
     return order[np.linspace(0, len(order) - 1, min(count, len(order))).round().astype(int)]
 
@@ -59,7 +60,7 @@ def disagreeing(ours: Evaluation, theirs: Evaluation, count: int = SHOWN) -> Int
 
 @dataclasses.dataclass(frozen=True)
 class Frame:
-    """A picture of the page; both layers are data: URIs, the map has a pixel for each patch."""
+    """A picture of the page and its map of depths, which has a pixel for each patch; both are data: URIs."""
 
     photo: str
     map: str
@@ -99,29 +100,41 @@ def _cover(going: Bool[np.ndarray, "rows columns"]) -> UInt8[np.ndarray, "rows c
     return np.where(going[..., None], np.uint8(0), np.array(_HALTED, np.uint8))
 
 
-def coloured(token_depth: Int[np.ndarray, " n"], config: AViTConfig) -> UInt8[np.ndarray, "rows columns 3"]:
-    """The patches' depths in viridis: layer 1 dark blue, the last layer yellow."""
-    shares = (depth_map(token_depth, config) - 1) / max(1, config.depth - 1)
-    return matplotlib.colormaps["viridis"](shares, bytes=True)[..., :3]
-
-
 def map_uri(token_depth: Int[np.ndarray, " n"], config: AViTConfig) -> str:
-    """The map of depths, one pixel a patch."""
-    return png_uri(coloured(token_depth, config))
+    """The map of depths, one pixel a patch, in the colours of depth_colours."""
+    return png_uri(coloured(depth_map(token_depth, config), config.depth))
 
 
-def overlay(
-    image: UInt8[np.ndarray, "h w c"], token_depth: Int[np.ndarray, " n"], config: AViTConfig, opacity: float = 0.55
+def side_by_side(
+    image: UInt8[np.ndarray, "h w c"], token_depth: Int[np.ndarray, " n"], config: AViTConfig
 ) -> Image.Image:
-    """The picture, and beside it the same under its map of depths; small ones enlarged."""
+    """The picture as it is, its map of depths, and the colours of the layers; small pictures are enlarged."""
     shown = picture(image).convert("RGB")
     factor = -(-_LONGEST // max(shown.size))
     shown = shown.resize((factor * shown.width, factor * shown.height), Image.Resampling.NEAREST)
-    depths = Image.fromarray(coloured(token_depth, config)).resize(shown.size, Image.Resampling.NEAREST)
-    both = Image.new("RGB", (2 * shown.width + 8, shown.height), "white")
-    both.paste(shown, (0, 0))
-    both.paste(Image.blend(shown, depths, opacity), (shown.width + 8, 0))
-    return both
+    depths = Image.fromarray(coloured(depth_map(token_depth, config), config.depth))
+    key = _key(config.depth, shown.height)
+    found = Image.new("RGB", (2 * shown.width + 2 * _GAP + key.width, shown.height), "white")
+    found.paste(shown, (0, 0))
+    found.paste(depths.resize(shown.size, Image.Resampling.NEAREST), (shown.width + _GAP, 0))
+    found.paste(key, (2 * shown.width + 2 * _GAP, 0))
+    return found
+
+
+def _key(depth: int, height: int) -> Image.Image:
+    """The colours of the layers with their numbers, the last layer at the top."""
+    colours = coloured(np.arange(depth, 0, -1)[:, None], depth)
+    bar = Image.fromarray(colours).resize((14, height), Image.Resampling.NEAREST)
+    found = Image.new("RGB", (14 + 26, height), "white")
+    found.paste(bar, (0, 0))
+    pen, size = ImageDraw.Draw(found), min(13, max(6, height // 4))
+    # No more numbers than there is room for.
+    layers = ticks(depth) if height >= 2 * size * len(ticks(depth)) else sorted({1, depth})
+    for layer in layers:
+        middle = height * (depth - layer + 0.5) / depth
+        top = min(max(middle - size / 2, 0), height - size)
+        pen.text((18, top), str(layer), fill="black", font=ImageFont.load_default(size))
+    return found
 
 
 def picture(image: UInt8[np.ndarray, "h w c"]) -> Image.Image:

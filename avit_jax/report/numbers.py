@@ -1,6 +1,7 @@
 """The report's numbers, as plain JSON: everything that the page says is in here."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -9,13 +10,15 @@ from avit_jax.calibration import reliability
 from avit_jax.config import AViTConfig
 from avit_jax.evaluation import Evaluation, ImageFigures, whole_gmacs
 from avit_jax.intervals import bootstrap_difference, bootstrap_means, share
+from avit_jax.report.names import class_names, printable
 
 DEPTH_BINS = 10
 
 
-def class_names(config: AViTConfig) -> tuple[str, ...]:
-    """The checkpoint's class names, or numbers."""
-    return tuple(config.class_names or map(str, range(config.num_classes)))
+def only_layer(shares: Sequence[float]) -> int | None:
+    """The layer, from 1, where all of the shares lie; None where there are several."""
+    filled = np.flatnonzero(shares)
+    return int(filled[0]) + 1 if len(filled) == 1 else None
 
 
 def evaluation_numbers(result: Evaluation, config: AViTConfig) -> dict[str, Any]:
@@ -49,6 +52,7 @@ def summary(result: Evaluation, config: AViTConfig) -> dict[str, Any]:
     return found | {
         "images": result.images,
         "labelled": result.labelled,
+        "one_depth": bool(np.ptp(images.mean_depth) == 0),  # nothing can be told apart by depth
         "not_finite": int((~np.isfinite(images.confidence)).sum()),
         "depth_fraction": result.depth_fraction,
         "depth_std_tokens": result.depth_std_tokens,
@@ -96,7 +100,11 @@ def by_depth(images: ImageFigures, bins: int = DEPTH_BINS) -> list[dict[str, Any
 
 
 def _right_and_wrong(images: ImageFigures) -> dict[str, Any]:
-    """Mean depth of the images that are classified wrongly and rightly, and the difference with its interval."""
+    """Mean depth of the images that are classified wrongly and rightly, and the difference with its interval.
+
+    finding: whether the wrong ones, which are harder, cost "more" or "less"; "no difference" where the interval holds
+    0; None where there are too few to compare.
+    """
     right = images.rank <= 1
     depth = images.mean_depth.astype(np.float64)
     low, high = bootstrap_difference(depth[~right], depth[right])
@@ -106,6 +114,7 @@ def _right_and_wrong(images: ImageFigures) -> dict[str, Any]:
         "depth_wrong": float(depth[~right].mean()) if (~right).any() else math.nan,
         "low": low,
         "high": high,
+        "finding": None if math.isnan(low) else "more" if low > 0 else "less" if high < 0 else "no difference",
     }
 
 
@@ -158,11 +167,16 @@ def disagreements(ours: Evaluation, theirs: Evaluation) -> dict[str, Any]:
 
 
 def as_json(value: Any) -> Any:
-    """Plain JSON: NumPy's scalars as Python's, tuples as lists, and None for what is no finite number."""
+    """Plain JSON: NumPy's scalars as Python's, tuples as lists, and None for what is no finite number.
+
+    Text is made printable: names of files and command lines may hold what no page and no terminal can show.
+    """
     if isinstance(value, dict):
         return {name: as_json(item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [as_json(item) for item in value]
     if isinstance(value, np.generic):
         value = value.item()
+    if isinstance(value, str):
+        return printable(value)
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -9,6 +9,8 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from avit_jax.files import replace_text
+
 _MISSING = "\N{EN DASH}"
 
 
@@ -96,7 +98,7 @@ def _none(value: float | int | None) -> bool:
 
 
 def write_page(folder: Path, html: str) -> Path:
-    """report.html in the folder."""
+    """report.html in the folder, whole or not at all."""
     path = folder / "report.html"
-    path.write_text(html, encoding="utf-8")
+    replace_text(path, html)
     return path

@@ -1,23 +1,31 @@
 """Pictures of a run: depth maps beside their images, the histogram of depths, the curves of training."""
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from avit_jax.config import AViTConfig
 from avit_jax.data.pipeline import evaluation_images
 from avit_jax.data.sources import Images
 from avit_jax.evaluation import Evaluation, predict
+from avit_jax.files import replacing, writing
 from avit_jax.model import AViT
 from avit_jax.preprocessing import normalize
+from avit_jax.report.depth_colours import COLOURS, scale, ticks
+from avit_jax.report.names import class_names, verdict
+from avit_jax.report.numbers import only_layer
 
-_COLOURS = "viridis"
+_TITLE = 16  # characters of a class name that fit over a picture
+# Names are text: "$x$" is no formula, and no LaTeX is run on it.
+_plain_text = matplotlib.rc_context({"text.parse_math": False, "text.usetex": False})
 _DENSE, _ADAPTIVE = "#7a7a7a", "#21698a"
 
 
@@ -26,40 +34,39 @@ def depth_map(token_depth: Int[np.ndarray, " n"], config: AViTConfig) -> Int[np.
     return token_depth[config.num_special :].reshape(config.patch_grid)
 
 
+@_plain_text
 def draw_depth_maps(
     model: AViT, split: Images, image_depths: Float[np.ndarray, " n"], path: Path, columns: int = 8
 ) -> Path:
-    """The easiest and the hardest images by mean depth, each above its map of token depths, in layers."""
+    """The images of the lowest and of the highest mean depth, each above its map of token depths, in layers."""
     columns = min(columns, len(split) // 2 or 1)
     order = np.argsort(image_depths, kind="stable")
     config = model.config
-    names = config.class_names or tuple(map(str, range(config.num_classes)))
-    figure = Figure(figsize=(1.35 * columns + 1.2, 6.6), layout="constrained")
+    names = class_names(config, _TITLE)
+    figure = Figure(figsize=(1.5 * columns + 1.2, 7.2), layout="constrained")
     axes = figure.subplots(4, columns, squeeze=False)
-    for row, (title, chosen) in enumerate((("easiest", order[:columns]), ("hardest", order[::-1][:columns]))):
+    for row, (title, chosen) in enumerate((("fewest", order[:columns]), ("most", order[::-1][:columns]))):
         images = evaluation_images(split, chosen, config)
         output = predict(model, normalize(images, config))
         depths, predicted = np.asarray(output.token_depth), np.asarray(output.logits.argmax(-1))
         for column, index in enumerate(chosen):
             above, below = axes[2 * row][column], axes[2 * row + 1][column]
             _show_image(above, images[column])
-            label, guess = int(split[int(index)]["label"]), predicted[column]
-            above.set_title(
-                names[label] if guess == label else f"{names[label]}, not {names[guess]}",
-                fontsize=9,
-                color="black" if guess == label else "#b00020",
-            )
-            below.imshow(depth_map(depths[column], config), cmap=_COLOURS, vmin=1, vmax=config.depth)
-            below.set_title(f"{image_depths[index]:.2f}", fontsize=9)
-        axes[2 * row][0].set_ylabel(f"{title}\nimages", fontsize=10)
+            label, guess = int(split[int(index)]["label"]), int(predicted[column])
+            right = guess == label if label >= 0 else None
+            said = verdict(names[guess], names[label] if label >= 0 else None, right)
+            colour = "#b00020" if right is False else "black"
+            above.set_title(said.replace(", ", ",\n", 1) if right is False else said, fontsize=8.5, color=colour)
+            below.imshow(depth_map(depths[column], config), cmap=COLOURS, norm=scale(config.depth))
+            below.set_title(f"mean {image_depths[index]:.2f}", fontsize=8.5)
+        axes[2 * row][0].set_ylabel(f"{title}\nlayers", fontsize=10)
         axes[2 * row + 1][0].set_ylabel("token\ndepth", fontsize=10)
     for axis in axes.flat:
         axis.set_xticks([])
         axis.set_yticks([])
-    ticks = sorted({1, *range(2, config.depth + 1, max(1, config.depth // 6)), config.depth})
-    scale = ScalarMappable(Normalize(1, config.depth), cmap=_COLOURS)
-    figure.colorbar(scale, ax=axes, label="layers that computed the token", ticks=ticks, shrink=0.7)
-    figure.suptitle("Where A-ViT spends its layers: label above, mean depth of the image's tokens below", fontsize=11)
+    bar = ScalarMappable(scale(config.depth), cmap=COLOURS)
+    figure.colorbar(bar, ax=axes, label="layers that computed the token", ticks=ticks(config.depth), shrink=0.7)
+    figure.suptitle("The test images on which A-ViT spends the fewest and the most layers", fontsize=11)
     return _save(figure, path)
 
 
@@ -70,8 +77,18 @@ def _show_image(axis: Any, image: UInt8[np.ndarray, "h w c"]) -> None:
         axis.imshow(image[..., 0], cmap="gray", vmin=0, vmax=255)
 
 
+@_plain_text
 def draw_depth_histogram(result: Evaluation, path: Path) -> Path:
-    """The share of tokens that stop at each layer, with the means of the tokens and of the class token."""
+    """The share of tokens that stop at each layer, with the means of the tokens and of the class token.
+
+    Where all stop at the same layer there is nothing to draw: the picture is a sentence.
+    """
+    if layer := only_layer(result.depth_histogram):
+        figure = Figure(figsize=(7, 0.7))
+        depth = len(result.depth_histogram)
+        said = f"All tokens of the {result.images:,} images stop at layer {layer} of {depth}."
+        figure.text(0.5, 0.5, said, ha="center", va="center", fontsize=11)
+        return _save(figure, path)
     layers = np.arange(1, len(result.depth_histogram) + 1)
     figure = Figure(figsize=(7, 4), layout="constrained")
     axis = figure.subplots()
@@ -80,12 +97,14 @@ def draw_depth_histogram(result: Evaluation, path: Path) -> Path:
     axis.axvline(
         result.class_token_depth, color="#b5541c", linestyle=":", label=f"class token {result.class_token_depth:.2f}"
     )
-    axis.set(xlabel="layer at which the token stops", ylabel="tokens (%)", xticks=layers)
-    axis.set_title(f"Token depths over {result.images} images")
+    axis.set(xlabel="layer at which the token stops", ylabel="tokens (%)")
+    axis.xaxis.set_major_locator(MaxNLocator(12, integer=True))
+    axis.set_title(f"Token depths over {result.images:,} images")
     axis.legend()
     return _save(figure, path)
 
 
+@_plain_text
 def draw_curves(lines: Sequence[dict[str, Any]], path: Path, depth: int) -> Path:
     """Loss, accuracy and mean depth over training, training and validation."""
     figure = Figure(figsize=(12, 3.6), layout="constrained")
@@ -116,5 +135,8 @@ def draw_curves(lines: Sequence[dict[str, Any]], path: Path, depth: int) -> Path
 
 
 def _save(figure: Figure, path: Path) -> Path:
-    figure.savefig(path, dpi=130)
+    """Write the picture; a name in a script that matplotlib's font lacks is drawn as boxes, which is no warning."""
+    with warnings.catch_warnings(), writing(path), replacing(path) as partial:
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")
+        figure.savefig(partial, dpi=130, format="png")
     return path

@@ -1,54 +1,165 @@
-"""Images per second of each way to run a model, in turn on one batch; and what they were measured on."""
+"""Images per second of each way to run a model, each at its best batch size; and what they were measured on."""
 
+import dataclasses
+import math
 import platform
 import shlex
+import statistics
 import sys
+import time
+from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Array, Int
 
 from avit_jax.data.pipeline import evaluation_images
 from avit_jax.data.sources import Images
-from avit_jax.evaluation import images_per_second, masked_program
-from avit_jax.mesh import available_cores, data_mesh
+from avit_jax.evaluation import masked_program
+from avit_jax.mesh import available_cores, batch_sharding, data_mesh
 from avit_jax.model import AViT
 from avit_jax.packed import compile_packed
 from avit_jax.preprocessing import normalize
+from avit_jax.progress import Steps
 
-ROUNDS = 7
+ROUNDS = 5
+FACTORS = (1 / 4, 1 / 2, 1, 2)  # batch sizes that are tried, in those of the evaluation
+SAMPLE_SECONDS = (
+    0.2  # a sample repeats short runs for so long: one of 10 ms tells more of the machine than of the model
+)
+MOST_BATCHES = 8  # different ones in a sample
+LONGEST_RUN = 1.0  # seconds; a larger batch is not tried where the dense model takes longer than this
+Variants = Mapping[str, tuple[AViT, str]]  # by name: the model, and "masked" or "packed"
+
+
+@dataclasses.dataclass
+class _Timed:
+    """A program at one batch size, the batches it runs on, and the images/s of each round."""
+
+    run: Callable[[Array], Any]
+    batches: list[Array]
+    calls: int
+    plan: str | None
+    rates: list[float] = dataclasses.field(default_factory=list)
+
+    def sample(self) -> None:
+        """Run for SAMPLE_SECONDS or once; outputs are awaited."""
+        began = time.perf_counter()
+        for call in range(self.calls):
+            jax.block_until_ready(self.run(self.batches[call % len(self.batches)]))
+        images = self.calls * len(self.batches[0])
+        self.rates.append(images / (time.perf_counter() - began))
+
+    def figures(self, batch: int) -> dict[str, Any]:
+        """Median of the rounds, the least and the most."""
+        middle = statistics.median(self.rates)
+        return {"batch": batch, "images_per_second": middle, "low": min(self.rates), "high": max(self.rates)}
+
+
+def batch_sizes(batch_size: int, images: int) -> list[int]:
+    """Sizes to try, smallest first: a quarter of the evaluation's to, on a CPU, twice it; none above `images`.
+
+    An accelerator's memory may hold no larger batch than the evaluation's. Sizes are multiples of the devices.
+    """
+    devices = jax.local_device_count()
+    factors = [factor for factor in FACTORS if factor <= 1 or jax.default_backend() == "cpu"]
+    sizes = (min(images, max(1, round(batch_size * factor))) for factor in factors)
+    return sorted({size - size % devices if size > devices else size for size in sizes})
 
 
 def measure_speeds(
-    variants: dict[str, tuple[AViT, str]], split: Images, indices: Int[np.ndarray, " n"], batch_size: int
+    variants: Variants, split: Images, indices: Int[np.ndarray, " n"], batch_size: int, steps: Steps
 ) -> dict[str, Any]:
-    """images/s of each (model, "masked" or "packed") on one batch, spread evenly over `indices` of the data.
+    """images/s of each variant at several batch sizes, all in turn, and at its best one.
 
-    Evenly, because data may be sorted by class, and classes differ in depth.
-    Medians of 7 warm runs, the variants in turn; arrays on the devices, outputs awaited.
+    batch_size: of the evaluation. steps has kinds "batch" (one for each of batch_sizes) and "round" (ROUNDS).
+    Images are spread evenly over `indices` of the data, which may be sorted by class. A sample lasts SAMPLE_SECONDS at
+    least; medians of ROUNDS samples, arrays on the devices, outputs awaited.
     """
-    count = min(batch_size, len(indices))
-    chosen = indices[np.linspace(0, len(indices) - 1, count).round().astype(int)]
-    mesh = data_mesh(count)
-    first = next(iter(variants.values()))[0]
-    images = normalize(evaluation_images(split, chosen, first.config), first.config)
-    packed = {
-        name: compile_packed(model, count, mesh=mesh)
-        for name, (model, execution) in variants.items()
-        if execution == "packed"
-    }
-    programs = [packed.get(name) or masked_program(model, mesh) for name, (model, _) in variants.items()]
-    measured = images_per_second(programs, images, mesh, ROUNDS)
-    return {
-        "batch_size": count,
+    found: dict[int, dict[str, _Timed]] = {}
+    for size in batch_sizes(batch_size, len(indices)):
+        with steps.step("batch", f"compiling for batches of {size} images"):
+            timed = _compiled(variants, split, indices, size, None if not found else LONGEST_RUN)
+        if timed is None:
+            steps.leave_out("batch")
+            break
+        found[size] = timed
+    _sample(found, steps)
+    by_batch = {name: [timed[name].figures(size) for size, timed in found.items()] for name in variants}
+    best = {name: max(rows, key=lambda row: row["images_per_second"]) for name, rows in by_batch.items()}
+    packed = next((name for name, (_, execution) in variants.items() if execution == "packed"), None)
+    speeds: dict[str, Any] = {
+        "batch_sizes": list(found),
         "rounds": ROUNDS,
-        "devices": int(mesh.size),
-        "plan": str(next(iter(packed.values())).plan) if packed else None,
-        "images_per_second": dict(zip(variants, measured, strict=True)),
+        "sample_seconds": SAMPLE_SECONDS,
+        "devices": int(data_mesh(max(found)).size),
+        "plan": found[best[packed]["batch"]][packed].plan if packed else None,
+        "by_batch": by_batch,
+        "best_batch": {name: row["batch"] for name, row in best.items()},
+        "images_per_second": {name: row["images_per_second"] for name, row in best.items()},
     }
+    if "packed" in variants and "dense" in variants:
+        ours, dense = (found[best[name]["batch"]][name].rates for name in ("packed", "dense"))
+        ratios = [a / b for a, b in zip(ours, dense, strict=True)]
+        value = best["packed"]["images_per_second"] / best["dense"]["images_per_second"]
+        speeds["speed_up"] = {"value": value, "low": min(ratios), "high": max(ratios)}
+    return speeds
+
+
+def measure_at(
+    variants: Variants, split: Images, indices: Int[np.ndarray, " n"], batch: int, steps: Steps
+) -> dict[str, float]:
+    """images/s of each variant at one batch size, in turn; steps has kinds "setting" (one for each) and "round"."""
+    timed: dict[str, _Timed] = {}
+    for name, variant in variants.items():
+        with steps.step("setting", f"compiling {name}"):
+            timed |= _compiled({name: variant}, split, indices, batch, None) or {}
+    _sample({batch: timed}, steps)
+    return {name: program.figures(batch)["images_per_second"] for name, program in timed.items()}
+
+
+def _compiled(
+    variants: Variants, split: Images, indices: Int[np.ndarray, " n"], size: int, longest: float | None
+) -> dict[str, _Timed] | None:
+    """The variants compiled and warm at this batch size; None where the first takes more than `longest` seconds."""
+    mesh = data_mesh(size)
+    config = next(iter(variants.values()))[0].config
+
+    def batches(count: int) -> list[Array]:
+        chosen = indices[np.linspace(0, len(indices) - 1, count * size).round().astype(int)]
+        images = normalize(evaluation_images(split, chosen, config), config)
+        # Every batch is itself spread over the data.
+        return [jax.device_put(images[start::count], batch_sharding(mesh)) for start in range(count)]
+
+    found: dict[str, _Timed] = {}
+    first = batches(1)
+    for name, (model, execution) in variants.items():
+        packed = compile_packed(model, size, mesh=mesh) if execution == "packed" else None
+        run = packed or masked_program(model, mesh)
+        jax.block_until_ready(run(first[0]))
+        began = time.perf_counter()
+        jax.block_until_ready(run(first[0]))
+        took = time.perf_counter() - began
+        if longest is not None and not found and took > longest:
+            return None
+        found[name] = _Timed(run, first, max(1, math.ceil(SAMPLE_SECONDS / took)), str(packed.plan) if packed else None)
+    most = min(max(timed.calls for timed in found.values()), len(indices) // size, MOST_BATCHES)
+    if most > 1:
+        several = batches(most)
+        for timed in found.values():
+            timed.batches = several
+    return found
+
+
+def _sample(found: Mapping[int, Mapping[str, _Timed]], steps: Steps) -> None:
+    for number in range(ROUNDS):
+        with steps.step("round", f"timing, round {number + 1} of {ROUNDS}"):
+            for timed in found.values():
+                for program in timed.values():
+                    program.sample()
 
 
 def environment() -> dict[str, Any]:

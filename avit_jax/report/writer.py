@@ -10,17 +10,23 @@ import jax
 import numpy as np
 from flax import nnx
 
+from avit_jax.config import AViTConfig
 from avit_jax.data.sources import Images
-from avit_jax.evaluation import Evaluation, evaluate
+from avit_jax.evaluation import Evaluation, evaluate, whole_gmacs
 from avit_jax.files import write_json
 from avit_jax.mesh import data_mesh
 from avit_jax.model import AViT
+from avit_jax.progress import Steps
 from avit_jax.report import charts, gallery
-from avit_jax.report.numbers import as_json, class_names, disagreements, evaluation_numbers
+from avit_jax.report.depth_colours import legend
+from avit_jax.report.names import class_names, verdict
+from avit_jax.report.numbers import as_json, disagreements, evaluation_numbers, only_layer
 from avit_jax.report.page import render, write_page
-from avit_jax.report.speed import environment, measure_speeds
+from avit_jax.report.speed import ROUNDS, Variants, batch_sizes, environment, measure_at, measure_speeds
 from avit_jax.sweep import Sweep, unbeaten, with_gate
 
+# Seconds of each kind of step for a small model on two CPU cores, until the first one tells.
+_GUESSES = {"evaluation": 10.0, "batch": 10.0, "setting": 5.0, "round": 5.0, "page": 5.0}
 _FIXED = 6  # images that the sweep shows at every setting
 
 
@@ -55,11 +61,56 @@ def write_report(
     """Write report.json and the page that shows it; returns the page's path.
 
     split: what both were evaluated on; data: its name. Runs a few images again for their pictures, measures images/s
-    of all executions in turn, and evaluates every setting of the sweep.
+    of all executions in turn, and evaluates every setting of the sweep. Shows its progress on stderr.
     """
+    images = subject.result.per_image.index
+    sizes, settings = len(batch_sizes(batch_size, len(images))), len(sweep.values) if sweep else 0
+    rounds = 2 * ROUNDS if sweep else ROUNDS
+    kinds = {"evaluation": settings, "batch": sizes, "setting": settings, "round": rounds, "page": 1}
+    steps = Steps("report", kinds, _GUESSES)
+    try:
+        return _write(folder, subject, split, data, batch_size, baseline, sweep, steps)
+    finally:
+        steps.close()
+
+
+def _write(
+    folder: Path,
+    subject: Subject,
+    split: Images,
+    data: str,
+    batch_size: int,
+    baseline: Subject | None,
+    sweep: Sweep | None,
+    steps: Steps,
+) -> Path:
     model, result = subject.model, subject.result
-    settings = _settings(model, split, batch_size, sweep) if sweep else []
-    speeds = measure_speeds(_variants(subject, baseline, settings), split, result.per_image.index, batch_size)
+    index = result.per_image.index
+    settings = _settings(model, split, batch_size, sweep, steps) if sweep else []
+    speeds = measure_speeds(_variants(subject, baseline), split, index, batch_size, steps)
+    if model.config.halts:
+        speeds["saved_work"] = _saved_work(result, model.config, batch_size)
+    rates: dict[str, float] = {}
+    if settings:
+        # One batch size for all, the best of the checkpoint's own setting: what differs is the setting.
+        packed: Variants = {_key(setting): (setting.model, "packed") for setting in settings}
+        rates = measure_at(packed, split, index, speeds["best_batch"]["packed"], steps)
+    with steps.step("page", "pictures and charts"):
+        return _write_page(folder, subject, split, data, baseline, sweep, settings, speeds, rates)
+
+
+def _write_page(
+    folder: Path,
+    subject: Subject,
+    split: Images,
+    data: str,
+    baseline: Subject | None,
+    sweep: Sweep | None,
+    settings: Sequence[_Setting],
+    speeds: dict[str, Any],
+    rates: dict[str, float],
+) -> Path:
+    model, result = subject.model, subject.result
     report: dict[str, Any] = {
         "created": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "environment": environment(),
@@ -78,7 +129,7 @@ def write_report(
     report["galleries"] = {name: [_image(i, subject, baseline) for i in indices] for name, indices in chosen.items()}
     shown = {image["image"] for images in report["galleries"].values() for image in images}
     pictures: dict[str, Any] = {}
-    if model.config.halts:
+    if model.config.halts and only_layer(result.depth_histogram) is None:
         widest = int(np.argmax(result.per_image.depth_std))
         report["strip"] = _image(widest, subject)
         (depth,) = gallery.token_depths(model, split, [report["strip"]["image"]])
@@ -88,11 +139,13 @@ def write_report(
     if sweep:
         fixed = result.per_image.index[gallery.spread(result, _FIXED)].tolist()
         maps = [gallery.token_depths(setting.model, split, fixed) for setting in settings]
-        report["sweep"] = _sweep_numbers(sweep, settings, model, speeds["images_per_second"], fixed, maps)
+        report["sweep"] = _sweep_numbers(sweep, settings, model, rates, fixed, maps)
+        report["sweep"]["batch"] = speeds["best_batch"]["packed"]
         pictures["sweep"] = [[gallery.map_uri(depth, model.config) for depth in depths] for depths in maps]
         shown.update(fixed)
     report = as_json(report)
     pictures |= {"frames": gallery.frames(model, split, sorted(shown)), "charts": _charts(report)}
+    pictures["legend"] = legend(model.config.depth)
     write_json(folder / "report.json", report)
     return write_page(folder, render(report, pictures))
 
@@ -114,12 +167,26 @@ def _describe(subject: Subject) -> dict[str, Any]:
         "patch_grid": config.patch_grid,
         "num_tokens": config.num_tokens,
         "num_special": config.num_special,
+        # A model without one, and one whose head reads all patches: the answer is not the class token's.
+        "class_token": getattr(config, "class_token", True),
+        "pool": getattr(config, "pool", "token"),
         "parameters": sum(p.size for p in parameters),
         "dtype": config.dtype,
     }
 
 
-def _variants(subject: Subject, baseline: Subject | None, settings: Sequence[_Setting]) -> dict[str, tuple[AViT, str]]:
+def _saved_work(result: Evaluation, config: AViTConfig, batch_size: int) -> dict[str, Any]:
+    """How much faster packed execution were if time were multiply-adds alone: dense's over its own.
+
+    Its own are counted by a packed evaluation, padding included; a masked one saves nothing and knows the rule's alone.
+    """
+    whole = whole_gmacs(config)
+    counted = result.executed_gmacs < whole
+    gmacs = result.executed_gmacs if counted else result.gmacs
+    return {"allows": whole / gmacs, "share": gmacs / whole, "padding_counted": counted, "batch": batch_size}
+
+
+def _variants(subject: Subject, baseline: Subject | None) -> Variants:
     """What is timed: dense is the model itself with the gate taken out."""
     model = subject.model
     variants = {"dense": (with_gate(model, gate_scale=None, gate_center=None), "masked")}
@@ -127,19 +194,20 @@ def _variants(subject: Subject, baseline: Subject | None, settings: Sequence[_Se
         variants |= {"masked": (model, "masked"), "packed": (model, "packed")}
     if baseline:
         variants["baseline"] = (baseline.model, "packed" if baseline.model.config.halts else "masked")
-    return variants | {_key(setting): (setting.model, "packed") for setting in settings}
+    return variants
 
 
 def _key(setting: _Setting) -> str:
-    return f"setting {setting.value:g}"
+    return f"setting {setting.value!r}"
 
 
-def _settings(model: AViT, split: Images, batch_size: int, sweep: Sweep) -> list[_Setting]:
+def _settings(model: AViT, split: Images, batch_size: int, sweep: Sweep, steps: Steps) -> list[_Setting]:
     mesh = data_mesh(batch_size)
     found = []
     for value in sweep.values:
         other = with_gate(model, **{sweep.field: value})
-        result = evaluate(other, split, batch_size, "packed", mesh)
+        with steps.step("evaluation", f"evaluating {sweep.field} {value:g}"):
+            result = evaluate(other, split, batch_size, "packed", mesh)
         names = ("top1", "mean_depth", "class_token_depth", "gmacs", "executed_gmacs")
         found.append(_Setting(value, other, {name: getattr(result, name) for name in names}))
     return found
@@ -179,8 +247,8 @@ def _chosen(subject: Subject, baseline: Subject | None) -> dict[str, list[int]]:
     """The images that the page shows, by their place in the evaluation: found from the few numbers kept of each."""
     result = subject.result
     chosen = {}
-    if subject.model.config.halts:
-        chosen = {"easiest": gallery.easiest(result), "hardest": gallery.hardest(result)}
+    if subject.model.config.halts and np.ptp(result.image_depths) > 0:
+        chosen = {"fewest_layers": gallery.shallowest(result), "most_layers": gallery.deepest(result)}
     if result.labelled:
         chosen["confidently_wrong"] = gallery.confidently_wrong(result)
     if baseline:
@@ -191,12 +259,15 @@ def _chosen(subject: Subject, baseline: Subject | None) -> dict[str, list[int]]:
 def _image(place: int, subject: Subject, baseline: Subject | None = None) -> dict[str, Any]:
     """What is said under a picture."""
     images, names = subject.result.per_image, class_names(subject.model.config)
-    label = int(images.label[place])
+    number = int(images.label[place])
+    prediction, label = names[int(images.prediction[place])], names[number] if number >= 0 else None
+    right = bool(images.rank[place] <= 1) if label is not None else None
     found = {
         "image": int(images.index[place]),
-        "label": names[label] if label >= 0 else None,
-        "prediction": names[int(images.prediction[place])],
-        "right": bool(images.rank[place] <= 1) if label >= 0 else None,
+        "label": label,
+        "prediction": prediction,
+        "right": right,
+        "said": verdict(prediction, label, right),
         "confidence": float(images.confidence[place]),
         "mean_depth": float(images.mean_depth[place]),
     }
@@ -207,18 +278,20 @@ def _image(place: int, subject: Subject, baseline: Subject | None = None) -> dic
 
 
 def _charts(report: dict[str, Any]) -> dict[str, Any]:
-    """The charts that this report has numbers for."""
+    """The charts that this report has numbers for; what a sentence says as well (one bar, one point) has none."""
     found = {}
-    if report["model"]["halts"]:
-        means = {name: report["summary"][name]["value"] for name in ("mean_depth", "class_token_depth")}
-        found["by_layer"] = charts.by_layer(report["by_layer"], means["mean_depth"])
-        found["class_token"] = charts.class_token(report["class_token"], means["class_token_depth"])
-        found["position_map"] = charts.position_map(report["by_position"])
-        if "by_depth" in report:
+    model, summary = report["model"], report["summary"]
+    if model["halts"]:
+        if only_layer([row["stopped"] for row in report["by_layer"]]) is None:
+            found["by_layer"] = charts.by_layer(report["by_layer"], summary["mean_depth"]["value"])
+            found["position_map"] = charts.position_map(report["by_position"], model["depth"])
+        if model["class_token"] and only_layer(report["class_token"]) is None:
+            found["class_token"] = charts.class_token(report["class_token"], summary["class_token_depth"]["value"])
+        if "by_depth" in report and not summary["one_depth"]:
             found["accuracy_by_depth"] = charts.accuracy_by_depth(report["by_depth"])
-    if "calibration" in report:
+    if "calibration" in report and len(report["calibration"]["bins"]) > 1:
         found["reliability"] = charts.reliability(report["calibration"]["bins"])
-    if "sweep" in report and report["data"]["labelled"]:
+    if "sweep" in report and report["data"]["labelled"] and len(report["sweep"]["settings"]) > 1:
         found |= _sweep_charts(report)
     return found
 

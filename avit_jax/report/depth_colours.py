@@ -1,0 +1,42 @@
+"""The one colour scale of depths: the same colour is the same depth in every picture and everywhere on the page.
+
+viridis from layer 1 (dark blue) to the last layer (yellow). Its brightness grows evenly with depth, so that it reads
+the same for colour-blind people and in grey.
+"""
+
+import matplotlib
+import numpy as np
+from jaxtyping import Float, Int, UInt8
+from matplotlib.colors import Normalize
+
+COLOURS = "viridis"
+
+
+def scale(depth: int) -> Normalize:
+    """Layers 1 to `depth` as 0..1, for matplotlib."""
+    return Normalize(1, max(depth, 2))
+
+
+def coloured(depths: Int[np.ndarray, "..."] | Float[np.ndarray, "..."], depth: int) -> UInt8[np.ndarray, "... 3"]:
+    """The colour of each depth, in layers, of a model with `depth` layers."""
+    return np.asarray(matplotlib.colormaps[COLOURS](scale(depth)(depths), bytes=True))[..., :3]
+
+
+def ink_on(colour: UInt8[np.ndarray, " 3"]) -> str:
+    """Black or white, whichever is read better on the colour."""
+    linear = np.asarray(colour / 255) ** 2.2
+    luminance = linear @ (0.2126, 0.7152, 0.0722)
+    return "white" if luminance < 0.18 else "black"  # both have the same contrast at 0.18
+
+
+def legend(depth: int) -> list[dict[str, str | int]]:
+    """Each layer with its colour, as CSS writes it, and the ink that is read on it."""
+    rows = ((layer, coloured(np.array(layer), depth)) for layer in range(1, depth + 1))
+    return [{"layer": layer, "colour": "#" + bytes(colour).hex(), "ink": ink_on(colour)} for layer, colour in rows]
+
+
+def ticks(depth: int) -> list[int]:
+    """Layers that a colour bar names: the first, the last and a few between."""
+    step = max(1, depth // 6)
+    between = [layer for layer in range(1 + step, depth, step) if depth - layer >= step]
+    return sorted({1, *between, depth})
