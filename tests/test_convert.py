@@ -53,7 +53,9 @@ def augreg_logits(p: State, x: np.ndarray, patch: int, depth: int) -> np.ndarray
             cut = x[:, i : i + patch, j : j + patch]
             rows.append(np.einsum("bhwc,hwcd->bd", cut, p["embedding/kernel"]) + p["embedding/bias"])
     v = np.stack(rows, 1)
-    v = np.concatenate([np.repeat(p["cls"], len(x), 0), v], 1) + p["Transformer/posembed_input/pos_embedding"]
+    if "cls" in p:
+        v = np.concatenate([np.repeat(p["cls"], len(x), 0), v], 1)
+    v = v + p["Transformer/posembed_input/pos_embedding"]
     for layer in range(depth):
         block = f"Transformer/encoderblock_{layer}"
         y = norm(v, f"{block}/LayerNorm_0")
@@ -68,7 +70,8 @@ def augreg_logits(p: State, x: np.ndarray, patch: int, depth: int) -> np.ndarray
         y = norm(v, f"{block}/LayerNorm_2")
         hidden = gelu(y @ p[f"{block}/MlpBlock_3/Dense_0/kernel"] + p[f"{block}/MlpBlock_3/Dense_0/bias"])
         v = v + hidden @ p[f"{block}/MlpBlock_3/Dense_1/kernel"] + p[f"{block}/MlpBlock_3/Dense_1/bias"]
-    return norm(v, "Transformer/encoder_norm")[:, 0] @ p["head/kernel"] + p["head/bias"]
+    v = norm(v, "Transformer/encoder_norm")
+    return (v[:, 0] if "cls" in p else v.mean(1)) @ p["head/kernel"] + p["head/bias"]
 
 
 def augreg_state(width: int = 12, heads: int = 3, depth: int = 2, classes: int = 4, patch: int = 8) -> State:
@@ -216,7 +219,7 @@ def test_another_number_of_classes(capsys: pytest.CaptureFixture[str]) -> None:
     np.testing.assert_array_equal(model.head.bias[...], 0)
     without = {name: value for name, value in state.items() if not name.startswith("head")}
     with pytest.raises(ValueError, match="the checkpoint has no head: pass num_classes for a new one, or 0 for none"):
-        avit_jax.from_torch_state_dict(without, "deit_tiny_patch16_224")
+        avit_jax.from_torch_state_dict(without, "deit_tiny_distilled_patch16_224")
     assert avit_jax.from_torch_state_dict(without, num_classes=7, **wanted).config.num_classes == 7
 
 

@@ -60,7 +60,9 @@ def _fit_positions(
         patches = config.num_tokens - special
         # Rows of all special tokens; of all but registers (DINOv2); of patches alone (timm's no_embed_class).
         ways = (special, special - config.num_registers, 0)
-        given = next((n for n in ways if square(rows - n)), None)
+        given = next((n for n in ways if rows - n == patches == square(patches) ** 2), None)
+        if given is None:
+            given = next((n for n in ways if square(rows - n)), None)
         if given is None:
             given = next((n for n in ways if rows - n == patches), None)
         if given is None:
