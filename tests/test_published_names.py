@@ -12,6 +12,7 @@ import safetensors.numpy
 
 import avit_jax
 from avit_jax.convert import convert
+from avit_jax.convert.__main__ import main
 from tests.published_names import NAMES, images, published_state
 from tests.test_convert import augreg_logits
 
@@ -272,9 +273,9 @@ TIMM: dict[str, dict[str, Any]] = {
     "dino": {"num_classes": 0},
     "dino_checkpoint": {"num_classes": 0},
     "mae_pretrain": {"num_classes": 0},
-    "dinov2": {"init_values": 1.0, "no_embed_class": True, "num_classes": 0},
-    "dinov2_chunks": {"init_values": 1.0, "no_embed_class": True, "num_classes": 0},
-    "dinov2_classifier": {"init_values": 1.0, "no_embed_class": True, "num_classes": 0},
+    "dinov2": {"init_values": 1.0, "num_classes": 0},
+    "dinov2_chunks": {"init_values": 1.0, "num_classes": 0},
+    "dinov2_classifier": {"init_values": 1.0, "num_classes": 0},
     "dinov2_registers": {"init_values": 1.0, "no_embed_class": True, "num_classes": 0, "reg_tokens": 4},
 }
 
@@ -449,6 +450,15 @@ def test_a_folders_preprocessing_is_its_own(
     assert (config.num_heads, config.class_names) == (2, None)
     assert "as the JSON beside the weights says" in capsys.readouterr().out
     assert avit_jax.load(folder, preprocessing={"crop_fraction": 0.5}).config.preprocessing.crop_fraction == 0.5
+
+
+def test_the_command_line_converts_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_folder(tmp_path / "vit", id2label=dict(zip("01234", "abcde", strict=True)))
+    assert main([str(folder), str(tmp_path / "ours")]) == 0
+    assert "layout: Hugging Face; no gate" in capsys.readouterr().out
+    assert avit_jax.load(tmp_path / "ours").config.class_names == tuple("abcde")
+    assert main([str(folder), str(tmp_path / "other"), "--num-classes=7"]) == 0
+    assert avit_jax.load(tmp_path / "other").config.class_names is None
 
 
 def test_positions_are_resized_to_what_the_preprocessor_shows(
