@@ -16,8 +16,9 @@ from flax.traverse_util import flatten_dict
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from avit_jax.config import AViTConfig
-from avit_jax.convert import Conversion, convert, fit, override
-from avit_jax.convert.weight_files import read_weight_file
+from avit_jax.convert import Conversion, fit, override, read_foreign
+from avit_jax.convert.huggingface import is_foreign_folder
+from avit_jax.convert.published import merged, where_to_get
 from avit_jax.distributed import in_any_process, lost_a_process
 from avit_jax.files import CannotWrite, read_json, write_json, writing
 from avit_jax.model import AViT
@@ -56,11 +57,13 @@ def _alone(doing: str) -> ocp.options.MultiprocessingOptions:
 
 
 def load(path: str | Path, preset: str | None = None, *, ema: bool = False, **overrides: Any) -> AViT:
-    """A model from a folder that `save` or a training run wrote, or from a .pth, .safetensors or .npz file.
+    """A model from a folder of `save`, a training run or Hugging Face, or from a .pth, .safetensors or .npz file.
 
-    Of a run's folder: the finished model, else the newest checkpoint. Folders, and files that save_torch wrote, carry
-    their own configuration; preset and overrides (AViTConfig fields) say the rest. ema: the moving average's weights.
-    Position embeddings are resized to another image_size, the head is new for another num_classes; either is printed.
+    Nothing is downloaded. Of a run's folder: the finished model, else the newest checkpoint. Folders, and files that
+    save_torch wrote, carry their own configuration; preset and overrides (AViTConfig fields) say the rest. ema: the
+    moving average's weights.
+    Position embeddings are resized to another image_size, the head is new for another num_classes, preprocessing is
+    what was published with it unless given (a Preprocessing, or a dict of some of its fields). Each is printed.
     Raises ValueError where the path is missing, damaged, or of another architecture (naming the parameter and shapes).
     """
     conversion = load_conversion(path, preset, ema=ema, **overrides)
@@ -71,14 +74,14 @@ def load(path: str | Path, preset: str | None = None, *, ema: bool = False, **ov
 
 def load_conversion(path: str | Path, preset: str | None = None, *, ema: bool = False, **overrides: Any) -> Conversion:
     """What load does, with the account of it."""
+    if not Path(path).exists():
+        raise ValueError(f"there is no checkpoint at {path}: {where_to_get(path)}")
     path = Path(path).absolute()
-    if path.is_file():
-        file = read_weight_file(path, ema=ema)
+    if path.is_file() or is_foreign_folder(path):
         try:
-            conversion = convert(file.state, preset, saved=file.config, **overrides)  # file.state is empty after it
+            return read_foreign(path, preset, ema=ema, **overrides)
         except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
-        return dataclasses.replace(conversion, notes=file.notes + conversion.notes)
+            raise ValueError(str(error) if str(path) in str(error) else f"{path}: {error}") from error
     if preset is not None:
         raise ValueError(f"{path} carries its own configuration: leave preset={preset!r} out")
     config_file, params = _locate(path, ema)
@@ -88,6 +91,8 @@ def load_conversion(path: str | Path, preset: str | None = None, *, ema: bool = 
         raise ValueError(
             f"num_heads is {saved.num_heads} in the checkpoint {path} and {overrides['num_heads']} in the model"
         )
+    if "preprocessing" in overrides:
+        overrides["preprocessing"] = merged(overrides["preprocessing"], saved.preprocessing)
     config = override(saved, overrides)
     abstract = nnx.state(nnx.eval_shape(lambda: AViT(saved, rngs=nnx.Rngs(0))))
     parameters = flatten_dict(restore_tree(params, nnx.to_pure_dict(abstract)), sep=".")
@@ -99,8 +104,6 @@ def load_conversion(path: str | Path, preset: str | None = None, *, ema: bool = 
 
 def _locate(path: Path, ema: bool) -> tuple[Path, Path]:
     """The configuration's file and the parameters' folder, in a saved model, a run, its checkpoints, or one of them."""
-    if not path.exists():
-        raise ValueError(f"there is no checkpoint at {path}: the folder is missing")
     if (path / "model" / "config.json").exists() and not ema:
         path = path / "model"
     if (path / "params").exists() or (path / "config.json").exists():

@@ -1,6 +1,7 @@
 """python -m avit_jax.convert IN OUT: checkpoints from and to PyTorch, with a table of what became of what."""
 
 import argparse
+import dataclasses
 import re
 import sys
 import warnings
@@ -11,15 +12,19 @@ import jax
 from flax import nnx
 
 from avit_jax.checkpoint import load_conversion, save
-from avit_jax.convert.state_dict import Conversion, save_torch, torch_name
+from avit_jax.config import INTERPOLATIONS, POOLS, Preprocessing
+from avit_jax.convert import Conversion
+from avit_jax.convert.state_dict import save_torch, torch_name
 
 TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")
+# Files of other programs: a folder of such a name would be taken for one.
+OTHER_FORMATS = (".onnx", ".npz", ".npy", ".h5", ".hdf5", ".keras", ".msgpack", ".ckpt", ".pkl", ".tflite", ".json")
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Convert; returns the exit status, 1 with one sentence on stderr for what the user can mend."""
     parser = argparse.ArgumentParser(prog="python -m avit_jax.convert", description=__doc__)
-    parser.add_argument("source", metavar="IN", help=".pth, .safetensors, .npz, or a folder that avit_jax wrote")
+    parser.add_argument("source", metavar="IN", help=".pth, .safetensors, .npz, a Hugging Face folder, or avit_jax's")
     parser.add_argument("target", metavar="OUT", help=".pth or .safetensors for PyTorch; else a folder for avit_jax")
     parser.add_argument("--preset", help="such as avit_tiny_patch16_224: architecture and gate")
     parser.add_argument("--num-classes", type=int, help="another number than the checkpoint's: a new head")
@@ -27,14 +32,26 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--num-heads", type=int, help="where neither preset nor width tells it")
     parser.add_argument("--gate-scale", type=float, help="with --gate-center: an A-ViT; no checkpoint tells them")
     parser.add_argument("--gate-center", type=float)
+    parser.add_argument("--pool", choices=POOLS, help="what the head reads, where the file cannot tell")
+    parser.add_argument("--mean", type=_numbers, help="such as 0.5,0.5,0.5: what is taken from each channel (0..1)")
+    parser.add_argument("--std", type=_numbers, help="such as 0.5,0.5,0.5: what each channel is divided by")
+    parser.add_argument("--crop-fraction", type=float, help="the part of the resized image that the model sees")
+    parser.add_argument("--interpolation", choices=INTERPOLATIONS)
     parser.add_argument("--ema", action="store_true", help="the moving average's weights")
     options = vars(parser.parse_args(arguments))
     source, target = options.pop("source"), Path(options.pop("target"))
     preset, ema = options.pop("preset"), options.pop("ema")
     overrides: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+    preprocessing = {field.name: overrides.pop(field.name, None) for field in dataclasses.fields(Preprocessing)}
+    preprocessing = {name: value for name, value in preprocessing.items() if value is not None}
+    if preprocessing:
+        overrides["preprocessing"] = preprocessing
     try:
-        if not Path(source).exists():
-            raise ValueError(f"there is no checkpoint at {source}")
+        if target.suffix.lower() in OTHER_FORMATS:
+            raise ValueError(
+                f"{target}: {target.suffix} files cannot be written: give {', '.join(TORCH_SUFFIXES)} for PyTorch, or "
+                "a name without such a suffix for a folder of avit_jax"
+            )
         if target.exists():
             raise ValueError(f"{target} exists already: choose another path or remove it")
         with warnings.catch_warnings():
@@ -48,6 +65,13 @@ def main(arguments: list[str] | None = None) -> int:
     print(format_conversion(conversion))
     print(f"written: {target}")
     return 0
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(number) for number in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers such as 0.5,0.5,0.5") from None
 
 
 def _image_size(text: str) -> int | tuple[int, int]:
@@ -64,7 +88,7 @@ def format_conversion(conversion: Conversion) -> str:
     for path, param in nnx.to_flat_state(nnx.state(conversion.model, nnx.Param)):
         name = ".".join(map(str, path))
         total += param.size
-        theirs = torch_name(name).replace("blocks.", "blocks.*.", 1)
+        theirs = torch_name(name, conversion.model.config.pool).replace("blocks.", "blocks.*.", 1)
         rows.append((name, "x".join(map(str, param.shape)), theirs, conversion.changed.get(name, "")))
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

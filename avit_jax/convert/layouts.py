@@ -1,66 +1,25 @@
-"""Checkpoint layouts, told by their names, and brought to timm's names: Hugging Face, AugReg, timm's own variants."""
+"""Checkpoint layouts, told by their names, and brought to timm's names, shapes and one kind of block."""
 
 import dataclasses
 import re
-from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
+from avit_jax.convert.foreign import refuse_foreign_architectures
+from avit_jax.convert.names import AUGREG, EXTRAS, FAMILIES, HUGGING_FACE, LAYER, TIMM, TORCHVISION, Family, renamed
+
 State = dict[str, np.ndarray]
-
-_WRAPPERS = ("module.", "_orig_mod.", "model.", "backbone.")  # DataParallel, torch.compile, training frameworks
-
-# Applied one after the other, each to the whole name.
-_Table = list[tuple[str, str | Callable[[re.Match[str]], str]]]
-
-_HUGGING_FACE: _Table = [
-    (r"(?:vit|deit|dinov2)\.(.*)", r"\1"),
-    (r"embeddings\.cls_token", "cls_token"),
-    (r"embeddings\.distillation_token", "dist_token"),
-    (r"embeddings\.position_embeddings", "pos_embed"),
-    (r"embeddings\.patch_embeddings\.projection\.(.*)", r"patch_embed.proj.\1"),
-    (r"(?:encoder\.)?layers?\.(\d+)\.(.*)", r"blocks.\1.\2"),
-    (r"(.*)\.(?:attention\.)?attention\.(?:(query|key|value)|([qkv])_proj)\.(.*)", r"\1.attn.\2\3.\4"),
-    (r"(.*)\.attention\.(?:output\.dense|o_proj)\.(.*)", r"\1.attn.proj.\2"),
-    (r"(.*)\.layernorm_before\.(.*)", r"\1.norm1.\2"),
-    (r"(.*)\.layernorm_after\.(.*)", r"\1.norm2.\2"),
-    (r"(.*)\.intermediate\.dense\.(.*)", r"\1.mlp.fc1.\2"),
-    (r"(.*\.\d+)\.output\.dense\.(.*)", r"\1.mlp.fc2.\2"),
-    (r"(.*)\.layer_scale([12])\.lambda1", r"\1.ls\2.gamma"),
-    (r"layernorm\.(.*)", r"norm.\1"),
-    (r"distillation_classifier\.(.*)", r"head_dist.\1"),
-    (r"(?:cls_)?classifier\.(.*)", r"head.\1"),
-]
-_AUGREG: _Table = [
-    (r"(?:opt/target/|params/)(.*)", r"\1"),
-    (r"cls", "cls_token"),
-    (r"Transformer/posembed_input/pos_embedding", "pos_embed"),
-    (r"embedding/(.*)", r"patch_embed.proj.\1"),
-    (r"Transformer/encoderblock_(\d+)/(.*)", r"blocks.\1.\2"),
-    (r"(.*)\.MultiHeadDotProductAttention_1/(query|key|value)/(.*)", r"\1.attn.\2.\3"),
-    (r"(.*)\.MultiHeadDotProductAttention_1/out/(.*)", r"\1.attn.proj.\2"),
-    (r"(.*)\.LayerNorm_0/(.*)", r"\1.norm1.\2"),
-    (r"(.*)\.LayerNorm_2/(.*)", r"\1.norm2.\2"),
-    (r"(.*)\.MlpBlock_3/Dense_([01])/(.*)", lambda m: f"{m[1]}.mlp.fc{int(m[2]) + 1}.{m[3]}"),
-    (r"Transformer/encoder_norm/(.*)", r"norm.\1"),
-    (r"(head|pre_logits)/(.*)", r"\1.\2"),
-    (r"(.*)\.(?:kernel|scale)", r"\1.weight"),
-]
-_TIMM: _Table = [
-    (r"(.*)\.gamma_([12])", r"\1.ls\2.gamma"),  # DeiT III as its authors published it
-    (r"pre_logits\.fc\.(.*)", r"pre_logits.\1"),
-]
-# No part of what a classifier computes from an image.
-_EXTRAS = re.compile(r"(.*\.)?(mask_token|position_ids|pooler\.dense\.(weight|bias)|pooler\..*)")
 
 
 @dataclasses.dataclass
 class Recognised:
-    """A checkpoint under timm's names."""
+    """A checkpoint under timm's names; of the final LayerNorm the name is norm, whatever its head reads."""
 
     layout: str
+    kind: str  # which published preprocessing it has, see published.py
     state: State
-    num_heads: int | None  # where the layout's shapes tell it
+    traits: dict[str, Any]  # AViTConfig fields that names tell: num_heads, pool, norm_epsilon, ...
     extras: list[str]  # source names that were left out
     notes: list[str]  # what was changed besides names
 
@@ -68,60 +27,85 @@ class Recognised:
 def recognise(source: State) -> Recognised:
     """timm's names and shapes, one query-key-value matrix, LayerScale folded in; source is emptied.
 
-    Raises ValueError, with some of the names, for a layout that is none of timm's, Hugging Face's and AugReg's, and for
-    an architecture that this project has not (average pooling, register tokens, a tanh layer before a trained head).
+    A prefix that all names share comes off. Raises ValueError, with some of the names, for a layout that is none of
+    timm's, Hugging Face's, torchvision's and AugReg's, and for an architecture that this project does not have.
     """
-    state = _without_wrappers(source)
-    names = list(state)
-    if any("encoderblock_0/" in name for name in names):
-        layout, table = "AugReg (google-research/vision_transformer)", _AUGREG
-    elif any(name.endswith("embeddings.patch_embeddings.projection.weight") for name in names):
-        layout, table = "Hugging Face", _HUGGING_FACE
-    elif "patch_embed.proj.weight" in state:
-        layout, table = "timm", _TIMM
-    else:
+    names = list(source)
+    refuse_foreign_architectures(names)
+    family, prefix, notes = _family(names)
+    extras = [name for name in names if EXTRAS.fullmatch(name)]
+    kept = set(names).difference(extras)
+    # A classifier of DINOv2 stands beside its backbone.
+    inside = {name: name.removeprefix(prefix) for name in kept if name.startswith((prefix, "linear_head."))}
+    other = sorted(kept.difference(inside))
+    if any(name.startswith("student.") for name in other) and prefix.startswith("teacher."):
+        notes.append("the student's weights were left out")
+        other = [name for name in other if not name.startswith("student.")]
+    if other:
         raise ValueError(
-            "its names are of no layout known here (timm, published DeiT and A-ViT, Hugging Face ViT and DeiT, "
-            f"AugReg .npz): {', '.join(sorted(names)[:5]) or 'it has no tensors'}"
+            f"its model lies under {prefix!r}, and it has {len(other)} more tensors: {', '.join(other[:5])}; "
+            "leave them out"
         )
-    single_head = layout == "Hugging Face" and any("distillation_token" in name for name in names)
-    single_head = single_head and "classifier.weight" in state
-    extras = [name for name in names if _EXTRAS.fullmatch(name)]
-    renamed: State = {}
+    kind = _kind(family, set(inside.values()), [name.removeprefix(prefix) for name in extras])
+    head_on_class_token = kind == "Hugging Face DeiT" and "classifier.weight" in inside.values()
+    state: State = {}
     for name in names:
-        if name not in extras:
-            new = _renamed(name, table)
-            if new in renamed:
+        if name in inside:
+            new = renamed(inside[name], family.rules)
+            if new in state:
                 raise ValueError(f"two of its tensors mean {new}, one of them {name}")
-            renamed[new] = state.pop(name)
-    num_heads = None
-    if table is _AUGREG:
-        renamed, num_heads = _from_augreg(renamed)
-    result = Recognised(layout, _joined_query_key_value(renamed), num_heads, extras, [])
+            state[new] = source.pop(name)
+    traits: dict[str, Any] = {}
+    if family is AUGREG:
+        state, traits = _from_augreg(state)
+    result = Recognised(family.name, kind, _joined_query_key_value(state), traits, extras, notes)
     _fold_layer_scale(result)
-    if single_head:
+    if head_on_class_token and "dist_token" in result.state and "head.bias" in result.state:
         _split_single_head(result)
-    _refuse_other_architectures(result.state)
+    _tell_architecture(result)
     return result
 
 
-def _without_wrappers(state: State) -> State:
-    while state:
-        wrapper = next((w for w in _WRAPPERS if all(name.startswith(w) for name in state)), None)
-        if wrapper is None:
-            break
-        state = {name.removeprefix(wrapper): state.pop(name) for name in list(state)}
-    return state
+def _family(names: list[str]) -> tuple[Family, str, list[str]]:
+    """The family and the prefix of its names: of a teacher and its student the teacher's."""
+    for family in FAMILIES:
+        pattern = re.compile(rf"((?:.*?[./])??){family.anchor}")
+        prefixes = sorted({match[1] for name in names if len(name) < 300 and (match := pattern.fullmatch(name))})
+        teachers = [prefix for prefix in prefixes if prefix.startswith("teacher.")]
+        if len(prefixes) == 1:
+            return family, prefixes[0], []
+        if len(teachers) == 1 and all(prefix.startswith(("teacher.", "student.")) for prefix in prefixes):
+            return family, teachers[0], []
+        if prefixes:
+            raise ValueError(f"it holds {len(prefixes)} models, under {', '.join(prefixes[:5])}: keep one of them")
+    raise ValueError(
+        "its names are of no layout known here (timm, published DeiT and A-ViT, Hugging Face ViT, DeiT and DINOv2, "
+        f"torchvision, AugReg .npz): {', '.join(f'{name:.100}' for name in sorted(names)[:5]) or 'it has no tensors'}"
+    )
 
 
-def _renamed(name: str, table: _Table) -> str:
-    for pattern, replacement in table:
-        if match := re.fullmatch(pattern, name):
-            name = match.expand(replacement) if isinstance(replacement, str) else replacement(match)
-    return name
+def _kind(family: Family, names: set[str], extras: list[str]) -> str:
+    if family is AUGREG:
+        return "AugReg"
+    if family is TORCHVISION:
+        return "torchvision"
+    if family is HUGGING_FACE:
+        if any(name.startswith("deit.") or name.endswith("distillation_token") for name in names):
+            return "Hugging Face DeiT"
+        scaled = any("layer_scale1." in name for name in names)
+        return "DINOv2" if scaled else "Hugging Face ViT"
+    if "dist_token" in names:
+        return "DeiT"
+    if any(name.endswith(".gamma_1") for name in names):
+        return "DeiT III"
+    if "register_tokens" in names or ("mask_token" in extras and any(".ls1." in name for name in names)):
+        return "DINOv2"
+    if any(name.startswith("decoder_") for name in extras):
+        return "MAE"
+    return "timm with fc_norm" if "fc_norm.weight" in names else "timm"
 
 
-def _from_augreg(state: State) -> tuple[State, int | None]:
+def _from_augreg(state: State) -> tuple[State, dict[str, Any]]:
     """Kernels turned from [in, out] to [out, in], heads joined; the head count."""
     heads = [value.shape[0] for name, value in state.items() if name.endswith("attn.query.bias") and value.ndim == 2]
     result: State = {}
@@ -137,13 +121,13 @@ def _from_augreg(state: State) -> tuple[State, int | None]:
         elif name.endswith(".weight") and value.ndim == 2:
             value = value.T
         result[name] = value
-    return result, heads[0] if heads else None
+    return result, {"num_heads": heads[0]} if heads else {}
 
 
 def _joined_query_key_value(state: State) -> State:
     result: State = {}
     for name in list(state):
-        match = re.fullmatch(r"(blocks\.\d+\.attn)\.(q|k|v|query|key|value)\.(weight|bias)", name)
+        match = re.fullmatch(rf"(blocks\.{LAYER}\.attn)\.(q|k|v|query|key|value)\.(weight|bias)", name)
         if match is None:
             result[name] = state.pop(name)
             continue
@@ -153,8 +137,9 @@ def _joined_query_key_value(state: State) -> State:
             continue
         names = [[f"{stem}.{part}.{kind}", f"{stem}.{part[0]}.{kind}"] for part in ("query", "key", "value")]
         parts = [state.pop(name) for both in names for name in both if name in state]
-        if len(parts) != 3:
-            raise ValueError(f"{stem} has not all of query, key and value ({kind})")
+        if len(parts) != 3 or len({part.shape for part in parts}) != 1 or not parts[0].ndim:
+            shapes = [part.shape for part in parts]
+            raise ValueError(f"{stem} needs query, key and value of one shape ({kind}), it has {shapes}")
         result[joined] = np.concatenate(parts)
     return result
 
@@ -162,10 +147,12 @@ def _joined_query_key_value(state: State) -> State:
 def _fold_layer_scale(result: Recognised) -> None:
     """x + gamma * (W y + b) = x + (gamma W) y + gamma b."""
     state, folded = result.state, 0
-    for name in [name for name in state if re.fullmatch(r"blocks\.\d+\.ls[12]\.gamma", name)]:
+    for name in [name for name in state if re.fullmatch(rf"blocks\.{LAYER}\.ls[12]\.gamma", name)]:
         gamma = np.asarray(state.pop(name), np.float32)
         block = name.rsplit(".", 2)[0]
         layer = f"{block}.{'attn.proj' if '.ls1.' in name else 'mlp.fc2'}"
+        if gamma.ndim != 1:
+            raise ValueError(f"{name} has shape {gamma.shape}: LayerScale has one number for each channel")
         for parameter, scale in ((f"{layer}.weight", gamma[:, None]), (f"{layer}.bias", gamma)):
             if parameter not in state or state[parameter].shape[:1] != gamma.shape:
                 raise ValueError(f"{name} of shape {gamma.shape} scales {parameter}: missing or of another width")
@@ -185,12 +172,41 @@ def _split_single_head(result: Recognised) -> None:
     )
 
 
-def _refuse_other_architectures(state: State) -> None:
-    for name, what in (
-        ("fc_norm.weight", "its head reads the mean of the patches, here the class token is read"),
-        ("reg_token", "it has register tokens, which AViT has not"),
-        ("register_tokens", "it has register tokens, which AViT has not"),
-        ("norm_pre.weight", "it has a LayerNorm before the first block, which AViT has not"),
-    ):
-        if name in state:
-            raise ValueError(f"its architecture is another one ({name}): {what}")
+def _tell_architecture(result: Recognised) -> None:
+    """Registers, class token, what the head reads and the LayerNorms' epsilon, as far as names and shapes tell them."""
+    state, traits = result.state, result.traits
+    if "reg_token" in state:
+        registers = state["reg_token"]
+        if registers.ndim != 3:
+            raise ValueError(f"reg_token has shape {registers.shape}: registers are [1, number, width]")
+        traits["num_registers"] = registers.shape[1]
+    if "cls_token" not in state:
+        traits["class_token"], traits["pool"] = False, "norm_mean"
+    if "fc_norm.weight" in state:
+        if "norm.weight" in state:
+            raise ValueError("its architecture is another one (fc_norm.weight): two LayerNorms stand before its head")
+        traits["pool"] = "mean_norm"
+        for kind in ("weight", "bias"):
+            if f"fc_norm.{kind}" in state:
+                state[f"norm.{kind}"] = state.pop(f"fc_norm.{kind}")
+    head, width = state.get("head.weight"), state.get("norm.bias")
+    if head is not None and width is not None and head.ndim == 2 and width.ndim == 1 and "pool" not in traits:
+        if head.shape[1] == 2 * len(width):
+            traits["pool"] = "token_and_mean"
+        elif head.shape[1] > 2 * len(width) and head.shape[1] % len(width) == 0:
+            raise ValueError(
+                f"its head reads {head.shape[1]} features, {head.shape[1] // len(width)} times the width (DINOv2's "
+                "classifier on several layers): AViT's head reads the last layer alone"
+            )
+    # The values in transformers' and the published config.json; all other families have 1e-6.
+    if result.layout == HUGGING_FACE.name and result.kind != "DINOv2":
+        traits["norm_epsilon"] = 1e-12
+    for name in [name for name in state if name.endswith("mlp.fc2.weight")]:
+        first, second = state.get(name.replace("fc2", "fc1")), state[name]
+        if first is not None and first.ndim == second.ndim == 2 and first.shape[0] == 2 * second.shape[1]:
+            raise ValueError(f"its architecture is another one ({name}): its MLP is gated (SwiGLU), AViT's is not")
+
+
+def can_tell_pool(result: Recognised) -> bool:
+    """Whether the names say what the head reads; timm's models with global_pool="avg" have the same ones."""
+    return result.layout != TIMM.name or result.kind in ("DeiT", "DeiT III", "DINOv2", "MAE") or "pool" in result.traits

@@ -5,17 +5,25 @@ from jaxtyping import Array, Float
 
 
 def resize_positions(
-    positions: Float[np.ndarray | Array, "1 n d"], num_special: int, source: tuple[int, int], target: tuple[int, int]
+    positions: Float[np.ndarray | Array, "1 n d"],
+    num_special: int,
+    source: tuple[int, int],
+    target: tuple[int, int],
+    *,
+    antialias: bool = False,
 ) -> Float[np.ndarray, "1 m d"]:
     """Positions of a grid of patches (rows, columns) resized to another; the special tokens' rows stay as they are.
 
     Bicubic convolution with a = -0.75, half-pixel centres (align_corners=False), no antialiasing, borders repeated:
-    torch.nn.functional.interpolate(mode="bicubic"). jax.image.resize has a = -0.5.
+    torch.nn.functional.interpolate(mode="bicubic"). jax.image.resize has a = -0.5. With antialias, as PyTorch then:
+    a = -0.5, the filter as wide as the step, cut off at the borders.
     """
     values: np.ndarray = np.asarray(positions)
     special, patches = values[:, :num_special], values[0, num_special:]
     grid = patches.reshape(*source, -1).astype(np.float64)
-    rows, columns = (_cubic_weights(s, t) for s, t in zip(source, target, strict=True))
+    rows, columns = (
+        (_antialiased_weights if antialias else _cubic_weights)(s, t) for s, t in zip(source, target, strict=True)
+    )
     resized = np.einsum("ar,bc,rcd->abd", rows, columns, grid, optimize=True)
     return np.concatenate([special, resized.reshape(1, -1, grid.shape[-1]).astype(values.dtype)], axis=1)
 
@@ -32,3 +40,14 @@ def _cubic_weights(source: int, target: int) -> Float[np.ndarray, "t s"]:
         # Repeated borders: several taps may fall on the same position.
         np.add.at(weights, (np.arange(target), np.clip(first + offset, 0, source - 1)), np.where(x <= 1, near, far))
     return weights
+
+
+def _antialiased_weights(source: int, target: int) -> Float[np.ndarray, "t s"]:
+    step = source / target
+    width = max(step, 1.0)
+    centre = (np.arange(target)[:, None] + 0.5) * step - 0.5
+    x = np.abs(np.arange(source) - centre) / width
+    near = 1.5 * x**3 - 2.5 * x**2 + 1
+    far = -0.5 * (x**3 - 5 * x**2 + 8 * x - 4)
+    weights = np.where(x <= 1, near, np.where(x < 2, far, 0.0))
+    return weights / weights.sum(1, keepdims=True)

@@ -3,43 +3,33 @@
 import dataclasses
 import re
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from flax.traverse_util import unflatten_dict
 
-from avit_jax.config import AViTConfig, config_from
-from avit_jax.convert.layouts import recognise
-from avit_jax.convert.positions import resize_positions
-from avit_jax.convert.weight_files import write_pth, write_safetensors
-from avit_jax.layers import linear
+from avit_jax.config import AViTConfig, Preprocessing
+from avit_jax.convert.architecture import configuration
+from avit_jax.convert.fitting import Conversion, fit
+from avit_jax.convert.huggingface import read_folder
+from avit_jax.convert.layouts import Recognised, can_tell_pool, recognise
+from avit_jax.convert.names import LAYER
+from avit_jax.convert.published import CHANGE, described, merged, published
+from avit_jax.convert.weight_files import read_weight_file, write_pth, write_safetensors
 from avit_jax.model import AViT
-
-_HEADS = ("head", "head_dist")
-
-
-@dataclasses.dataclass
-class Conversion:
-    """A model and what became of its source."""
-
-    model: AViT
-    layout: str
-    notes: list[str]
-    changed: dict[str, str]  # our parameter -> what was done besides renaming
 
 
 def from_torch_state_dict(state_dict: Mapping[str, np.ndarray], preset: str | None = None, **overrides: Any) -> AViT:
     """A model with the weights of a state dict: names to arrays, in any layout that `layouts.recognise` knows.
 
-    The architecture comes from the preset, the overrides (AViTConfig fields), and else from the shapes; the head count,
-    which no shape tells, is width / 64 for 192, 384 and 768. The gate comes from preset or overrides alone. Positions
-    are resized to the image size asked for; with num_classes given and another than the checkpoint's, heads are new.
-    Prints a line for either. Raises ValueError, listing both sets, where a source key is unused or a target unfilled,
-    and naming the parameter and both shapes where they differ.
+    The architecture comes from the preset, the overrides (AViTConfig fields), and else from names and shapes; the head
+    count, which no shape tells, is that of the published models of this width. The gate comes from preset or overrides
+    alone. Preprocessing is what was published with this layout, unless given (a Preprocessing, or a dict of some of its
+    fields). Positions are resized to the image size asked for; with num_classes given and another than the
+    checkpoint's, heads are new. Prints a line for each of these. Raises ValueError, listing both sets, where a source
+    key is unused or a target unfilled, and naming the parameter and both shapes where they differ.
     """
     conversion = convert({name: np.asarray(value) for name, value in state_dict.items()}, preset, **overrides)
     for note in conversion.notes:
@@ -52,90 +42,87 @@ def convert(
     preset: str | None = None,
     *,
     saved: AViTConfig | None = None,
+    told: Mapping[str, Any] | None = None,
     **overrides: Any,
 ) -> Conversion:
-    """As from_torch_state_dict, with the account of it; saved is the configuration that a file of ours carries.
+    """As from_torch_state_dict, with the account of it.
 
-    The state dict is emptied as it is used, so that no second copy of it stays in memory.
+    saved is the configuration that a file of ours carries; told are AViTConfig fields from JSON files beside the
+    weights. The state dict is emptied as it is used, so that no second copy of it stays in memory.
     """
+    told = dict(told or {})
     found = recognise(state_dict)
     notes = list(found.notes)
-    config = _config(found.state, found.num_heads, preset, saved, overrides)
+    averages = told.pop("global_pool", None)  # timm's word; whether a LayerNorm follows the mean is in the names
+    if averages is not None:
+        told["pool"] = found.traits.get("pool", "norm_mean") if averages == "avg" else "token"
+    found.traits |= {name: value for name, value in told.items() if name != "preprocessing"}
+    asked = overrides.pop("preprocessing", None)
+    config = configuration(found.state, found.traits, preset, saved, overrides)
+    if saved is None:
+        config, how = _with_preprocessing(config, found, told.get("preprocessing"), asked)
+        notes += how
+        notes += _doubts_of_pool(config, found, told, overrides)
+    elif asked is not None:
+        config = dataclasses.replace(config, preprocessing=merged(asked, config.preprocessing))
     if preset is None and saved is None and "gate_scale" not in overrides:
         notes.append("neither preset nor gate_scale is given: this model never halts")
-    extras = found.extras + _drop_extra_heads(found.state, config)
+    if saved is None and not config.num_classes and "head.weight" not in found.state:
+        notes.append(f"it has no head: logits are the {config.head_inputs} features that one would read")
+    extras = [f"{name:.100}" for name in found.extras] + _drop_extra_heads(found.state, config)
     if extras:
-        warnings.warn(f"left out, as the model has no such part: {', '.join(extras)}", stacklevel=2)
+        shown = ", ".join(extras[:8]) + (f" and {len(extras) - 8} more" if len(extras) > 8 else "")
+        warnings.warn(f"left out, as the model has no such part: {shown}", stacklevel=2)
     conversion = fit(_to_ours(found.state, config.depth), config, saved, overrides.keys())
     return dataclasses.replace(conversion, layout=found.layout, notes=notes + conversion.notes)
 
 
-def fit(
-    parameters: dict[str, Any], config: AViTConfig, saved: AViTConfig | None, given: Collection[str] = ()
-) -> Conversion:
-    """A model of this configuration from parameters under our own names (emptied as they are used).
+def read_foreign(path: Path, preset: str | None = None, *, ema: bool = False, **overrides: Any) -> Conversion:
+    """A file of weights, or a folder that transformers or timm wrote, as a model, with the account of it.
 
-    Positions are resized from the grid of `saved` (None: a square one); heads are new where their classes differ and
-    num_classes is among the `given` fields. Raises ValueError where anything else does not fit.
+    Raises ValueError, one sentence, for what cannot be read or is of another architecture.
     """
-    notes: list[str] = []
-    changed: dict[str, str] = {}
-    _fit_positions(parameters, config, saved, notes, changed)
-    _fit_heads(parameters, config, "num_classes" in given, notes, changed)
-    return Conversion(_filled(config, parameters), "avit_jax", notes, changed)
+    if path.is_file():
+        file = read_weight_file(path, ema=ema)
+        conversion = convert(file.state, preset, saved=file.config, **overrides)  # file.state is empty after it
+        return dataclasses.replace(conversion, notes=file.notes + conversion.notes)
+    if ema:
+        raise ValueError("it holds one set of weights and no moving average: leave ema out")
+    folder = read_folder(path)
+    conversion = convert(folder.state, preset, told=folder.told, **overrides)
+    return dataclasses.replace(conversion, notes=folder.notes + conversion.notes)
 
 
-def override(saved: AViTConfig, overrides: dict[str, Any]) -> AViTConfig:
-    """The configuration that a checkpoint carries, with fields replaced; class names go where their number changes."""
-    if overrides.get("num_classes", saved.num_classes) != saved.num_classes:
-        overrides = {"class_names": None} | overrides
-    return config_from(None, **(vars(saved) | overrides))
+def _with_preprocessing(
+    config: AViTConfig, found: Recognised, told: Preprocessing | None, asked: Any
+) -> tuple[AViTConfig, list[str]]:
+    """The configuration with what was asked for, or JSON says, or was published; and a line that says which."""
+    side = min(config.image_shape)
+    known = published(found.kind, side)
+    base = told or known.preprocessing
+    if asked is not None:
+        return dataclasses.replace(config, preprocessing=merged(asked, base)), []
+    config = dataclasses.replace(config, preprocessing=base)
+    what = described(base, side)
+    if told is not None:
+        return config, [f"preprocessing: {what}, as the JSON beside the weights says"]
+    if config.in_channels != len(base.mean):
+        return config, [f"preprocessing: nothing is published for {config.in_channels} channels; {CHANGE}"]
+    if not known.doubt:
+        return config, [f"preprocessing: {what} ({known.whose} values)"]
+    doubt = f"the file cannot tell, {known.whose} values are assumed ({known.doubt})"
+    return config, [f"preprocessing: {what}: {doubt}; {CHANGE}"]
 
 
-def _config(
-    state: Mapping[str, np.ndarray],
-    num_heads: int | None,
-    preset: str | None,
-    saved: AViTConfig | None,
-    overrides: dict[str, Any],
-) -> AViTConfig:
-    """Overrides before the preset before the file's own configuration before what the shapes tell."""
-    if preset is not None:
-        return config_from(preset, **overrides)
-    if saved is not None:
-        return override(saved, overrides)
-    kernel = state["patch_embed.proj.weight"]
-    if kernel.ndim != 4 or kernel.shape[2] != kernel.shape[3]:
-        raise ValueError(
-            f"patch_embed.proj.weight has shape {kernel.shape}: patches are square, [width, channels, p, p]"
-        )
-    width, channels, patch, _ = kernel.shape
-    inferred: dict[str, Any] = {"embed_dim": width, "in_channels": channels, "patch_size": patch}
-    layers = [int(match[1]) for name in state if (match := re.match(r"blocks\.(\d+)\.", name))]
-    inferred |= {"depth": max(layers, default=-1) + 1, "qkv_bias": "blocks.0.attn.qkv.bias" in state}
-    inferred["distilled"] = "dist_token" in state
-    if "blocks.0.mlp.fc1.weight" in state:
-        inferred["mlp_ratio"] = state["blocks.0.mlp.fc1.weight"].shape[0] / width
-    if "head.weight" in state:
-        inferred["num_classes"] = state["head.weight"].shape[0]
-    if "num_heads" not in overrides:
-        if num_heads is None and width not in (192, 384, 768):
-            raise ValueError(f"width {width} does not tell the number of heads: give num_heads or a preset")
-        inferred["num_heads"] = num_heads or width // 64
-    fields = inferred | overrides
-    if "image_size" not in fields:
-        count = state["pos_embed"].shape[1] if "pos_embed" in state else 0
-        side = _square(count - (2 if "dist_token" in state else 1)) or _square(count)
-        if not side:
-            raise ValueError(f"{count} position embeddings are of no square image: give image_size=(height, width)")
-        fields["image_size"] = side * fields["patch_size"]
-    return config_from(None, **fields)
-
-
-def _square(count: int) -> int:
-    """The side of a square grid of so many patches, or 0."""
-    side = round(max(count, 0) ** 0.5)
-    return side if side * side == count else 0
+def _doubts_of_pool(
+    config: AViTConfig, found: Recognised, told: Mapping[str, Any], overrides: Mapping[str, Any]
+) -> list[str]:
+    if "pool" in told or "pool" in overrides or can_tell_pool(found) or "head.weight" not in found.state:
+        return []
+    return [
+        "the file cannot tell what its head reads: the class token is assumed; for timm's global_pool='avg' without "
+        "fc_norm give pool='norm_mean' (--pool norm_mean)"
+    ]
 
 
 def _drop_extra_heads(state: dict[str, np.ndarray], config: AViTConfig) -> list[str]:
@@ -157,7 +144,7 @@ def _to_ours(state: dict[str, np.ndarray], depth: int) -> dict[str, Any]:
     for name in list(state):
         value = state.pop(name)
         parts = name.split(".")
-        if parts[0] == "blocks" and len(parts) > 2 and parts[1].isdigit():
+        if parts[0] == "blocks" and len(parts) > 2 and re.fullmatch(LAYER, parts[1]):
             ours, value = _turned(".".join(["blocks", *parts[2:]]), value)
             flat.setdefault(ours, {})[int(parts[1])] = value
         else:
@@ -165,9 +152,10 @@ def _to_ours(state: dict[str, np.ndarray], depth: int) -> dict[str, Any]:
             flat[ours] = value
     for name, layers in flat.items():
         if isinstance(layers, dict):
-            differ = sorted(set(range(depth)) ^ set(layers))
-            if differ:
-                raise ValueError(f"{name}: layers {differ} differ between the checkpoint and depth {depth}")
+            if len(layers) != depth or max(layers) >= depth:
+                there = sorted(layers)
+                listed = f"{there[:20]}" + (" ..." if len(there) > 20 else "")
+                raise ValueError(f"{name} is there for layers {listed}, and the model has {depth} layers")
             shapes = {value.shape for value in layers.values()}
             if len(shapes) > 1:
                 raise ValueError(f"{name} has different shapes in different layers: {sorted(shapes)}")
@@ -185,106 +173,13 @@ def _turned(name: str, value: np.ndarray) -> tuple[str, np.ndarray]:
     return (f"{stem}.kernel", value.T) if value.ndim == 2 else (f"{stem}.scale", value)
 
 
-def _fit_positions(
-    flat: dict[str, Any],
-    config: AViTConfig,
-    saved: AViTConfig | None,
-    notes: list[str],
-    changed: dict[str, str],
-) -> None:
-    """Position embeddings for this image size."""
-    positions = flat.get("pos_embed")
-    if positions is None or positions.ndim != 3:
-        return  # said where shapes are compared
-    special, rows = config.num_special, positions.shape[1]
-    if rows == config.num_tokens and (saved is None or saved.patch_grid == config.patch_grid):
-        return  # as many as this image has patches: they are taken as they are
-    source = saved.patch_grid if saved is not None else None
-    if source is None:
-        if side := _square(rows - special):
-            source = (side, side)
-        elif (side := _square(rows)) or rows == config.num_tokens - special:
-            # timm's no_embed_class: special tokens have no position.
-            positions = np.concatenate([np.zeros_like(positions[:, :1]).repeat(special, axis=1), positions], axis=1)
-            source = (side, side) if side else config.patch_grid
-            changed["pos_embed"] = "zero for special tokens"
-        else:
-            raise ValueError(
-                f"{rows} position embeddings are neither those of the {config.num_tokens} tokens of image size "
-                f"{config.image_shape} nor of a square image: give the image_size they belong to"
-            )
-    if positions.shape[1] != special + source[0] * source[1]:
-        return  # other special tokens: said where names are compared
-    flat["pos_embed"] = resize_positions(positions, special, source, config.patch_grid)
-    if source != config.patch_grid:
-        what = "resized from {}x{} to {}x{} patches".format(*source, *config.patch_grid)
-        changed["pos_embed"] = what
-        notes.append(f"pos_embed was {what}")
-
-
-def _fit_heads(
-    flat: dict[str, Any],
-    config: AViTConfig,
-    classes_given: bool,
-    notes: list[str],
-    changed: dict[str, str],
-) -> None:
-    """Heads for this number of classes: the checkpoint's, or new ones where num_classes was asked for."""
-    found = flat["head.bias"].shape[0] if "head.bias" in flat else None
-    reads_tanh = any(name.startswith("pre_logits.") for name in flat)
-    if found == config.num_classes and not reads_tanh:
-        return
-    if not classes_given:
-        if reads_tanh:
-            raise ValueError(
-                "its head reads a tanh layer (pre_logits), which AViT has not: pass num_classes for a new head"
-            )
-        if found is None:
-            raise ValueError("the checkpoint has no head: pass num_classes for a new one")
-        raise ValueError(
-            f"the checkpoint has {found} classes and the model {config.num_classes}: pass num_classes="
-            f"{config.num_classes} for a new head, or num_classes={found} for the checkpoint's"
-        )
-    for name in [name for name in flat if name.startswith("pre_logits.")]:
-        del flat[name]
-    for name in _HEADS[: config.num_special]:
-        new = nnx.to_pure_dict(nnx.state(linear(config.embed_dim, config.num_classes, "float32", nnx.Rngs(0))))
-        for part, value in new.items():
-            flat[f"{name}.{part}"] = value
-            changed[f"{name}.{part}"] = "new"
-    was = "no head" if found is None else f"{found} classes" + (" behind a tanh layer" if reads_tanh else "")
-    notes.append(f"the head is new and untrained: the checkpoint has {was}, the model {config.num_classes} classes")
-
-
-def _filled(config: AViTConfig, flat: dict[str, Any]) -> AViT:
-    """The model with these parameters, each used and each filled."""
-    graphdef, abstract = nnx.split(nnx.eval_shape(lambda: AViT(config, rngs=nnx.Rngs(0))))
-    targets = {".".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(abstract)}
-    unused, unfilled = sorted(flat.keys() - targets), sorted(targets.keys() - flat.keys())
-    if unused or unfilled:
-        raise ValueError(
-            f"the checkpoint does not fit the model: unused {unused or 'none'}, unfilled {unfilled or 'none'}"
-        )
-    for name, target in targets.items():
-        value = flat[name]
-        if value.shape != target.shape:
-            raise ValueError(f"{name} has shape {value.shape} in the checkpoint and {target.shape} in the model")
-        if not jnp.issubdtype(value.dtype, jnp.floating):
-            raise ValueError(f"{name} holds {value.dtype} in the checkpoint: weights are floating-point numbers")
-    arrays = {}
-    for name, target in targets.items():  # one after the other, so that no second copy of all stays alive
-        arrays[name] = jnp.asarray(flat.pop(name), target.dtype)
-    nnx.replace_by_pure_dict(abstract, unflatten_dict(arrays, sep="."))
-    return nnx.merge(graphdef, abstract)
-
-
 def to_torch_state_dict(model: AViT) -> dict[str, np.ndarray]:
     """The weights under the names and in the shapes of timm, published DeiT and A-ViT; float32."""
     state: dict[str, np.ndarray] = {}
     patch, channels = model.config.patch_size, model.config.in_channels
     for path, param in nnx.to_flat_state(nnx.state(model, nnx.Param)):
         name, value = ".".join(map(str, path)), np.asarray(param[...])
-        name = torch_name(name)
+        name = torch_name(name, model.config.pool)
         if name == "patch_embed.proj.weight":  # [p * p * C, D] -> [D, C, p, p]
             value = value.reshape(patch, patch, channels, -1).transpose(3, 2, 0, 1)
         if name.startswith("blocks."):
@@ -295,8 +190,10 @@ def to_torch_state_dict(model: AViT) -> dict[str, np.ndarray]:
     return state
 
 
-def torch_name(name: str) -> str:
+def torch_name(name: str, pool: str = "token") -> str:
     """PyTorch's name of one of our parameters; of the blocks', without the layer."""
+    if pool == "mean_norm":
+        name = re.sub(r"^norm\.", "fc_norm.", name)
     return re.sub(r"\.(kernel|scale)$", ".weight", name)
 
 
