@@ -9,6 +9,8 @@ from avit_jax.packed import PackedModel, compile_packed
 from avit_jax.plan import PackedPlan, plan_packed
 from avit_jax.preprocessing import preprocess
 
+__version__ = "0.1.0"  # pyproject.toml reads it here
+
 __all__ = [
     "PRESETS",
     "AViT",
@@ -17,6 +19,7 @@ __all__ = [
     "PackedModel",
     "PackedPlan",
     "Preprocessing",
+    "__version__",
     "compile_packed",
     "create",
     "from_torch_state_dict",

@@ -43,7 +43,7 @@ class ImageFigures:
     loss: Float[np.ndarray, " n"]  # cross entropy of the mean logits, nats
     mean_depth: Float[np.ndarray, " n"]  # over all tokens, layers
     depth_std: Float[np.ndarray, " n"]  # deviation between the tokens of the image
-    class_token_depth: Int[np.ndarray, " n"]
+    class_token_depth: Int[np.ndarray, " n"]  # 0 where the model has no class token
     gmacs: Float[np.ndarray, " n"]  # 10^9 multiply-adds, from the depths
 
 
@@ -134,7 +134,7 @@ def _of_images(config: AViTConfig, output: AViTOutput, label: Int[Array, " b"]) 
         "loss": optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(label, 0)),
         "mean_depth": depth.mean(1),
         "depth_std": depth.std(1),
-        "class_token_depth": output.token_depth[:, 0],
+        "class_token_depth": output.token_depth[:, 0] if config.class_token else jnp.zeros(len(label), jnp.int32),
         "gmacs": config_gmacs(output.token_depth, config),
     }
 
@@ -196,6 +196,8 @@ def totals(
     if execution not in EXECUTIONS:
         raise ValueError(f"execution {execution!r} is unknown: choose one of {', '.join(EXECUTIONS)}")
     config = model.config
+    if not config.num_classes:
+        raise ValueError("the model has no head (num_classes 0), so there is nothing to evaluate: load one with a head")
     if split.labels is not None:  # else they are looked at as they come
         _check_labels(split.labels, config)
     packed = None

@@ -1,6 +1,7 @@
 """AViT: a vision transformer whose tokens halt at their own layers; masked execution (every token computed)."""
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -28,12 +29,21 @@ class AViTOutput:
     halting_scores: Float[Array, "l b n"]  # 0 where the token had halted
 
 
+def _output_of(_: Any, children: Iterable[Any]) -> AViTOutput:
+    """jax.export builds it of shapes, which the constructor's types do not allow."""
+    output = object.__new__(AViTOutput)
+    for field, child in zip(dataclasses.fields(AViTOutput), children, strict=True):
+        object.__setattr__(output, field.name, child)
+    return output
+
+
 # What jax.export needs to write a program that returns it.
 jax.export.register_pytree_node_serialization(
     AViTOutput,
     serialized_name="avit_jax.AViTOutput",
     serialize_auxdata=lambda _: b"",
     deserialize_auxdata=lambda _: (),
+    from_children=_output_of,
 )
 
 

@@ -230,7 +230,10 @@ class PackedModel:
             images = jax.device_put(images, self._images)
         # A compiled program takes no tracers, and does not run where jit is off.
         as_function = isinstance(images, jax.core.Tracer) or jax.config.jax_disable_jit
-        output = (self.jitted if as_function else self.compiled)(self.params, images, np.int32(count))
+        if as_function:
+            output = self.jitted(self.params, jnp.asarray(images), jnp.int32(count))
+        else:
+            output = self.compiled(self.params, images, np.int32(count))
         if count < self._rows:
             output = self._first(output, count)
         if not self._halting_seen and not as_function and count:

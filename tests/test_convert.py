@@ -53,7 +53,9 @@ def augreg_logits(p: State, x: np.ndarray, patch: int, depth: int) -> np.ndarray
             cut = x[:, i : i + patch, j : j + patch]
             rows.append(np.einsum("bhwc,hwcd->bd", cut, p["embedding/kernel"]) + p["embedding/bias"])
     v = np.stack(rows, 1)
-    v = np.concatenate([np.repeat(p["cls"], len(x), 0), v], 1) + p["Transformer/posembed_input/pos_embedding"]
+    if "cls" in p:
+        v = np.concatenate([np.repeat(p["cls"], len(x), 0), v], 1)
+    v = v + p["Transformer/posembed_input/pos_embedding"]
     for layer in range(depth):
         block = f"Transformer/encoderblock_{layer}"
         y = norm(v, f"{block}/LayerNorm_0")
@@ -68,7 +70,8 @@ def augreg_logits(p: State, x: np.ndarray, patch: int, depth: int) -> np.ndarray
         y = norm(v, f"{block}/LayerNorm_2")
         hidden = gelu(y @ p[f"{block}/MlpBlock_3/Dense_0/kernel"] + p[f"{block}/MlpBlock_3/Dense_0/bias"])
         v = v + hidden @ p[f"{block}/MlpBlock_3/Dense_1/kernel"] + p[f"{block}/MlpBlock_3/Dense_1/bias"]
-    return norm(v, "Transformer/encoder_norm")[:, 0] @ p["head/kernel"] + p["head/bias"]
+    v = norm(v, "Transformer/encoder_norm")
+    return (v[:, 0] if "cls" in p else v.mean(1)) @ p["head/kernel"] + p["head/bias"]
 
 
 def augreg_state(width: int = 12, heads: int = 3, depth: int = 2, classes: int = 4, patch: int = 8) -> State:
@@ -216,7 +219,8 @@ def test_another_number_of_classes(capsys: pytest.CaptureFixture[str]) -> None:
     np.testing.assert_array_equal(model.head.bias[...], 0)
     without = {name: value for name, value in state.items() if not name.startswith("head")}
     with pytest.raises(ValueError, match="the checkpoint has no head: pass num_classes for a new one, or 0 for none"):
-        avit_jax.from_torch_state_dict(without, "deit_tiny_patch16_224")
+        headless = {name: value for name, value in tiny.items() if not name.startswith("head")}
+        avit_jax.from_torch_state_dict(headless, "deit_tiny_patch16_224")
     assert avit_jax.from_torch_state_dict(without, num_classes=7, **wanted).config.num_classes == 7
 
 
@@ -283,10 +287,31 @@ def test_the_command_line_converts_in_both_directions(tmp_path: Path, capsys: py
     np.testing.assert_array_equal(there(images(48, 32)).logits, back(images(48, 32)).logits)
 
 
+def test_flags_of_the_command_line_change_the_preprocessing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, flags = str(DATA / "micro-10-30.pth"), ["--num-heads=3"]
+    assert main([source, str(tmp_path / "assumed"), *flags]) == 0
+    out = capsys.readouterr().out
+    assert "the file cannot tell, DeiT's values are assumed (timm's AugReg ViTs expect mean and std 0.5" in out
+    assert "the file cannot tell what its head reads: the class token is assumed" in out
+    flags += ["--mean=0.5,0.4,0.3", "--crop-fraction=0.9", "--interpolation=bilinear", "--pool=norm_mean"]
+    assert main([source, str(tmp_path / "given"), *flags]) == 0
+    assert "cannot tell" not in capsys.readouterr().out
+    config = avit_jax.load(tmp_path / "given").config
+    seen = config.preprocessing
+    assert (seen.mean, seen.std, seen.crop_fraction) == ((0.5, 0.4, 0.3), (0.229, 0.224, 0.225), 0.9)
+    assert (seen.interpolation, config.pool) == ("bilinear", "norm_mean")
+    assert main([str(tmp_path / "given"), str(tmp_path / "again"), "--crop-fraction=0.5"]) == 0
+    again = avit_jax.load(tmp_path / "again").config.preprocessing
+    assert (again.mean, again.crop_fraction) == ((0.5, 0.4, 0.3), 0.5)
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["{}/nothing.pth", "{}/out"], "there is no checkpoint at"),
+        (["{}/nothing.pth", "{}/out"], "the file is missing, and nothing is downloaded"),
+        (["google/vit-base-patch16-224", "{}/out"], "run `hf download google/vit-base-patch16-224 --local-dir DIR`"),
+        (["{}/micro-10-30.pth", "{}/out.onnx"], "out.onnx: .onnx files cannot be written: give .pth"),
+        (["{}/micro-10-30.pth", "{}/out", "--num-heads=3", "--std=0,1,1"], "every channel must be above 0"),
         (["{}/README.md", "{}/out"], "README.md cannot be read as a checkpoint: it is neither"),
         (["{}/micro-10-30.pth", "{}"], "exists already"),
         (["{}/micro-10-30.pth", "{}/out"], "width 48 does not tell the number of heads"),
@@ -303,3 +328,4 @@ def test_the_command_line_says_what_is_wrong(
     assert error.startswith("error: ")
     assert sentence in error
     assert not (DATA / "out").exists()
+    assert not (DATA / "out.onnx").exists()

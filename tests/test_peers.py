@@ -47,7 +47,7 @@ def compare(model: Any, path: Path, image_size: int, atol: float) -> None:
     x = np.random.default_rng(0).normal(size=(2, image_size, image_size, 3)).astype(np.float32)
     with torch.no_grad():
         expected = model(pixel_values=torch.from_numpy(x.transpose(0, 3, 1, 2))).logits.numpy()
-    ours = avit_jax.load(path, gate_scale=None)
+    ours = avit_jax.load(path, gate_scale=None, norm_epsilon=1e-6)
     assert ours.config.image_size == image_size
     np.testing.assert_allclose(ours(x).logits, expected, atol=atol)
 
@@ -107,16 +107,19 @@ def test_dinov2s_layer_scale(tmp_path: Path) -> None:
     np.testing.assert_allclose(ours(x).logits, expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("antialias", [False, True])
 @pytest.mark.parametrize("special", [1, 2])
 @pytest.mark.parametrize(
     ("source", "target"),
     [((14, 14), (24, 24)), ((24, 24), (14, 14)), ((14, 14), (10, 31)), ((7, 5), (1, 12)), ((3, 3), (3, 9))],
 )
-def test_positions_are_resized_as_pytorch_does(source: tuple[int, int], target: tuple[int, int], special: int) -> None:
+def test_positions_are_resized_as_pytorch_does(
+    source: tuple[int, int], target: tuple[int, int], special: int, antialias: bool
+) -> None:
     positions = np.random.default_rng(0).normal(size=(1, special + source[0] * source[1], 8)).astype(np.float32)
     grid = torch.from_numpy(positions[:, special:].reshape(1, *source, 8)).permute(0, 3, 1, 2)
-    expected = torch.nn.functional.interpolate(grid, size=target, mode="bicubic", align_corners=False)
-    resized = resize_positions(positions, special, source, target)
+    expected = torch.nn.functional.interpolate(grid, size=target, mode="bicubic", antialias=antialias)
+    resized = resize_positions(positions, special, source, target, antialias=antialias)
     np.testing.assert_allclose(resized[:, special:], expected.permute(0, 2, 3, 1).reshape(1, -1, 8), atol=1e-5)
     np.testing.assert_array_equal(resized[:, :special], positions[:, :special])
 

@@ -18,7 +18,7 @@ from avit_jax.convert.state_dict import save_torch, torch_name
 
 TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")
 # Files of other programs: a folder of such a name would be taken for one.
-OTHER_FORMATS = ".onnx .npz .npy .h5 .hdf5 .keras .msgpack .ckpt .pkl .tflite .json .pb".split()
+OTHER_FORMATS = (".onnx", ".npz", ".npy", ".h5", ".hdf5", ".keras", ".msgpack", ".ckpt", ".pkl", ".tflite", ".json")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -49,8 +49,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if target.suffix.lower() in OTHER_FORMATS:
             raise ValueError(
-                f"{target}: {target.suffix} files cannot be written: give {', '.join(TORCH_SUFFIXES)} for PyTorch, or a "
-                "name without such a suffix for a folder of avit_jax"
+                f"{target}: {target.suffix} files cannot be written: give {', '.join(TORCH_SUFFIXES)} for PyTorch, or "
+                "a name without such a suffix for a folder of avit_jax"
             )
         if target.exists():
             raise ValueError(f"{target} exists already: choose another path or remove it")

@@ -38,6 +38,15 @@ def fit(
     changed: dict[str, str] = {}
     _fit_positions(parameters, config, saved, notes, changed)
     _fit_heads(parameters, config, "num_classes" in given, notes, changed)
+    if config.halts and (saved is None or not saved.halts):
+        # No file of others says whether it was trained with a gate.
+        which = (
+            "weights that were trained without a gate" if saved is None else "the checkpoint has no gate: its weights"
+        )
+        notes.append(
+            f"{which} halt no token, or only by chance, until avit_jax.start_gate(model, images, target_depth=...) "
+            "or fine-tuning"
+        )
     return Conversion(_filled(config, parameters), "avit_jax", notes, changed)
 
 
@@ -60,7 +69,9 @@ def _fit_positions(
         patches = config.num_tokens - special
         # Rows of all special tokens; of all but registers (DINOv2); of patches alone (timm's no_embed_class).
         ways = (special, special - config.num_registers, 0)
-        given = next((n for n in ways if square(rows - n)), None)
+        given = next((n for n in ways if rows - n == patches == square(patches) ** 2), None)
+        if given is None:
+            given = next((n for n in ways if square(rows - n)), None)
         if given is None:
             given = next((n for n in ways if rows - n == patches), None)
         if given is None:

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable
 
-# The first pattern that begins at the start of a name, or after a dot in it, tells the architecture.
+# The first pattern that begins at the start of a name, or after a dot or slash in it, tells the architecture.
 _FOREIGN: list[tuple[str, str]] = [
     (
         r"vision_model\.head\.probe|visual\.trunk\.attn_pool\.|logit_bias$",
@@ -52,7 +52,7 @@ _FOREIGN: list[tuple[str, str]] = [
     (r"blocks\.[0-9]+\.act_mlp\.", "its halting has an MLP of its own (act_mode 1), AViT's is channel 0 of each token"),
     (r"Transformer/encoderblock/", "its blocks are stacked in one array (big_vision's scan): save it unrolled"),
 ]
-_PATTERNS = [(re.compile(rf"^(?:.*\.)?({pattern})", re.MULTILINE), what) for pattern, what in _FOREIGN]
+_PATTERNS = [(re.compile(rf"^(?:.*[./])?({pattern})", re.MULTILINE), what) for pattern, what in _FOREIGN]
 
 
 def refuse_foreign_architectures(names: Iterable[str]) -> None:

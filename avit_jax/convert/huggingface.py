@@ -58,6 +58,7 @@ def read_folder(path: Path) -> Folder:
         notes.append("preprocessor_config.json is missing: it would say the preprocessing")
     state = _weights(path)
     _check_shapes(state, checks, path)
+    _check_image_size(state, told, path)
     return Folder(state, told, notes)
 
 
@@ -284,6 +285,21 @@ def _check_shapes(state: dict[str, np.ndarray], checks: dict[str, int], path: Pa
     for name, value in checks.items():
         if found[name] != value:
             raise ValueError(f"{path / 'config.json'} says {name} {value}, and the weights have {found[name]}")
+
+
+def _check_image_size(state: dict[str, np.ndarray], told: dict[str, Any], path: Path) -> None:
+    """Positions are resized to what a preprocessor shows, but not to sizes that would fill the memory."""
+    positions = next((v for n, v in state.items() if n.endswith(("position_embeddings", "pos_embed"))), None)
+    kernel = next((v for n, v in state.items() if n.endswith(("projection.weight", "patch_embed.proj.weight"))), None)
+    size = told.get("image_size")
+    if size is None or positions is None or kernel is None or positions.ndim != 3 or kernel.ndim != 4:
+        return
+    height, width = size if isinstance(size, tuple) else (size, size)
+    patches = (height // max(kernel.shape[2], 1)) * (width // max(kernel.shape[2], 1))
+    if patches > 16 * positions.shape[1]:
+        raise ValueError(
+            f"{path} says image size {height}x{width}, {patches} patches, and pos_embed has {positions.shape[1]} rows"
+        )
 
 
 def _short(value: Any) -> str:

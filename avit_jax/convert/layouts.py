@@ -69,7 +69,7 @@ def recognise(source: State) -> Recognised:
 def _family(names: list[str]) -> tuple[Family, str, list[str]]:
     """The family and the prefix of its names: of a teacher and its student the teacher's."""
     for family in FAMILIES:
-        pattern = re.compile(rf"((?:.*?[./])?){family.anchor}")
+        pattern = re.compile(rf"((?:.*?[./])??){family.anchor}")
         prefixes = sorted({match[1] for name in names if len(name) < 300 and (match := pattern.fullmatch(name))})
         teachers = [prefix for prefix in prefixes if prefix.startswith("teacher.")]
         if len(prefixes) == 1:
@@ -209,4 +209,4 @@ def _tell_architecture(result: Recognised) -> None:
 
 def can_tell_pool(result: Recognised) -> bool:
     """Whether the names say what the head reads; timm's models with global_pool="avg" have the same ones."""
-    return result.layout != TIMM.name or result.kind in ("DeiT", "DINOv2", "MAE") or "pool" in result.traits
+    return result.layout != TIMM.name or result.kind in ("DeiT", "DeiT III", "DINOv2", "MAE") or "pool" in result.traits

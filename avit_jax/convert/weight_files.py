@@ -25,7 +25,7 @@ from avit_jax.convert.limits import check_names
 from avit_jax.convert.torch_file import TorchMapping, TorchTensor, read_torch_file
 from avit_jax.files import shown
 
-_RAW = ("model", "state_dict", "model_state_dict", "model_state")
+_RAW = ("model", "state_dict", "model_state_dict", "model_state", "teacher", "student")  # DINO: its teacher is used
 _EMA = ("model_ema", "state_dict_ema", "ema", "ema_state_dict", "model_ema_state_dict")
 _FOREIGN = {
     b"version https://git-lfs": "it is a Git LFS pointer, not the file itself: run `git lfs pull`",
