@@ -165,9 +165,10 @@ def _to_ours(state: dict[str, np.ndarray], depth: int) -> dict[str, Any]:
             flat[ours] = value
     for name, layers in flat.items():
         if isinstance(layers, dict):
-            differ = sorted(set(range(depth)) ^ set(layers))
-            if differ:
-                raise ValueError(f"{name}: layers {differ} differ between the checkpoint and depth {depth}")
+            if len(layers) != depth or max(layers) >= depth:
+                there = sorted(layers)
+                listed = f"{there[:20]}" + (" ..." if len(there) > 20 else "")
+                raise ValueError(f"{name} is there for layers {listed}, and the model has {depth} layers")
             shapes = {value.shape for value in layers.values()}
             if len(shapes) > 1:
                 raise ValueError(f"{name} has different shapes in different layers: {sorted(shapes)}")
