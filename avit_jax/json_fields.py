@@ -39,6 +39,8 @@ def typed_fields(cls: type, content: Any, what: str, required: Collection[str]) 
         typed[name] = tuple(value) if isinstance(value, list) else value
         if not _fits(typed[name], fields[name]):
             raise ValueError(f"{name} is {shown(value, 50)}: it must be {_in_words(fields[name])}")
+        if float in (fields[name], *typing.get_args(fields[name])):  # JSON may say 4 for 4.0
+            typed[name] = _as_float(typed[name])
     return typed
 
 
@@ -55,6 +57,12 @@ def _fits(value: Any, annotation: Any) -> bool:
     if annotation is str:
         return type(value) is str and len(value) <= _MAX_TEXT
     return type(value) is annotation
+
+
+def _as_float(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(map(float, value))
+    return float(value) if type(value) is int else value
 
 
 def _in_words(annotation: Any) -> str:

@@ -5,6 +5,7 @@ import io
 import json
 import math
 import pickle
+import shutil
 import struct
 import zipfile
 import zlib
@@ -21,7 +22,7 @@ import avit_jax
 from avit_jax import AViTConfig
 from avit_jax.convert.weight_files import read_weight_file
 from avit_jax.files import read_json, shown
-from tests.builders import small_config, spread_gate
+from tests.builders import small_config
 from tests.hostile_pickles import (
     ORDERED,
     START,
@@ -139,8 +140,8 @@ def strange_files(folder: Path) -> list[Path]:
     twice = [tensor(numbers((1,)), numbers((1,)), storage(text(str(i % 2)), number(10**6))) for i in range(5000)]
     two = {"data/0": bytes(4 * 10**6), "data/1": bytes(4 * 10**6)}
     paths.append(write_zip(folder / "alternating storages.pth", state(*twice), **two))
-    for name, program in {"protocol": doubled(60), "system": doubled(60) + b"." + doubled(60)}.items():
-        (folder / f"legacy {name}.pth").write_bytes(legacy(START + program + b"."))
+    for name, first in {"protocol": b"", "system": START + number(1001) + b"."}.items():
+        (folder / f"legacy {name}.pth").write_bytes(legacy(first, START + doubled(60) + b"."))
         paths.append(folder / f"legacy {name}.pth")
     right = START + number(1001) + b"." + START + b"}" + text("little_endian") + pickle.NEWTRUE + b"s."
     for name, keys in {"keys": doubled(60), "list of keys": b"]" + doubled(60) + b"a"}.items():
@@ -162,14 +163,14 @@ def strange_files(folder: Path) -> list[Path]:
         ),
         tensors_file(folder / "deep.safetensors", b'{"a":' + b"[" * 10**6 + b"]" * 10**6 + b"}"),
     ]
-    deep = json.loads(json.dumps(small_config(depth=2).to_json()))
+    shapes = {"patch_embed.proj.weight": (16, 3, 4, 4), "pos_embed": (1, 5, 16), "blocks.0.norm1.weight": (16,)}
+    few = {name: np.ones(shape, np.float32) for name, shape in shapes.items()}
+    deep = small_config().to_json()
     deep["model"]["depth"] = 2**31 - 1
-    model = avit_jax.to_torch_state_dict(spread_gate(small_config(depth=2)))
-    paths.append(claiming(folder / "2^31 layers.safetensors", model, json.dumps(deep)))
-    paths.append(claiming(folder / "deep JSON.safetensors", model, "[" * 10**6))
-    name = {f"blocks.{10**9}.norm1.weight": np.ones(16, np.float32)}
-    safetensors.numpy.save_file(model | name, folder / "layer 10^9.safetensors")
-    return [*paths, folder / "layer 10^9.safetensors"]
+    last = folder / "layer 10^9.safetensors"
+    safetensors.numpy.save_file(few | {f"blocks.{10**9}.norm1.weight": np.ones(16, np.float32)}, last)
+    claims = {"2^31 layers": json.dumps(deep), "deep JSON": "[" * 10**6}
+    return [*paths, last, *(claiming(folder / f"{name}.safetensors", few, text) for name, text in claims.items())]
 
 
 def claiming(path: Path, tensors: dict[str, np.ndarray], config: str) -> Path:
@@ -383,17 +384,17 @@ def test_json_that_no_program_wrote(content: bytes, reason: str, tmp_path: Path)
     assert len(str(raised.value)) < 1000
 
 
-@pytest.mark.parametrize(
-    "changes", [{"embed_dim": 10**9}, {"depth": 10**9}, {"image_size": 10**9, "patch_size": 10**9}]
-)
-def test_a_folder_that_says_it_is_huge(changes: dict[str, int], tmp_path: Path) -> None:
-    avit_jax.save(spread_gate(small_config()), tmp_path / "model")
-    config = json.loads((tmp_path / "model" / "config.json").read_text())
-    config["model"].update(changes)
-    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
-    (tmp_path / "model" / "digests.json").unlink(missing_ok=True)  # a stranger would write right ones
-    with pytest.raises(ValueError, match=r"has shape .* in the checkpoint .* and .*000000000.* in the model"):
-        avit_jax.load(tmp_path / "model")
+def test_a_folder_that_says_it_is_huge(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(Path(__file__).parents[1] / "checkpoints" / "mnist_dense", folder)
+    (folder / "digests.json").unlink(missing_ok=True)  # a stranger would write right ones
+    good = (folder / "config.json").read_text()
+    for changes in ({"embed_dim": 10**9}, {"depth": 10**9}, {"image_size": 10**9, "patch_size": 10**9}):
+        config = json.loads(good)
+        config["model"].update(changes)
+        (folder / "config.json").write_text(json.dumps(config))
+        with pytest.raises(ValueError, match="has shape .* in the checkpoint .* and .*000000000.* in the model"):
+            avit_jax.load(folder)
 
 
 @pytest.mark.parametrize("name", ["a" * 250, "x\x1b[2J\n.pth", "\udcff.pth"], ids=["long", "escape", "bytes"])
