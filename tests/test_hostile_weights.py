@@ -9,6 +9,7 @@ import shutil
 import struct
 import zipfile
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from hypothesis import strategies as st
 import avit_jax
 from avit_jax import AViTConfig
 from avit_jax.convert.weight_files import read_weight_file
+from avit_jax.data.sources import load_dataset
 from avit_jax.files import read_json, shown
 from tests.builders import small_config
 from tests.hostile_pickles import (
@@ -290,6 +292,26 @@ def test_npz_files_of_every_kind_come_back(tmp_path: Path) -> None:
         for key, value in arrays.items():
             np.testing.assert_array_equal(found[key], value)
             assert found[key].dtype == np.asarray(value).dtype
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_damaged_data_is_told_in_a_sentence(save: Callable[..., None], tmp_path: Path) -> None:
+    path, rng = tmp_path / "data.npz", np.random.default_rng(0)
+    images = rng.integers(0, 255, (60, 4, 4), np.uint8)
+    save(path, images=images, labels=np.arange(60) % 3, class_names=np.array(["a", "b", "c"]))
+    good, refused = path.read_bytes(), 0
+    for index in range(600):
+        broken = bytearray(good)
+        for place in rng.integers(len(good), size=rng.integers(1, 4)):
+            broken[place] ^= 1 << int(rng.integers(8))
+        path.write_bytes(broken[: None if index % 5 else int(rng.integers(1, len(good)))])
+        try:
+            load_dataset("npz", str(path))
+        except ValueError as error:
+            assert str(path) in str(error)
+            assert len(str(error)) < 1000 and str(error).isprintable()
+            refused += 1
+    assert refused > 400
 
 
 def test_safetensors_whose_length_looks_like_a_web_page(tmp_path: Path) -> None:

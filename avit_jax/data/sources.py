@@ -4,7 +4,6 @@ import dataclasses
 import gzip
 import importlib.util
 import math
-import zipfile
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from jaxtyping import Int, UInt8
 
 from avit_jax.config import nearest
 from avit_jax.data.settings import DataSettings
+from avit_jax.files import shown
 
 
 @runtime_checkable
@@ -171,8 +171,9 @@ def _npz(path: Path) -> Dataset[Split]:
     try:
         with path.open("rb") as stream, np.load(stream) as file:
             arrays = {name: file[name] for name in file.files}
-    except (ValueError, OSError, AttributeError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} cannot be read as .npz: {error}") from error
+    except Exception as error:  # damaged files raise nearly anything, from zip, zlib and NumPy
+        reason = shown(str(error) or type(error).__name__, 300)
+        raise ValueError(f"{shown(path, 300)} cannot be read as .npz: {reason}") from error
     names = arrays.get("class_names")
     if names is not None and (names.ndim != 1 or names.dtype.kind != "U"):
         raise ValueError(f"{path}: class_names is {names.dtype} {names.shape}: it must be a list of strings")
@@ -207,7 +208,7 @@ def _both(split: Split) -> tuple[np.ndarray, np.ndarray]:
 def _checked(arrays: dict[str, np.ndarray], images: str, labels: str, path: Path) -> tuple[np.ndarray, np.ndarray]:
     for name in (images, labels):
         if name not in arrays:
-            raise ValueError(f"{path} has no array {name!r}: it holds {', '.join(sorted(arrays)) or 'nothing'}")
+            raise ValueError(f"{path} has no array {name!r}: it holds {shown(', '.join(sorted(arrays)) or 'nothing')}")
     x, y = arrays[images], arrays[labels]
     if x.dtype != np.uint8 or x.ndim not in (3, 4):
         raise ValueError(f"{path}: {images} is {x.dtype} {x.shape}: it must be uint8 [N, H, W] or [N, H, W, C]")
