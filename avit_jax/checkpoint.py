@@ -17,6 +17,7 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from avit_jax.config import AViTConfig
 from avit_jax.convert import Conversion, convert, fit, override
+from avit_jax.convert.limits import check_folder
 from avit_jax.convert.weight_files import read_weight_file
 from avit_jax.distributed import in_any_process, lost_a_process
 from avit_jax.files import CannotWrite, read_json, write_json, writing
@@ -172,6 +173,8 @@ def _check_shapes(path: Path, found: Any, target: Any) -> None:
             f"the checkpoint {path} is of another architecture: only there {extra or 'nothing'}, "
             f"only in the model {missing or 'nothing'}"
         )
+    if path.name != "optimizer":  # whose moments may all be zero
+        check_folder(path, ours.values())
 
 
 @dataclasses.dataclass(frozen=True)

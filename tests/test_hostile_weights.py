@@ -13,9 +13,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 import safetensors.numpy
+from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -417,6 +420,17 @@ def test_a_folder_that_says_it_is_huge(tmp_path: Path) -> None:
         (folder / "config.json").write_text(json.dumps(config))
         with pytest.raises(ValueError, match="has shape .* in the checkpoint .* and .*000000000.* in the model"):
             avit_jax.load(folder)
+
+
+def test_a_folder_of_zeros_is_not_unpacked(tmp_path: Path) -> None:
+    config = AViTConfig(image_size=2400, patch_size=4, embed_dim=64, depth=1, num_heads=1)
+    shapes = nnx.to_pure_dict(nnx.state(nnx.eval_shape(lambda: avit_jax.AViT(config, rngs=nnx.Rngs(0)))))
+    with ocp.StandardCheckpointer() as checkpointer:
+        zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
+        checkpointer.save(tmp_path / "model" / "params", zeros)
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config.to_json()))
+    with pytest.raises(ValueError, match=r"has \d{4,6} bytes, and its arrays \d{8,9}: weights do not compress so well"):
+        avit_jax.load(tmp_path / "model")
 
 
 @pytest.mark.parametrize("name", ["a" * 250, "x\x1b[2J\n.pth", "\udcff.pth"], ids=["long", "escape", "bytes"])

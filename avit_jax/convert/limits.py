@@ -1,6 +1,7 @@
 """How much a file of weights may ask for. A file beyond these limits is damaged or hostile: no ViT comes near them."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from avit_jax.files import shown
@@ -53,3 +54,13 @@ def check_names(state: Mapping[Any, Any]) -> None:
                 f"the name of one of its tensors has {len(name)} characters, or some that cannot be printed: "
                 f"{shown(name, 100)}"
             )
+
+
+def check_folder(path: Path, shapes: Iterable[tuple[int, ...]]) -> None:
+    """Raises ValueError where float32 arrays of these shapes take far more than the folder of compressed files."""
+    size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    total = 4 * sum(map(elements, shapes))
+    if total > allowance(size):
+        raise ValueError(
+            f"the checkpoint {shown(path)} has {size} bytes, and its arrays {total}: weights do not compress so well"
+        )
