@@ -84,7 +84,11 @@ def metadata_of(state: Mapping[str, np.ndarray], config: AViTConfig) -> dict[str
 def read_npz(path: Path) -> dict[str, np.ndarray]:
     """The arrays of a .npz file by name. Raises ValueError where it is damaged, or unpacks to far more than it has."""
     with Archive(path) as archive:
-        names = [name for name in archive.names if name.endswith(".npy")]
+        names = archive.names
+        if others := [name for name in names if not name.endswith(".npy")]:
+            raise ValueError(
+                f"its part {shown(others[0])} is not an array, which NumPy does not write: it may be damaged"
+            )
         if len(names) > MAX_TENSORS:
             raise ValueError(f"it has {len(names)} arrays, where a ViT has no more than {MAX_TENSORS}")
         check_names(dict.fromkeys(names))
