@@ -14,6 +14,7 @@ from flax.traverse_util import flatten_dict
 from avit_jax.config import AViTConfig
 from avit_jax.convert import Conversion, fit, override, read_foreign
 from avit_jax.convert.huggingface import is_foreign_folder
+from avit_jax.convert.limits import check_folder
 from avit_jax.convert.published import merged, where_to_get
 from avit_jax.digests import NO_DIGESTS, check_digests, json_digest, read_digests, tree_digests
 from avit_jax.files import read_json, write_json, writing
@@ -228,3 +229,5 @@ def _check_shapes(path: Path, found: Any, target: Any) -> None:
             f"the checkpoint {path} is of another architecture: only there {extra or 'nothing'}, "
             f"only in the model {missing or 'nothing'}"
         )
+    if path.name != "optimizer":  # whose moments may all be zero
+        check_folder(path, ours.values())

@@ -194,7 +194,7 @@ class AViTConfig:
         return {"preprocessing": model.pop("preprocessing"), "class_names": model.pop("class_names"), "model": model}
 
     @classmethod
-    def from_json(cls, parts: dict[str, Any]) -> "AViTConfig":
+    def from_json(cls, parts: Any) -> "AViTConfig":
         """The inverse of to_json. Anyone may have written the parts: ValueError names the field that is wrong."""
         if not isinstance(parts, dict) or parts.keys() != {"model", "preprocessing", "class_names"}:
             raise ValueError("a model's configuration has three parts: model, preprocessing and class_names")

@@ -147,11 +147,3 @@ def writable_folder(path: str | Path) -> Path:
     except OSError as error:
         raise ValueError(f"{folder} cannot be written to ({error.strerror}): give another folder") from error
     return folder
-
-
-def shown(name: object, longest: int = 400) -> str:
-    """A foreign name as it can be printed: control characters and lone surrogates escaped, a long one cut."""
-    text = str(name)
-    if len(text) > longest:
-        text = f"{text[: longest // 2]}...{text[-(longest // 2) :]}"
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)

@@ -1,7 +1,6 @@
 """The fields of a dataclass from JSON that anyone may have written: each is of its annotated type, or refused."""
 
 import dataclasses
-import math
 import types
 import typing
 from collections.abc import Collection, Sequence
@@ -29,9 +28,10 @@ def typed_fields(cls: type, content: Any, what: str, required: Collection[str]) 
     """
     if not isinstance(content, dict):
         raise ValueError(f"{what} is {shown(content, 50)}, not a JSON object")
-    fields = {field.name: field.type for field in dataclasses.fields(cls)}
+    # A field that is a dataclass itself has a part of the JSON of its own.
+    fields = {field.name: field.type for field in dataclasses.fields(cls) if not dataclasses.is_dataclass(field.type)}
     if unknown := [name for name in content if name not in fields]:
-        raise ValueError(f"{what} has no field {shown(unknown[0], 50)!r}: known are {', '.join(fields)}")
+        raise ValueError(f"{what} has no field '{shown(unknown[0], 50)}': known are {', '.join(fields)}")
     if missing := [name for name in required if name not in content]:
         raise ValueError(f"{what} lacks the field {missing[0]}")
     typed = {}
@@ -39,6 +39,8 @@ def typed_fields(cls: type, content: Any, what: str, required: Collection[str]) 
         typed[name] = tuple(value) if isinstance(value, list) else value
         if not _fits(typed[name], fields[name]):
             raise ValueError(f"{name} is {shown(value, 50)}: it must be {_in_words(fields[name])}")
+        if float in (fields[name], *typing.get_args(fields[name])):  # JSON may say 4 for 4.0
+            typed[name] = _as_float(typed[name])
     return typed
 
 
@@ -49,12 +51,18 @@ def _fits(value: Any, annotation: Any) -> bool:
     if origin in (tuple, Sequence):
         return isinstance(value, tuple) and all(_fits(item, arguments[0]) for item in value)
     if annotation is float:
-        return type(value) in (int, float) and math.isfinite(value) and abs(value) <= _MAX_FLOAT
+        return type(value) in (int, float) and abs(value) <= _MAX_FLOAT  # NaN is not
     if annotation is int:
         return type(value) is int and abs(value) <= _MAX_INT
     if annotation is str:
         return type(value) is str and len(value) <= _MAX_TEXT
     return type(value) is annotation
+
+
+def _as_float(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(map(float, value))
+    return float(value) if type(value) is int else value
 
 
 def _in_words(annotation: Any) -> str:

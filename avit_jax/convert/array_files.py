@@ -27,11 +27,7 @@ def looks_like_safetensors(start: bytes, size: int) -> bool:
 def read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], AViTConfig | None]:
     """Its tensors, and the configuration where save_torch wrote it. Raises ValueError where it is damaged."""
     assert ml_dtypes.bfloat16  # imported for NumPy to know the type
-    with path.open("rb") as stream:
-        header = int.from_bytes(stream.read(8), "little")
-    if header > MAX_HEADER:
-        raise ValueError(f"its header has {header} bytes, where a ViT's has no more than {MAX_HEADER}")
-    with safetensors.safe_open(path, framework="numpy") as file:
+    with _safetensors(path) as file:
         names = list(file.keys())
         check_names(dict.fromkeys(names))
         state = {name: file.get_tensor(name) for name in names}
@@ -49,9 +45,17 @@ def read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], AViTConfig | No
 
 def read_safetensors_config(path: Path) -> AViTConfig | None:
     """The configuration that save_torch wrote; None where another program wrote the file."""
-    with safetensors.safe_open(path, framework="numpy") as file:
+    with _safetensors(path) as file:
         metadata = (file.metadata() or {}).get(KEY)
     return None if metadata is None else own_config(parse_json(metadata))
+
+
+def _safetensors(path: Path) -> Any:
+    with path.open("rb") as stream:
+        header = int.from_bytes(stream.read(8), "little")
+    if header > MAX_HEADER:  # the library parses up to 100 MB, into many times as much
+        raise ValueError(f"its header has {header} bytes, where a ViT's has no more than {MAX_HEADER}")
+    return safetensors.safe_open(path, framework="numpy")
 
 
 def own_config(ours: Any) -> AViTConfig:
@@ -80,7 +84,11 @@ def metadata_of(state: Mapping[str, np.ndarray], config: AViTConfig) -> dict[str
 def read_npz(path: Path) -> dict[str, np.ndarray]:
     """The arrays of a .npz file by name. Raises ValueError where it is damaged, or unpacks to far more than it has."""
     with Archive(path) as archive:
-        names = [name for name in archive.names if name.endswith(".npy")]
+        names = archive.names
+        if others := [name for name in names if not name.endswith(".npy")]:
+            raise ValueError(
+                f"its part {shown(others[0])} is not an array, which NumPy does not write: it may be damaged"
+            )
         if len(names) > MAX_TENSORS:
             raise ValueError(f"it has {len(names)} arrays, where a ViT has no more than {MAX_TENSORS}")
         check_names(dict.fromkeys(names))
@@ -95,7 +103,9 @@ def _npy(content: bytes, name: str) -> np.ndarray:
         read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
         shape, by_columns, dtype = read(head)
     except Exception as error:  # NumPy evaluates the header as Python literals: nearly anything can come
-        raise ValueError(f"its array {shown(name)} has a damaged header: {shown(str(error), 100)}") from error
+        raise ValueError(
+            f"its array {shown(name)} has a damaged header ({type(error).__name__}: {shown(str(error), 100)})"
+        ) from error
     if dtype.hasobject or not dtype.itemsize:
         raise ValueError(f"its array {shown(name)} holds {shown(str(dtype), 50)}, not numbers")
     values = memoryview(content)[head.tell() :]

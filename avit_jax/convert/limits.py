@@ -1,6 +1,7 @@
 """How much a file of weights may ask for. A file beyond these limits is damaged or hostile: no ViT comes near them."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from avit_jax.files import shown
@@ -10,7 +11,7 @@ MAX_PARTS = 20_000  # entries of a zip file: one for each tensor, and a few more
 MAX_DIRECTORY = 2**22  # bytes of a zip file's table of contents; an entry takes about 100
 MAX_HEADER = 2**23  # bytes of a safetensors header; a tensor takes about 120
 MAX_PICKLE = 2**24  # bytes of a pickle, without the tensors' values
-MAX_OPCODES = 1_000_000  # a tensor takes about 60
+MAX_OPCODES = 500_000  # a tensor takes about 60
 MAX_CONTAINERS = 200_000  # tuples, lists, dicts and sets of a pickle; a tensor takes 5
 MAX_NESTING = 64  # containers inside each other
 MAX_PLAIN_KEYS = 10_000  # dict keys that are not text; an optimizer numbers its parameters
@@ -53,3 +54,13 @@ def check_names(state: Mapping[Any, Any]) -> None:
                 f"the name of one of its tensors has {len(name)} characters, or some that cannot be printed: "
                 f"{shown(name, 100)}"
             )
+
+
+def check_folder(path: Path, shapes: Iterable[tuple[int, ...]]) -> None:
+    """Raises ValueError where float32 arrays of these shapes take far more than the folder of compressed files."""
+    size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    total = 4 * sum(map(elements, shapes))
+    if total > allowance(size):
+        raise ValueError(
+            f"the checkpoint {shown(path)} has {size} bytes, and its arrays {total}: weights do not compress so well"
+        )

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from avit_jax.data.folder_index import cache_file, read_index, write_index
+from avit_jax.data.folder_index import EXTENSIONS, cache_file, read_index, write_index
 from avit_jax.data.folder_index import list_files as _list_files
 from avit_jax.data.settings import DataSettings, expanded
 from avit_jax.data.sources import Dataset
