@@ -64,7 +64,7 @@ class RunCheckpoints:
         Raises ValueError where this one, or the one before it in the background, cannot be written.
         """
         plain = {"step": progress, "data": data, "config": config.to_json()}
-        digests = {name: tree_digests(tree) for name, tree in items.items()}
+        digests: dict[str, Any] = {name: tree_digests(tree) for name, tree in items.items()}
         digests |= {name: json_digest(content) for name, content in plain.items()}
         parts = ocp.args.Composite(
             **{name: ocp.args.StandardSave(tree) for name, tree in items.items()},

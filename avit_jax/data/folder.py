@@ -14,6 +14,7 @@ from jaxtyping import Int
 
 from avit_jax.data.settings import DataSettings
 from avit_jax.data.sources import Dataset
+from avit_jax.files import expanded
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif")
 
@@ -44,7 +45,7 @@ def load_folder(settings: DataSettings) -> Dataset:
     The list of files is made once and kept in the cache folder ($XDG_CACHE_HOME or ~/.cache)/avit_jax; it is made anew
     when a folder has changed. Raises ValueError naming the folder or file that is missing, empty or out of place.
     """
-    root = Path(settings.path).expanduser()
+    root = expanded(settings.path)
     if not settings.path or not root.is_dir():
         raise ValueError(
             f"config.data.path {settings.path!r} is not a folder: give one with train/CLASS/ and val/CLASS/ in it"
@@ -73,10 +74,11 @@ def _indexed(
 ) -> tuple[tuple[str, ...], FolderSplit]:
     """The folder's classes and files, from the cache where that still holds; class_names: those of train/."""
     cache = _cache_file(folder)
-    index = _read_index(cache, folder)
+    index = _read_index(cache, folder) if cache else None
     if index is None:
         index = _list_files(folder)
-        _write_index(cache, index)
+        if cache:
+            _write_index(cache, index)
     names, files, own_labels = index["class_names"], index["files"], index["labels"]
     if index["ignored"]:
         print(
@@ -126,8 +128,12 @@ def _list_files(folder: Path) -> dict[str, Any]:
     }
 
 
-def _cache_file(folder: Path) -> Path:
-    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+def _cache_file(folder: Path) -> Path | None:
+    """Where the folder's list is kept; None where there is no home folder to keep it in."""
+    try:
+        caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:  # HOME is not set, and the user is not in the password file
+        return None
     key = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:16]
     return caches / "avit_jax" / f"folder-{key}.npz"
 

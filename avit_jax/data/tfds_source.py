@@ -7,6 +7,7 @@ from typing import Any
 
 from avit_jax.data.settings import DataSettings
 from avit_jax.data.sources import Dataset
+from avit_jax.files import expanded
 
 HELD_OUT = 5  # percent of train that become val where a data set has no validation split
 
@@ -48,7 +49,7 @@ def load_tfds(settings: DataSettings) -> Dataset:
         import tensorflow_datasets as tfds
     except ImportError as error:
         raise ValueError("config.data.source 'tfds' needs a package: pip install tensorflow-datasets") from error
-    root = Path(settings.path or "~/tensorflow_datasets").expanduser()
+    root = expanded(settings.path or "~/tensorflow_datasets")
     _check_prepared(root, name)
     try:
         builder = tfds.builder(name, data_dir=root)
