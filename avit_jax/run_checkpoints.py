@@ -46,8 +46,16 @@ class RunCheckpoints:
             preservation_policy=preservation_policy.AnyPreservationPolicy(policies), cleanup_tmp_directories=True
         )
         self._folder = folder.absolute()
-        with writing(self._folder):
-            self._manager = ocp.CheckpointManager(self._folder, options=options)
+        try:
+            with writing(self._folder):
+                self._manager = ocp.CheckpointManager(self._folder, options=options)
+        except CannotWrite:
+            raise
+        except Exception as error:  # orbax raises many kinds where its own _CHECKPOINT_METADATA is damaged
+            raise ValueError(
+                f"the checkpoints in {self._folder} cannot be read: {first_line(error)}; move the damaged STEP folder, "
+                "most likely the newest, away"
+            ) from error
 
     def save(
         self,
