@@ -1,5 +1,7 @@
 """Adaptive-token vision transformers (A-ViT, arXiv 2112.07658) in JAX."""
 
+from typing import TYPE_CHECKING, Any
+
 from avit_jax.checkpoint import load, save
 from avit_jax.config import PRESETS, AViTConfig, Preprocessing
 from avit_jax.convert import from_torch_state_dict, save_torch, to_torch_state_dict
@@ -8,6 +10,9 @@ from avit_jax.model import AViT, AViTOutput, create
 from avit_jax.packed import PackedModel, compile_packed
 from avit_jax.plan import PackedPlan, plan_packed
 from avit_jax.preprocessing import preprocess
+
+if TYPE_CHECKING:
+    from avit_jax.experiment import train_model
 
 __version__ = "0.1.0"  # pyproject.toml reads it here
 
@@ -30,4 +35,14 @@ __all__ = [
     "save_torch",
     "start_gate",
     "to_torch_state_dict",
+    "train_model",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Training is imported when it is asked for: it brings the data pipeline and matplotlib."""
+    if name == "train_model":
+        from avit_jax.experiment import train_model
+
+        return train_model
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

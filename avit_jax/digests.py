@@ -74,7 +74,7 @@ def _array_digest(name: str, array: np.ndarray) -> str:
     if sys.byteorder == "big":
         array = array.byteswap()
     digest = hashlib.sha256(f"{name} {array.dtype.name} {array.shape}\n".encode())
-    digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+    digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
     return digest.hexdigest()
 
 
@@ -82,6 +82,7 @@ def _on_host(leaf: Any) -> np.ndarray:
     if not isinstance(leaf, jax.Array):
         return np.asarray(leaf)
     if not (leaf.is_fully_addressable or leaf.is_fully_replicated):
+        assert isinstance(leaf.sharding, NamedSharding)
         leaf = _gather(leaf.sharding.mesh)(leaf)
     if leaf.is_fully_replicated:
         # A new handle of the buffer: the array itself would keep its host copy, and with it a buffer to be donated.

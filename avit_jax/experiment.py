@@ -21,7 +21,7 @@ from avit_jax.data.pipeline import evaluation_images
 from avit_jax.data.settings import DataSettings
 from avit_jax.data.sources import Dataset, Split
 from avit_jax.data_account import check_data, data_account
-from avit_jax.distributed import check_same
+from avit_jax.distributed import check_same, in_any_process
 from avit_jax.evaluation import Evaluation, evaluate, images_per_second, masked_program
 from avit_jax.files import read_json, write_json, writing
 from avit_jax.gate_start import start_gate
@@ -125,6 +125,18 @@ def run(config: ConfigDict, workdir: str | Path, *, resume: bool = True, began: 
     check_values(config)
     with FolderLock(workdir):
         return _run(config, workdir, resume, began)
+
+
+def train_model(config: ConfigDict, workdir: str | Path, *, resume: bool = True) -> AViT:
+    """Train as train.py does and return the trained model; summary.json in workdir has the measured figures.
+
+    config: what a config file's get_config() returns, with any key changed. A finished run is not repeated, a stopped
+    one is continued. Raises what `run` raises, and training.Stopped after SIGTERM or Ctrl-C, when the checkpoint is
+    written and the same call goes on.
+    """
+    run(config, workdir, resume=resume)
+    in_any_process(False)  # not before process 0 has written the model
+    return load(Path(workdir) / "model")
 
 
 def _run(config: ConfigDict, workdir: Path, resume: bool, began: float) -> dict[str, Any]:

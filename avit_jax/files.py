@@ -136,6 +136,14 @@ def read_table(path: Path, name: str) -> dict[str, Any]:
     return table
 
 
+def expanded(path: str | Path) -> Path:
+    """The path with ~ replaced. Raises ValueError where there is no home folder to replace it with."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:  # HOME is not set, and the user is not in the password file
+        raise ValueError(f"{str(path)!r} begins with ~ and there is no home folder: write the path in full") from error
+
+
 def writable_folder(path: str | Path) -> Path:
     """The folder, made where it is missing. Raises ValueError where nothing can be written into it."""
     folder = Path(path)

@@ -46,8 +46,16 @@ class RunCheckpoints:
             preservation_policy=preservation_policy.AnyPreservationPolicy(policies), cleanup_tmp_directories=True
         )
         self._folder = folder.absolute()
-        with writing(self._folder):
-            self._manager = ocp.CheckpointManager(self._folder, options=options)
+        try:
+            with writing(self._folder):
+                self._manager = ocp.CheckpointManager(self._folder, options=options)
+        except CannotWrite:
+            raise
+        except Exception as error:  # orbax raises many kinds where its own _CHECKPOINT_METADATA is damaged
+            raise ValueError(
+                f"the checkpoints in {self._folder} cannot be read: {first_line(error)}; move the damaged STEP folder, "
+                "most likely the newest, away"
+            ) from error
 
     def save(
         self,
@@ -64,7 +72,7 @@ class RunCheckpoints:
         Raises ValueError where this one, or the one before it in the background, cannot be written.
         """
         plain = {"step": progress, "data": data, "config": config.to_json()}
-        digests = {name: tree_digests(tree) for name, tree in items.items()}
+        digests: dict[str, Any] = {name: tree_digests(tree) for name, tree in items.items()}
         digests |= {name: json_digest(content) for name, content in plain.items()}
         parts = ocp.args.Composite(
             **{name: ocp.args.StandardSave(tree) for name, tree in items.items()},

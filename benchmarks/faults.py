@@ -90,16 +90,21 @@ def stopped_twice(job: Job, rng: random.Random) -> bool:
 
 
 def damaged(job: Job, rng: random.Random) -> bool:
-    """A file of the newest checkpoint is cut or gone."""
+    """A file of the newest checkpoint is cut or gone, or one bit of it is flipped."""
     if not stopped(job, rng) or len(job.checkpoints()) < 2:
         return False
     newest = job.checkpoints()[-1]
-    item = rng.choice(("model", "ema", "optimizer", "step", "data"))
+    item = rng.choice(("model", "ema", "optimizer", "step", "data", "digests"))
     file = rng.choice(sorted(path for path in (newest / item).rglob("*") if path.is_file()))
-    if rng.random() < 0.5:
+    damage = rng.choice(("gone", "cut", "flipped"))
+    if damage == "gone":
         file.unlink()
-    else:
+    elif damage == "cut" or not file.stat().st_size:
         os.truncate(file, file.stat().st_size // 2)
+    else:
+        content = bytearray(file.read_bytes())
+        content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+        file.write_bytes(content)
     (process,) = job.start()
     while process.alive() and "going on from step" not in process.said():
         time.sleep(0.005)

@@ -97,6 +97,28 @@ def test_class_folders_that_changed_are_refused(tmp_path: Path, change: str, mon
         check_data(data_account(load_folder(DataSettings("folder", str(root)))), run)
 
 
+@pytest.mark.parametrize("cache", ["no home folder", "a file is in the way"])
+def test_without_a_place_for_the_list_of_files_a_folder_is_read(
+    tmp_path: Path, cache: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_home(*_: object) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    if cache == "no home folder":
+        monkeypatch.setattr(Path, "home", no_home)
+        monkeypatch.setattr(Path, "expanduser", lambda path: no_home() if path.parts[:1] == ("~",) else path)
+        with pytest.raises(ValueError, match="'~/pictures' begins with ~ and there is no home folder"):
+            load_folder(DataSettings("folder", "~/pictures"))
+    else:
+        (tmp_path / "cache").write_text("")
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for part in ("train", "val"):
+        (tmp_path / part / "cat").mkdir(parents=True)
+        (tmp_path / part / "cat" / "1.png").write_text("")
+    assert load_folder(DataSettings("folder", str(tmp_path))).class_names == ("cat",)
+
+
 def test_a_run_from_before_goes_on_and_a_damaged_account_is_said(tmp_path: Path) -> None:
     np.savez(tmp_path / "toy.npz", **toy_arrays())
     account = data_account(load_dataset("npz", str(tmp_path / "toy.npz")))

@@ -145,6 +145,26 @@ def test_a_run_from_before_digests_goes_on_with_a_line(tmp_path: Path, capsys: p
     assert "written without digests, so damage cannot be seen" in capsys.readouterr().out
 
 
+def test_damage_to_what_orbax_says_of_a_checkpoint_is_a_sentence(tmp_path: Path) -> None:
+    write_steps(tmp_path / "run", {1: 0.0}, keep=2)
+    (tmp_path / "run" / "1" / "_CHECKPOINT_METADATA").write_text("[]")
+    with pytest.raises(ValueError, match=r"the checkpoints in .*run cannot be read: .*; move the damaged STEP folder"):
+        RunCheckpoints(tmp_path / "run", keep=2)
+
+
+def test_damaged_json_in_a_checkpoint_without_digests_is_passed_over(tmp_path: Path) -> None:
+    target = {name: {"weights": jnp.zeros((3, 2), jnp.float32)} for name in ITEMS}
+    for item in ("step", "data"):
+        run = tmp_path / item
+        write_steps(run, {1: 0.0, 2: 0.0}, keep=2)
+        shutil.rmtree(run / "2" / "digests")
+        (run / "2" / item / "metadata").write_text("[3]")
+        with RunCheckpoints(run, keep=2) as checkpoints:
+            found = checkpoints.restore_newest(target)
+        assert found is not None and found.step == 1
+        assert (run / "damaged-2").is_dir()
+
+
 def test_a_digest_is_of_name_dtype_shape_and_little_endian_bytes() -> None:
     values = np.arange(6, dtype=np.int32).reshape(2, 3)
     expected = hashlib.sha256(b"layer.kernel int32 (2, 3)\n" + values.astype("<i4").tobytes()).hexdigest()

@@ -70,8 +70,17 @@ def test_a_run_learns_and_leaves_everything_behind(config: ConfigDict, tmp_path:
         assert line["loss"] == pytest.approx(line["classification"] + line["ponder"] + line["prior"], rel=1e-5)
 
 
-def test_a_finished_run_is_not_repeated(config: ConfigDict, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    first = run(config, tmp_path / "run")
+def test_a_model_is_trained_from_python_and_a_finished_run_is_not_repeated(
+    config: ConfigDict, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = avit_jax.train_model(config, tmp_path / "run")
+    assert model(jnp.zeros((2, 8, 8, 1))).logits.shape == (2, 3)
+    untrained = initial_model(config, load_dataset("npz", config.data.path))
+    assert not np.array_equal(model.head.kernel[...], untrained.head.kernel[...])
+    trained = [np.asarray(leaf) for leaf in jax.tree.leaves(nnx.state(model, nnx.Param))]
+    for a, b in zip(trained, leaves(tmp_path / "run" / "checkpoints", ema=True), strict=True):
+        np.testing.assert_array_equal(a, b)
+    first = json.loads((tmp_path / "run" / "summary.json").read_text())
     written = (tmp_path / "run" / "metrics.jsonl").stat().st_mtime_ns
     capsys.readouterr()
     assert run(config, tmp_path / "run") == first
@@ -109,6 +118,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(
         ):
             np.testing.assert_array_equal(a, b)
     assert lines_without_times(tmp_path / "whole") == lines_without_times(tmp_path / "stopped")
+    assert not list((tmp_path / "stopped" / "checkpoints").glob("damaged-*")), "what was saved fits its digests"
 
 
 def test_same_seed_same_run_other_seed_another(config: ConfigDict, tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -37,14 +36,6 @@ class _Settings:
     def _check(self, name: str, is_good: bool, rule: str) -> None:
         if not is_good:
             raise ValueError(f"config.{self._section}.{name} is {getattr(self, name)!r}: it must be {rule}")
-
-
-def expanded(path: str) -> Path:
-    """config.data.path with ~ as the home folder. Raises ValueError where there is none."""
-    try:
-        return Path(path).expanduser()
-    except RuntimeError as error:
-        raise ValueError(f"config.data.path {path!r} cannot be found ({error}): give a path without ~") from error
 
 
 def _is_text(value: Any) -> bool:

@@ -5,8 +5,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from avit_jax.data.settings import DataSettings, expanded
+from avit_jax.data.settings import DataSettings
 from avit_jax.data.sources import Dataset
+from avit_jax.files import expanded
 
 HELD_OUT = 5  # percent of train that become val where a data set has no validation split
 
