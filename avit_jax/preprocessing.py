@@ -31,8 +31,8 @@ def preprocess(images: Any, config: AViTConfig | Any = None) -> Float[np.ndarray
     ValueError for any other type or number of channels, BadImage (a ValueError) for a file that cannot be read.
     """
     if not isinstance(config, AViTConfig):
-        given = "nothing" if config is None else type(config).__name__
-        raise ValueError(f"preprocess needs the model's configuration, not {given}: preprocess(images, model.config)")
+        given = "none is given" if config is None else f"and config is a {type(config).__name__}"
+        raise ValueError(f"preprocess needs the model's configuration, {given}: preprocess(images, model.config)")
     arrays = [_to_array(image, config.in_channels) for image in _as_sequence(images, config.in_channels)]
     return normalize(np.stack([_cut(array, config) for array in arrays]), config)
 
@@ -69,7 +69,7 @@ def _as_sequence(images: Any, channels: int) -> Sequence[Any]:
         raise ValueError(f"images have shape {array.shape}: give [H, W], [H, W, C] or [B, H, W, C]")
     if not len(array):
         raise ValueError(f"there is no image to preprocess: the array has shape {array.shape}")
-    is_one = array.ndim == 2 or (array.ndim == 3 and array.shape[-1] == channels)
+    is_one = array.ndim == 2 or (array.ndim == 3 and (array.shape[-1] == channels or channels != 1))
     return [array] if is_one else list(array)
 
 

@@ -1,6 +1,7 @@
 """From pictures to what the model takes."""
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -82,3 +83,33 @@ def test_rectangular_models_are_covered() -> None:
 def test_other_things_are_refused(images: object, reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         preprocess(images, RGB)
+
+
+def test_whatever_holds_a_picture_is_taken(tmp_path: Path) -> None:
+    image, file = picture(40, 50), tmp_path / "a.png"
+    image.save(file)
+    expected = preprocess(image, RGB)
+    for given in (np.asarray(image), str(file), file, file.read_bytes(), [str(file)], [file], [np.asarray(image)]):
+        np.testing.assert_array_equal(preprocess(given, RGB), expected)
+    torch = pytest.importorskip("torch")
+    np.testing.assert_array_equal(preprocess(torch.tensor(np.array(image)), RGB), expected)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ((np.zeros((32, 32, 3), np.uint8),), r"configuration, none is given: preprocess\(images, model.config\)"),
+        ((np.zeros((32, 32, 3), np.uint8), "tiny"), r"config is a str: preprocess\(images, model.config\)"),
+        ((["nowhere.jpg"], RGB), r"nowhere.jpg cannot be read \(No such file or directory\)"),
+        ((np.zeros((40, 50), np.uint8), RGB), r"shape \(40, 50\): .*np.repeat\(image\[..., None\], 3, axis=-1\)"),
+        ((np.zeros((3, 40, 50), np.uint8), RGB), r"shape \(3, 40, 50\): .*channels come last: np.moveaxis"),
+        ((np.zeros((0, 32, 32, 3), np.uint8), RGB), r"there is no image .* shape \(0, 32, 32, 3\)"),
+        (([np.zeros((0, 5, 3), np.uint8)], RGB), r"an image has shape \(0, 5, 3\)"),
+        ((None, RGB), "an image is a NoneType: give uint8"),
+        (([[1, 2], [3]], RGB), "images are int64: give uint8|inhomogeneous"),
+        ((b"no picture", RGB), "an image of 10 bytes is no image that Pillow can read"),
+    ],
+)
+def test_each_mistake_has_its_sentence(arguments: tuple[object, ...], reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        preprocess(*arguments)

@@ -8,7 +8,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Int, UInt8
+from jaxtyping import Integer, UInt8
 
 from avit_jax.files import shown
 
@@ -74,7 +74,7 @@ def read_idx(path: Path, axes: int) -> UInt8[np.ndarray, "..."]:
     return np.frombuffer(data, np.uint8).reshape(shape)
 
 
-def named_classes(labels: Int[np.ndarray, " n"], names: Sequence[str], what: str) -> tuple[str, ...]:
+def named_classes(labels: Integer[np.ndarray, " n"], names: Sequence[str], what: str) -> tuple[str, ...]:
     """The name of every class: `names`, or without them the numbers from 0 to the largest label.
 
     what: what an error calls the labels. Prints a line where a class has no example. Raises ValueError for labels that
@@ -106,7 +106,7 @@ def named_classes(labels: Int[np.ndarray, " n"], names: Sequence[str], what: str
     return names
 
 
-def check_labels(labels: Int[np.ndarray, " n"], count: int, what: str) -> None:
+def check_labels(labels: Integer[np.ndarray, " n"], count: int, what: str) -> None:
     """Raises ValueError unless all labels are 0..count - 1."""
     if labels.min() < 0 or labels.max() >= count:
         raise ValueError(f"{what} {labels.min()} to {labels.max()} for {count} classes: they must be 0..{count - 1}")

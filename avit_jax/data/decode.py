@@ -140,7 +140,7 @@ def _upright(picture: Image.Image) -> Image.Image:
 
 
 def _called(name: str | Callable[[], str]) -> str:
-    return shown(name if isinstance(name, str) else name())
+    return shown(name if isinstance(name, str) else name(), 400)
 
 
 def as_rgb(picture: Image.Image) -> Image.Image:

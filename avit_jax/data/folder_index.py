@@ -24,7 +24,7 @@ def list_files(folder: Path) -> dict[str, Any]:
     Symbolic links are followed; each real folder is read once for a class. Raises ValueError where a class is empty, a
     folder cannot be read, or a link leads into another class's folder.
     """
-    names = tuple(sorted(entry.name for entry in _scanned(folder) if entry.is_dir() and entry.name[0] != "."))
+    names = tuple(sorted(entry.name for entry in _scanned(folder) if _is_folder(entry) and entry.name[0] != "."))
     if not names:
         raise ValueError(f"{shown(folder)} holds no class folders: images must be in {shown(folder.name)}/CLASS/")
     walk = _Walk(folder, names)
@@ -93,14 +93,14 @@ class _Walk:
             inner = []
             for entry in sorted(_scanned(place), key=lambda entry: entry.name):
                 name = os.path.join(below, entry.name)
-                if entry.is_dir():
+                if _is_folder(entry):
                     inner.append(entry.path)
                 elif entry.name[0] == ".":
                     continue
                 elif not entry.name.lower().endswith(EXTENSIONS):
                     self.ignored.append(name)
                 # A link that leads nowhere is listed: reading it tells the user that an image is missing.
-                elif entry.is_file() or not os.path.exists(entry.path):
+                elif not os.path.exists(entry.path) or entry.is_file():
                     yield os.fsencode(name)
                 else:
                     self.left_out.append(name)
@@ -109,6 +109,13 @@ class _Walk:
 
 def _identity(status: os.stat_result) -> _Id:
     return status.st_dev, status.st_ino
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
 
 
 def _scanned(folder: str | Path) -> list[os.DirEntry[str]]:

@@ -20,18 +20,20 @@ class _Settings:
 
     @classmethod
     def from_config(cls: type[Settings], section: Mapping[str, Any]) -> Settings:
-        """The section of a config, keys that it leaves out by default. Raises ValueError for a key that is unknown."""
+        """The section of a config, keys that it leaves out by default.
+
+        Raises ValueError for a key that is unknown, and for a value that is not of its field's type, or not finite.
+        """
         fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
         for name in section:
             if name not in fields:
                 raise ValueError(f"config.{cls._section} has no key {name!r}: {nearest(name, fields)}")
-        return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in section.items()})
-
-    def _check_types(self) -> None:
-        """Raises ValueError for a value that is not of its field's type, or not finite."""
-        for field in dataclasses.fields(self):  # type: ignore[arg-type]
-            good, kind = _KINDS[field.type]
-            self._check(field.name, good(getattr(self, field.name)), kind)
+        values = {name: tuple(v) if isinstance(v, list) else v for name, v in section.items()}
+        for name, value in values.items():
+            is_good, kind = _KINDS[fields[name].type]
+            if not is_good(value):
+                raise ValueError(f"config.{cls._section}.{name} is {value!r}: it must be {kind}")
+        return cls(**values)
 
     def _check(self, name: str, is_good: bool, rule: str) -> None:
         if not is_good:
@@ -83,7 +85,6 @@ class DataSettings(_Settings):
     _section = "data"
 
     def __post_init__(self) -> None:
-        self._check_types()
         if self.source not in SOURCES:
             raise ValueError(f"config.data.source {self.source!r} is unknown: {nearest(self.source, SOURCES)}")
         self._check("std", not self.std or min(self.std) > 0, "above 0 for every channel")
@@ -122,7 +123,6 @@ class AugmentSettings(_Settings):
     _section = "augment"
 
     def __post_init__(self) -> None:
-        self._check_types()
         for name, limits in (("crop_scale", self.crop_scale), ("crop_ratio", self.crop_ratio)):
             good = len(limits) == 2 and 0 < limits[0] <= limits[1]
             self._check(name, good or (name == "crop_scale" and not limits), "(least, most), both above 0")

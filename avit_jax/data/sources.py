@@ -190,7 +190,9 @@ def _both(split: Split) -> tuple[np.ndarray, np.ndarray]:
 def _checked(arrays: dict[str, np.ndarray], images: str, labels: str, path: Path) -> tuple[np.ndarray, np.ndarray]:
     for name in (images, labels):
         if name not in arrays:
-            raise ValueError(f"{shown(path)} has no array {name!r}: it holds {', '.join(sorted(arrays)) or 'nothing'}")
+            raise ValueError(
+                f"{shown(path)} has no array {name!r}: it holds {shown(', '.join(sorted(arrays))) or 'nothing'}"
+            )
     x, y = arrays[images], arrays[labels]
     if x.dtype != np.uint8 or x.ndim not in (3, 4):
         raise ValueError(f"{shown(path)}: {images} is {x.dtype} {x.shape}: it must be uint8 [N, H, W] or [N, H, W, C]")
