@@ -120,6 +120,8 @@ def run(config: ConfigDict, workdir: str | Path, *, resume: bool = True, began: 
     """
     began = time.perf_counter() if began is None else began
     workdir = Path(workdir)
+    if workdir.exists() and not workdir.is_dir():
+        raise ValueError(f"the run's folder {workdir} is a file: give another --workdir")
     check_same(flat(resolved(config)))
     check_values(config)
     with FolderLock(workdir):

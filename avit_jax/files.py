@@ -66,7 +66,7 @@ def read_json(path: Path) -> Any:
     """The content of a JSON file. Raises ValueError, naming the file, where it is missing or damaged."""
     try:
         return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
 
 

@@ -14,6 +14,7 @@ Settings = TypeVar("Settings", bound="_Settings")
 
 class _Settings:
     _section = ""
+    _numbers: tuple[str, ...] = ()  # the keys that hold several
 
     @classmethod
     def from_config(cls: type[Settings], section: Mapping[str, Any]) -> Settings:
@@ -22,7 +23,13 @@ class _Settings:
         for name in section:
             if name not in fields:
                 raise ValueError(f"config.{cls._section} has no key {name!r}: {nearest(name, fields)}")
-        return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in section.items()})
+        values = {name: tuple(v) if isinstance(v, list) else v for name, v in section.items()}
+        for name in cls._numbers:
+            if not all(isinstance(number, int | float) for number in values.get(name, ())):
+                raise ValueError(
+                    f"config.{cls._section}.{name} is {values[name]!r}: it must be numbers, such as (0.5, 0.5), or ()"
+                )
+        return cls(**values)
 
     def _check(self, name: str, is_good: bool, rule: str) -> None:
         if not is_good:
@@ -47,6 +54,7 @@ class DataSettings(_Settings):
     repeated_augmentation: int = 1  # how often each image is in a pass, augmented anew each time
 
     _section = "data"
+    _numbers = ("mean", "std")
 
     def __post_init__(self) -> None:
         if self.source not in SOURCES:
@@ -84,6 +92,7 @@ class AugmentSettings(_Settings):
     mix_probability: float = 1.0  # probability that a pair of images is mixed at all
 
     _section = "augment"
+    _numbers = ("crop_scale", "crop_ratio")
 
     def __post_init__(self) -> None:
         for name, limits in (("crop_scale", self.crop_scale), ("crop_ratio", self.crop_ratio)):
