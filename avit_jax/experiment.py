@@ -136,8 +136,8 @@ def _run(config: ConfigDict, workdir: Path, resume: bool, began: float) -> dict[
         print(f"this run is finished; its table, from {summary_path}:")
         print(format_summary(summary))
         return summary
-    check_starts(config)
     dataset = open_dataset(DataSettings.from_config(dict(config.data)))
+    check_starts(config)
     data = data_account(dataset)
     check_data(data, workdir)
     model = initial_model(config, dataset)

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 import avit_jax
 from avit_jax import dry_run as dry_run_module
-from avit_jax.cli import _check_names, _with_config
+from avit_jax.cli import check_keys, check_options, with_config
 from avit_jax.command_help import help_text
 from avit_jax.config_files import SHIPPED, load_config, shipped_configs
 from avit_jax.data.settings import DataSettings
@@ -18,6 +18,11 @@ from avit_jax.dry_run import dry_run
 from avit_jax.memory import device_memory, host_memory
 from avit_jax.mesh import training_mesh
 from tests.builders import tiny_experiment
+
+
+def check(argv: list[str], own: list[str]) -> None:
+    check_options(argv, own)
+    check_keys(load_config("mnist_avit"), argv)
 
 
 def lines_until_refused(config: ConfigDict, sentence: str) -> list[str]:
@@ -57,7 +62,7 @@ def test_arguments_become_what_ml_collections_reads(
     arguments: list[str], expected: str, rest: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    argv, config = _with_config(["train.py", *arguments], default)
+    argv, config = with_config(["train.py", *arguments], default)
     assert argv == ["train.py", f"--config={SHIPPED / expected}", *rest]
     assert config.name
 
@@ -80,13 +85,13 @@ def test_arguments_become_what_ml_collections_reads(
 )
 def test_a_typo_is_told_about_what_was_meant(argument: str, sentence: str) -> None:
     with pytest.raises(ValueError) as found:  # noqa: PT011
-        _check_names(load_config("mnist_avit"), ["train.py", argument], ["config", "workdir"])
+        check(["train.py", argument], ["config", "workdir"])
     assert str(found.value) == sentence
 
 
 def test_values_and_options_that_exist_pass() -> None:
     arguments = ["--config.epochs=3", "--config.model.depth=3", "word", "--v=1", "--nologtostderr", "--"]
-    _check_names(load_config("mnist_avit"), ["train.py", *arguments], ["config"])
+    check(["train.py", *arguments], ["config"])
 
 
 def test_the_help_page_tells_configs_keys_and_options() -> None:
