@@ -47,8 +47,9 @@ def run_main(
             print(help_text(about, options))
             raise SystemExit(0)
         try:
-            argv, config = _with_config(argv, default_config)
-            _check_names(config, argv, own)
+            check_options(argv, own)
+            argv, config = with_config(argv, default_config)
+            check_keys(config, argv)
         except ValueError as error:
             raise SystemExit(_say(str(error))) from None
         try:
@@ -111,7 +112,7 @@ def _sentence(error: BaseException) -> str | None:
     return str(error) if ours or isinstance(error, OSError) else None
 
 
-def _with_config(argv: list[str], default_config: Callable[[Mapping[str, str]], str]) -> tuple[list[str], ConfigDict]:
+def with_config(argv: list[str], default_config: Callable[[Mapping[str, str]], str]) -> tuple[list[str], ConfigDict]:
     """The arguments as ml_collections reads them, --config with the file's whole path, and the config itself.
 
     Raises ValueError for a config that is not there or fails.
@@ -153,19 +154,27 @@ def flat_keys(section: ConfigDict, prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def _check_names(config: ConfigDict, argv: list[str], own: list[str]) -> None:
-    """Raises ValueError, naming the nearest, for an option or a key of the config that does not exist."""
-    keys = flat_keys(config)
+def check_options(argv: list[str], own: list[str]) -> None:
+    """Raises ValueError, naming a key of the configs or the nearest option, for an option that does not exist."""
     known = flags.FLAGS
-    for argument in argv[1:]:
-        name = argument.lstrip("-").partition("=")[0]
-        if not argument.startswith("-") or not name:
-            continue
+    for name in _names(argv):
+        if not name.startswith("config.") and name not in known and not (name[:2] == "no" and name[2:] in known):
+            hint = _keys_named(name, flat_keys(load_config(DEFAULT_CONFIG))) or nearest(name, own)
+            raise ValueError(f"there is no option --{name}: {hint}")
+
+
+def check_keys(config: ConfigDict, argv: list[str]) -> None:
+    """Raises ValueError, naming the nearest, for --config.KEY=VALUE with a key that the config lacks."""
+    keys = flat_keys(config)
+    for name in _names(argv):
         if name.startswith("config."):
             _check_key(config, name.split(".")[1:], keys)
-        elif name not in known and not (name.startswith("no") and name[2:] in known):
-            hint = _keys_named(name, keys) or nearest(name, own)
-            raise ValueError(f"there is no option --{name}: {hint}")
+
+
+def _names(argv: list[str]) -> list[str]:
+    """The names of all options, without dashes and values."""
+    names = [argument.lstrip("-").partition("=")[0] for argument in argv[1:] if argument.startswith("-")]
+    return [name for name in names if name]
 
 
 def _check_key(config: ConfigDict, path: list[str], keys: Mapping[str, Any]) -> None:

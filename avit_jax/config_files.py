@@ -31,7 +31,9 @@ def load_config(spec: str) -> ConfigDict:
         return module.get_config(*argument)
     except Exception as error:  # whatever the user's own file raises
         message = " ".join(str(error).split())
-        raise ValueError(f"the config file {str(file)!r} fails with {type(error).__name__}: {message}") from error
+        # A ValueError is a sentence for whoever wrote the argument; other errors are the file's own faults.
+        kind = "" if isinstance(error, ValueError) else f" fails with {type(error).__name__}"
+        raise ValueError(f"the config file {str(file)!r}{kind}: {message}") from error
 
 
 def find_config(spec: str) -> tuple[Path, list[str]]:

@@ -121,6 +121,8 @@ def run(config: ConfigDict, workdir: str | Path, *, resume: bool = True, began: 
     """
     began = time.perf_counter() if began is None else began
     workdir = Path(workdir)
+    if workdir.exists() and not workdir.is_dir():
+        raise ValueError(f"the run's folder {workdir} is a file: give another --workdir")
     check_same(flat(resolved(config)))
     check_values(config)
     with FolderLock(workdir):
@@ -147,8 +149,8 @@ def _run(config: ConfigDict, workdir: Path, resume: bool, began: float) -> dict[
         print(f"this run is finished; its table, from {summary_path}:")
         print(format_summary(summary))
         return summary
-    check_starts(config)
     dataset = open_dataset(DataSettings.from_config(dict(config.data)))
+    check_starts(config)
     data = data_account(dataset)
     check_data(data, workdir)
     model = initial_model(config, dataset)

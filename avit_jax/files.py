@@ -144,26 +144,6 @@ def expanded(path: str | Path) -> Path:
         raise ValueError(f"{str(path)!r} begins with ~ and there is no home folder: write the path in full") from error
 
 
-def shown(value: object, limit: int = 200) -> str:
-    """Text, a path or a number from a stranger as one line of at most `limit` characters, for a message.
-
-    What a terminal would obey is escaped (ESC, newlines), and long text is cut in the middle. Of any other value only
-    the type is told: to print it could take forever.
-    """
-    if isinstance(value, int) and value.bit_length() > 64:
-        return f"a number of {value.bit_length()} bits"
-    if not isinstance(value, str | os.PathLike | int | float | None):
-        return f"a {type(value).__name__}"
-    text = str(value)
-    cut = len(text) > limit
-    text = text[:limit] + text[-limit:] if cut else text
-    printable = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
-    if cut or len(printable) > limit:
-        half = (limit - 5) // 2
-        return f"{printable[:half]} ... {printable[-half:]}"
-    return printable
-
-
 def writable_folder(path: str | Path) -> Path:
     """The folder, made where it is missing. Raises ValueError where nothing can be written into it."""
     folder = Path(path)

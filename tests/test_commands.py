@@ -15,14 +15,14 @@ from tests.builders import quick_start, toy_arrays
 ROOT = Path(__file__).parents[1]
 
 
-def command(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+def command(script: str, *arguments: str, platform: str = "cpu") -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, script, *arguments],
         cwd=ROOT,
         capture_output=True,
         text=True,
         timeout=300,
-        env=os.environ | quick_start() | {"JAX_PLATFORMS": "cpu"},
+        env=os.environ | quick_start() | {"JAX_PLATFORMS": platform},
     )
 
 
@@ -118,11 +118,13 @@ def one_sentence(stderr: str) -> str:
         ("train.py", ["--config.init_from=runs/nothing"], "there is no checkpoint at"),
         ("train.py", ["--config.data.source=cifar"], "config.data.source 'cifar' is unknown"),
         ("train.py", ["--config=configs/npz_avit.py:/tmp/none.npz"], "config.data.path '/tmp/none.npz' is not a file"),
-        ("eval.py", ["--checkpoint=runs/nothing"], "runs/nothing: the folder is missing"),
+        ("train.py", ["--epochs=3"], "there is no option --epochs: did you mean --config.epochs?"),
+        ("eval.py", ["--checkpoint=runs/nothing"], "there is no checkpoint at runs/nothing: nothing of that name is there"),
+        ("eval.py", ["--checkpoint=README.md"], "README.md does not say which data to evaluate it on: give --config"),
         ("eval.py", ["--reprot=x"], "no option --reprot: did you mean 'report'?"),
-        ("eval.py", ["--sweep=gate_center:9,10"], "--sweep is shown in the report: give --report=FOLDER too"),
-        ("eval.py", ["--report=README.md/page"], "README.md/page cannot be written to (Not a directory): give another folder"),
-        ("eval.py", ["--checkpoint=README.md"], "README.md cannot be read as a checkpoint: it is neither a zip file, nor a pickle, nor safetensors"),
+        ("eval.py", ["--checkpoint=checkpoints/mnist_dense", "--sweep=gate_center:9,10"], "--sweep is shown in the report: give --report=FOLDER too"),
+        ("eval.py", ["--checkpoint=checkpoints/mnist_dense", "--report=README.md/page"], "README.md/page cannot be written to (Not a directory): give another folder"),
+        ("eval.py", ["--checkpoint=README.md", "--config=mnist_avit"], "README.md cannot be read as a checkpoint: it is neither a zip file, nor a pickle, nor safetensors"),
     ],
 )  # fmt: skip
 def test_bad_input_gets_one_sentence(tmp_path: Path, script: str, arguments: list[str], sentence: str) -> None:
@@ -139,12 +141,44 @@ def test_noresume_refuses_a_run_that_has_begun(tmp_path: Path) -> None:
     assert "holds a run already: leave --noresume out" in one_sentence(done.stderr)
 
 
-def test_the_installed_package_has_the_pages_parts(tmp_path: Path) -> None:
-    """What setup finds is what a wheel holds; no index is asked."""
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of what setup finds, which is what a wheel holds; no index is asked."""
+    folder = tmp_path_factory.mktemp("build")
     build = [sys.executable, "-c", "import setuptools; setuptools.setup()", "-q"]
-    build += ["egg_info", "--egg-base", str(tmp_path), "build", "--build-base", str(tmp_path)]
+    build += ["egg_info", "--egg-base", str(folder), "build", "--build-base", str(folder)]
     done = subprocess.run(build, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    built = tmp_path / "lib" / "avit_jax" / "report" / "templates"
-    own = ROOT / "avit_jax" / "report" / "templates"
-    assert sorted(p.name for p in built.iterdir()) == sorted(p.name for p in own.iterdir()) != []
+    return folder / "lib"
+
+
+def test_the_installed_package_has_all_its_parts(installed: Path) -> None:
+    built = {path.relative_to(installed).as_posix() for path in installed.rglob("*") if path.is_file()}
+    own = {path.relative_to(ROOT).as_posix() for path in (ROOT / "avit_jax").rglob("*") if path.is_file()}
+    configs = {f"avit_jax/configs/{path.name}" for path in (ROOT / "configs").glob("*.py")}
+    assert built == {name for name in own if "__pycache__" not in name} | configs
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments", "sentence"),
+    [
+        ("avit_jax.train", ["--config=configs/mnist_avit.py"], "there is no checkpoint at checkpoints/mnist_dense (config.init_from): it comes with the repository"),
+        ("avit_jax.eval", ["--config=folder:dense,none"], "there is no checkpoint at runs/none_dense"),
+    ],
+)  # fmt: skip
+def test_the_installed_commands_run_anywhere(
+    installed: Path, tmp_path: Path, module: str, arguments: list[str], sentence: str
+) -> None:
+    env = os.environ | quick_start() | {"JAX_PLATFORMS": "cpu"}
+    env["PYTHONPATH"] = os.pathsep.join([str(installed), env["PYTHONPATH"]])
+    done = subprocess.run(
+        [sys.executable, "-m", module, *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=120, env=env
+    )
+    assert done.returncode == 1
+    assert sentence in one_sentence(done.stderr)
+
+
+def test_a_platform_that_is_not_there_is_one_sentence(tmp_path: Path) -> None:
+    done = command("train.py", f"--workdir={tmp_path / 'run'}", platform="rocket")
+    assert done.returncode == 1
+    assert "JAX cannot use the platform 'rocket' (JAX_PLATFORMS) here" in one_sentence(done.stderr)

@@ -63,10 +63,10 @@ def load_folder(settings: DataSettings) -> Dataset:
 
 def _has_only_classes(root: Path) -> bool:
     """Whether there are class folders with images right in them, and no folders by purpose."""
-    folders = [entry for entry in os.scandir(root) if entry.is_dir() and entry.name[0] != "."]
+    folders = [path for path in root.iterdir() if path.is_dir() and path.name[0] != "."]
     if not folders or any(folder.name.lower() in PURPOSES for folder in folders):
         return False
-    return all(any(e.name.lower().endswith(EXTENSIONS) for e in os.scandir(folder.path)) for folder in folders)
+    return all(any(name.lower().endswith(EXTENSIONS) for name in os.listdir(folder)) for folder in folders)
 
 
 def _split_classes(root: Path, settings: DataSettings) -> Dataset:
