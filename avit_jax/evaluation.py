@@ -191,7 +191,7 @@ def totals(model: AViT, split: Images, batch_size: int, execution: str = "masked
     histogram, by_token = np.zeros(config.depth, np.int64), np.zeros(config.num_tokens, np.int64)
     slots, performed = 0, 0.0
     batches = evaluation_batches(split, config, batch_size, process_index=process, process_count=processes)
-    shown = counted(batches, "evaluating", -(-len(split) // batch_size), "batch")
+    shown = counted(batches, "evaluating", -(-len(split) // batch_size), "batches")
     for number, batch in enumerate(shown):
         real = np.asarray(batch["weight"]) > 0
         _check_labels(batch["label"][real], config)
