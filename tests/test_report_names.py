@@ -13,6 +13,7 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 from avit_jax import AViT, Preprocessing
+from avit_jax.checkpoint_evaluation import format_evaluation
 from avit_jax.config import AViTConfig
 from avit_jax.data.sources import Split
 from avit_jax.evaluation import evaluate, predict
@@ -119,6 +120,8 @@ def test_where_all_tokens_stop_at_one_layer_the_picture_is_a_sentence(
     assert draw_depth_histogram(one, tmp_path / "one.png").read_bytes()[:4] == b"\x89PNG"
     assert len(drawn[0].axes) == 1 and drawn[1].axes == []
     assert [text.get_text() for text in drawn[1].texts] == ["All tokens of the 10 images stop at layer 3 of 4."]
+    assert format_evaluation(one, CONFIG).splitlines()[-1] == "all tokens stop at layer 3"
+    assert "all tokens" not in format_evaluation(result, CONFIG)
 
 
 def test_a_page_or_picture_that_cannot_be_written_leaves_the_old_one(

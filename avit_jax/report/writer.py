@@ -1,5 +1,6 @@
 """The report: numbers measured, pictures drawn, report.html and report.json written."""
 
+import contextlib
 import dataclasses
 import datetime
 from collections.abc import Sequence
@@ -54,40 +55,23 @@ def write_report(
     split: what both were evaluated on; data: its name. Runs a few images again for their pictures, measures images/s
     of all executions in turn, and evaluates every setting of the sweep. Shows its progress on stderr.
     """
-    images = subject.result.per_image.index
-    sizes, settings = len(batch_sizes(batch_size, len(images))), len(sweep.values) if sweep else 0
-    rounds = 2 * ROUNDS if sweep else ROUNDS
-    kinds = {"evaluation": settings, "batch": sizes, "setting": settings, "round": rounds, "page": 1}
-    steps = Steps("report", kinds, _GUESSES)
-    try:
-        return _write(folder, subject, split, data, batch_size, baseline, sweep, steps)
-    finally:
-        steps.close()
-
-
-def _write(
-    folder: Path,
-    subject: Subject,
-    split: Images,
-    data: str,
-    batch_size: int,
-    baseline: Subject | None,
-    sweep: Sweep | None,
-    steps: Steps,
-) -> Path:
     model, result = subject.model, subject.result
     index = result.per_image.index
-    settings = evaluate_settings(model, split, batch_size, sweep, steps) if sweep else []
-    speeds = measure_speeds(_variants(subject, baseline), split, index, batch_size, steps)
-    if model.config.halts:
-        speeds["saved_work"] = _saved_work(result, model.config, batch_size)
-    rates: dict[str, float] = {}
-    if settings:
-        # One batch size for all, the best of the checkpoint's own setting: what differs is the setting.
-        packed: Variants = {setting_name(setting): (setting.model, "packed") for setting in settings}
-        rates = measure_at(packed, split, index, speeds["best_batch"]["packed"], steps)
-    with steps.step("page", "pictures and charts"):
-        return _write_page(folder, subject, split, data, baseline, sweep, settings, speeds, rates)
+    count = len(sweep.values) if sweep else 0
+    kinds = {"evaluation": count, "setting": count, "batch": len(batch_sizes(batch_size, len(index))), "page": 1}
+    kinds["round"] = 2 * ROUNDS if sweep else ROUNDS
+    with contextlib.closing(Steps("report", kinds, _GUESSES)) as steps:
+        settings = evaluate_settings(model, split, batch_size, sweep, steps) if sweep else []
+        speeds = measure_speeds(_variants(subject, baseline), split, index, batch_size, steps)
+        if model.config.halts:
+            speeds["saved_work"] = _saved_work(result, model.config, batch_size)
+        rates: dict[str, float] = {}
+        if settings:
+            # One batch size for all, the best of the checkpoint's own setting: what differs is the setting.
+            packed: Variants = {setting_name(setting): (setting.model, "packed") for setting in settings}
+            rates = measure_at(packed, split, index, speeds["best_batch"]["packed"], steps)
+        with steps.step("page", "pictures and charts"):
+            return _write_page(folder, subject, split, data, baseline, sweep, settings, speeds, rates)
 
 
 def _write_page(
