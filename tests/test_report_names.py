@@ -101,7 +101,7 @@ def test_one_colour_is_one_depth_everywhere(model: AViT, split: Split, tmp_path:
     (shown,) = drawn[0].axes[2].images  # the first map
     for row in rows:
         depth = int(row["layer"])
-        assert to_hex(shown.to_rgba(np.array([[depth]]))[0, 0]) == row["colour"]
+        assert to_hex(shown.to_rgba(np.array([[depth]]), bytes=True)[0, 0] / 255) == row["colour"]
         assert to_hex(coloured(np.array([depth]), 4)[0] / 255) == row["colour"]
     # Brightness alone tells the order: for every kind of colour vision, and in grey.
     brightness = coloured(np.arange(1, 25), 24) @ (0.299, 0.587, 0.114)

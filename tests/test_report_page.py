@@ -166,12 +166,12 @@ def test_the_page_claims_no_more_than_its_test_shows(folder: Path, found: dict[s
 
 @pytest.mark.parametrize(("allows", "above"), [(1.5, True), (2.5, False)])
 def test_a_speed_up_above_the_saved_work_is_shown_and_said(folder: Path, allows: float, above: bool) -> None:
-    speeds = {"dense": 100.0, "masked": 90.0, "packed": 200.0}
+    speeds = {"dense": 100.0, "masked": 90.0, "packed": 200.0, "baseline": 110.0}
     text = rendered(
         folder,
         speed={
             "images_per_second": speeds,
-            "best_batch": {"dense": 7, "masked": 9, "packed": 11},
+            "best_batch": {"dense": 7, "masked": 9, "packed": 11, "baseline": 13},
             "speed_up": {"value": 2.0, "low": 1.9, "high": 2.1},
             "saved_work": {"allows": allows, "share": 1 / allows, "padding_counted": True, "batch": 16},
         },

@@ -1,7 +1,5 @@
 """Which speeds the page compares, what it says of them, and how it tells the time that is left."""
 
-import io
-import sys
 from typing import Any
 
 import jax
@@ -47,7 +45,7 @@ def test_each_execution_is_compared_at_its_best_batch(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(speed, "_compiled", compiled)
     variants: dict[str, Any] = {"dense": (None, "masked"), "masked": (None, "masked"), "packed": (None, "packed")}
-    steps = Steps("test", {"batch": 4, "round": speed.ROUNDS}, {"batch": 1, "round": 1})
+    steps = Steps("test", {"batch": 4, "round": speed.ROUNDS}, {"batch": 1.0, "round": 1.0})
     found = measure_speeds(variants, None, np.arange(1000), 20, steps)  # type: ignore[arg-type]
     assert found["batch_sizes"] == [size for size in (5, 10, 20, 40) if size <= largest]
     assert found["best_batch"] == {"dense": 10, "masked": 20, "packed": largest}
@@ -83,17 +81,12 @@ class _Clock:
 def clock(monkeypatch: pytest.MonkeyPatch) -> _Clock:
     clock = _Clock()
     monkeypatch.setattr(progress.time, "perf_counter", clock)
-    monkeypatch.setattr(sys, "stderr", io.StringIO())  # no terminal
     return clock
 
 
-def told() -> list[str]:
-    stream = sys.stderr
-    assert isinstance(stream, io.StringIO)
-    return stream.getvalue().splitlines()
-
-
-def test_time_left_is_told_in_plain_lines_where_there_is_no_terminal(clock: _Clock) -> None:
+def test_time_left_is_told_in_plain_lines_where_there_is_no_terminal(
+    clock: _Clock, capsys: pytest.CaptureFixture[str]
+) -> None:
     steps = Steps("report", {"batch": 3, "round": 10, "page": 4}, {"batch": 100.0, "round": 2.0, "page": 1.0})
     assert steps.seconds_left() == 300 + 20 + 4
     for took in (10, 20):
@@ -107,7 +100,7 @@ def test_time_left_is_told_in_plain_lines_where_there_is_no_terminal(clock: _Clo
         with steps.step("round", "timing"):
             clock.now += 1
     steps.close()
-    lines = told()
+    lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "report: 0 of 17 steps, compiling; about 5 min 24 s left"
     assert lines[1] == "report: 1 of 17 steps, compiling; about 44 s left"
     assert lines[2] == "report: 2 of 16 steps, timing; about 24 s left"
@@ -115,11 +108,12 @@ def test_time_left_is_told_in_plain_lines_where_there_is_no_terminal(clock: _Clo
     assert all("\r" not in line for line in lines)
 
 
-def test_items_are_counted_in_plain_lines(clock: _Clock) -> None:
+def test_items_are_counted_in_plain_lines(clock: _Clock, capsys: pytest.CaptureFixture[str]) -> None:
     seen = []
     for item in counted(range(30), "evaluating", 30, "batches"):
         seen.append(item)
         clock.now += 2
     assert seen == list(range(30))
-    assert told()[0] == "evaluating: 3 of 30 batches, about 54 s left"
-    assert len(told()) == 9
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "evaluating: 3 of 30 batches, about 54 s left"
+    assert len(lines) == 9, "one in five seconds"
