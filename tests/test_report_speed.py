@@ -5,13 +5,16 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
 
-from avit_jax import progress
+from avit_jax import AViT, progress
+from avit_jax.data.sources import Split
 from avit_jax.progress import Steps, counted
 from avit_jax.report import speed
 from avit_jax.report.speed import _Timed, batch_sizes, measure_speeds
+from tests.builders import small_config
 
 RATES = {  # images/s by batch size: packed is best at 40, dense at 10
     "dense": {5: 90.0, 10: 100.0, 20: 70.0, 40: 50.0},
@@ -44,9 +47,11 @@ def test_each_execution_is_compared_at_its_best_batch(monkeypatch: pytest.Monkey
         return {name: _Faked(RATES[name][size]) for name in variants}
 
     monkeypatch.setattr(speed, "_compiled", compiled)
-    variants: dict[str, Any] = {"dense": (None, "masked"), "masked": (None, "masked"), "packed": (None, "packed")}
+    model = AViT(small_config(), rngs=nnx.Rngs(0))
+    variants = {"dense": (model, "masked"), "masked": (model, "masked"), "packed": (model, "packed")}
+    split = Split(np.zeros((1, 12, 8, 2), np.uint8), np.zeros(1, np.int32))
     steps = Steps("test", {"batch": 4, "round": speed.ROUNDS}, {"batch": 1.0, "round": 1.0})
-    found = measure_speeds(variants, None, np.arange(1000), 20, steps)  # type: ignore[arg-type]
+    found = measure_speeds(variants, split, np.arange(1000), 20, steps)
     assert found["batch_sizes"] == [size for size in (5, 10, 20, 40) if size <= largest]
     assert found["best_batch"] == {"dense": 10, "masked": 20, "packed": largest}
     for name, batch in found["best_batch"].items():
