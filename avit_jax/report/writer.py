@@ -14,7 +14,7 @@ from flax import nnx
 from avit_jax.config import AViTConfig
 from avit_jax.data.sources import Images
 from avit_jax.evaluation import Evaluation, whole_gmacs
-from avit_jax.files import write_json
+from avit_jax.files import writable_folder, write_json
 from avit_jax.model import AViT
 from avit_jax.progress import Steps
 from avit_jax.report import charts, gallery
@@ -53,8 +53,10 @@ def write_report(
     """Write report.json and the page that shows it; returns the page's path.
 
     split: what both were evaluated on; data: its name. Runs a few images again for their pictures, measures images/s
-    of all executions in turn, and evaluates every setting of the sweep. Shows its progress on stderr.
+    of all executions in turn, and evaluates every setting of the sweep. Shows its progress on stderr. Raises ValueError where the folder cannot be
+    written to.
     """
+    folder = writable_folder(folder)  # before the minutes of work
     model, result = subject.model, subject.result
     index = result.per_image.index
     count = len(sweep.values) if sweep else 0
