@@ -53,8 +53,8 @@ def write_report(
     """Write report.json and the page that shows it; returns the page's path.
 
     split: what both were evaluated on; data: its name. Runs a few images again for their pictures, measures images/s
-    of all executions in turn, and evaluates every setting of the sweep. Shows its progress on stderr. Raises ValueError where the folder cannot be
-    written to.
+    of all executions in turn, and evaluates every setting of the sweep. Shows its progress on stderr.
+    Raises ValueError where the folder cannot be written to.
     """
     folder = writable_folder(folder)  # before the minutes of work
     model, result = subject.model, subject.result
