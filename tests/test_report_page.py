@@ -20,6 +20,7 @@ import avit_jax
 from avit_jax import AViT, Preprocessing
 from avit_jax.data.sources import Split
 from avit_jax.evaluation import config_gmacs, evaluate, predict
+from avit_jax.files import read_json
 from avit_jax.preprocessing import normalize
 from avit_jax.report import gallery, speed, writer
 from avit_jax.report.page import interval, percent, render
@@ -200,13 +201,17 @@ def test_errors_are_told_as_in_the_pictures(folder: Path) -> None:
         assert image["said"] == f"answered {image['prediction']}, is {image['label']}" and image["said"] in text
 
 
-def test_one_bar_is_a_sentence(tmp_path: Path) -> None:
-    """A gate that never closes: all tokens run through all layers."""
-    model = spread_gate(dataclasses.replace(CONFIG, gate_center=1000.0))
-    html, report = written(tmp_path, model, drawn_split(9))
+def test_one_bar_is_a_sentence(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A gate that never closes: all tokens run through all layers. Evaluated masked: no padding is known."""
+    speeds = copy.deepcopy(RENDERED[0][0]["speed"])
+    monkeypatch.setattr(writer, "measure_speeds", lambda *_: speeds)
+    model, split = spread_gate(dataclasses.replace(CONFIG, gate_center=1000.0)), drawn_split(9)
+    write_report(tmp_path, Subject("open", model, evaluate(model, split, 9)), split, data="data", batch_size=9)
+    html, report = (tmp_path / "report.html").read_text(encoding="utf-8"), read_json(tmp_path / "report.json")
     text = " ".join(Elements(html).text.split())
     assert "All tokens of all images stop at layer 3 of 3." in text
     assert "All images have a mean depth of 3.00: there are none to choose." in text
+    assert "multiply-adds by the rule, without padding: the saved work allows 1.00 times." in text
     assert "strip" not in report and report["summary"]["one_depth"]
     assert html.count("<svg") == 1, "the reliability diagram alone"
 
