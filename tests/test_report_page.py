@@ -128,6 +128,7 @@ def test_page_says_what_report_json_says(folder: Path) -> None:
     assert [s["value"] for s in report["sweep"]["settings"]] == [1.0, 2.0]
     assert report["sweep"]["settings"][0]["mean_depth"] == pytest.approx(report["summary"]["mean_depth"]["value"])
     assert any(s["unbeaten"]["gmacs"] for s in report["sweep"]["settings"])
+    assert report["sweep"]["baseline_images_per_second"] > 0, "timed in turn with the settings beside which it stands"
     found = report["baseline"]["disagreements"]
     assert len(report["galleries"]["disagreeing"]) == min(8, found["differ"])
     assert interval({"low": -0.01, "high": 0.2}, "percent") == "\N{MINUS SIGN}1.0 to 20.0 %"

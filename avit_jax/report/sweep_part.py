@@ -81,7 +81,7 @@ def sweep_charts(report: dict[str, Any]) -> dict[str, Any]:
             "name": "baseline",
             "top1": figures["top1"]["value"],
             "gmacs": figures["gmacs"]["value"],
-            "images_per_second": report["speed"]["images_per_second"]["baseline"],
+            "images_per_second": report["sweep"]["baseline_images_per_second"],
         }
     return {
         "sweep_speed": charts.trade_off(settings, "images_per_second", "images/s, packed, measured", reference),

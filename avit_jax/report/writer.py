@@ -60,7 +60,13 @@ def write_report(
     model, result = subject.model, subject.result
     index = result.per_image.index
     count = len(sweep.values) if sweep else 0
-    kinds = {"evaluation": count, "setting": count, "batch": len(batch_sizes(batch_size, len(index))), "page": 1}
+    timed_settings = count + 1 if sweep and baseline else count
+    kinds = {
+        "evaluation": count,
+        "setting": timed_settings,
+        "batch": len(batch_sizes(batch_size, len(index))),
+        "page": 1,
+    }
     kinds["round"] = 2 * ROUNDS if sweep else ROUNDS
     with contextlib.closing(Steps("report", kinds, _GUESSES)) as steps:
         settings = evaluate_settings(model, split, batch_size, sweep, steps) if sweep else []
@@ -69,9 +75,14 @@ def write_report(
             speeds["saved_work"] = _saved_work(result, model.config, batch_size)
         rates: dict[str, float] = {}
         if settings:
-            # One batch size for all, the best of the checkpoint's own setting: what differs is the setting.
-            packed: Variants = {setting_name(setting): (setting.model, "packed") for setting in settings}
-            rates = measure_at(packed, split, index, speeds["best_batch"]["packed"], steps)
+            # The settings at one batch size, the best of the checkpoint's own: what differs is the setting. The
+            # baseline stands in the same chart, so it is timed again in turn with them.
+            timed: dict[str, tuple[AViT, str]] = {setting_name(s): (s.model, "packed") for s in settings}
+            batches = dict.fromkeys(timed, speeds["best_batch"]["packed"])
+            if baseline:
+                timed["baseline"] = _variants(subject, baseline)["baseline"]
+                batches["baseline"] = speeds["best_batch"]["baseline"]
+            rates = measure_at(batches, timed, split, index, steps)
         with steps.step("page", "pictures and charts"):
             return _write_page(folder, subject, split, data, baseline, sweep, settings, speeds, rates)
 
@@ -118,6 +129,8 @@ def _write_page(
         maps = [gallery.token_depths(setting.model, split, fixed) for setting in settings]
         report["sweep"] = sweep_numbers(sweep, settings, model, rates, fixed, maps)
         report["sweep"]["batch"] = speeds["best_batch"]["packed"]
+        if baseline:
+            report["sweep"]["baseline_images_per_second"] = rates["baseline"]
         pictures["sweep"] = [[gallery.map_uri(depth, model.config) for depth in depths] for depths in maps]
         shown.update(fixed)
     report = as_json(report)
