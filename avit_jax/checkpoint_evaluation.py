@@ -20,6 +20,7 @@ from avit_jax.files import writable_folder
 from avit_jax.mesh import data_mesh
 from avit_jax.model import AViT
 from avit_jax.predict_images import read_class_names
+from avit_jax.report.numbers import only_layer
 from avit_jax.report.writer import Subject, write_report
 from avit_jax.sweep import parse_sweep
 
@@ -154,11 +155,13 @@ def format_evaluation(result: Evaluation, config: AViTConfig) -> str:
     lines += [
         f"mean depth         {result.mean_depth:.2f} of {config.depth} layers ({result.depth_fraction:.0%})",
         f"  deviation        {result.depth_std_tokens:.2f} between tokens, {result.depth_std_images:.2f} of images",
-        f"class token depth  {result.class_token_depth:.2f}",
+        *([f"class token depth  {result.class_token_depth:.2f}"] if getattr(config, "class_token", True) else []),
         f"GMACs per image    {result.gmacs:.4f}",
         f"  executed         {result.executed_gmacs:.4f}, mean depth {result.executed_depth:.2f}",
-        "depth  tokens",
     ]
+    if layer := only_layer(result.depth_histogram):
+        return "\n".join([*lines, f"all tokens stop at layer {layer}"])
+    lines.append("depth  tokens")
     most = max(result.depth_histogram)
     for layer, share in enumerate(result.depth_histogram, start=1):
         lines.append(f"{layer:5}  {share:6.1%}  {'#' * round(40 * share / most)}")

@@ -209,7 +209,7 @@ def totals(
     slots, performed = 0, 0.0
     batches = evaluation_batches(split, config, batch_size, process_index=process, process_count=processes)
     count = -(-len(split) // batch_size)
-    told = counted(batches, "evaluating", count, "batch") if process == 0 else batches  # by one process of several
+    told = counted(batches, "evaluating", count, "batches") if process == 0 else batches  # by one process of several
     for number, batch in enumerate(told):
         if before_batch is not None:
             before_batch()

@@ -270,5 +270,6 @@ def draw(model: AViT, dataset: Dataset, result: Evaluation, workdir: Path) -> li
     pictures = [draw_curves(read_metrics(workdir), workdir / "curves.png", model.config.depth)]
     if model.config.halts:
         pictures.append(draw_depth_maps(model, dataset.test, result.image_depths, workdir / "depth_maps.png"))
-        pictures.append(draw_depth_histogram(result, workdir / "depth_histogram.png"))
+        has_one = getattr(model.config, "class_token", True)
+        pictures.append(draw_depth_histogram(result, workdir / "depth_histogram.png", class_token=has_one))
     return pictures

@@ -23,7 +23,7 @@ def counted(items: Iterable[_Item], text: str, total: int, unit: str) -> Iterato
         if done and now - told >= EVERY:
             told = now
             left = seconds((now - began) / done * (total - done))
-            print(f"{text}: {done} of {total} {unit}s, about {left} left", file=sys.stderr, flush=True)
+            print(f"{text}: {done} of {total} {unit}, about {left} left", file=sys.stderr, flush=True)
         yield item
 
 

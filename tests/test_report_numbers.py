@@ -19,7 +19,7 @@ from avit_jax.data.sources import Split
 from avit_jax.evaluation import ImageFigures, evaluate, figures, predict, totals
 from avit_jax.intervals import bootstrap_difference, bootstrap_means, share
 from avit_jax.preprocessing import normalize
-from avit_jax.report.numbers import as_json, by_class, by_depth, disagreements, evaluation_numbers
+from avit_jax.report.numbers import _right_and_wrong, as_json, by_class, by_depth, disagreements, evaluation_numbers
 from avit_jax.sweep import Sweep, parse_sweep, unbeaten, with_gate
 from tests.builders import small_config, spread_gate
 
@@ -141,6 +141,20 @@ def test_bins_by_depth_hold_every_image_once_in_order() -> None:
     assert sum(b["images"] * b["mean_depth"] for b in bins) == pytest.approx(images.mean_depth.sum())
     assert all(a["depth_high"] <= b["depth_low"] for a, b in itertools.pairwise(bins))
     assert len(by_depth(drawn_figures(3))) == 3
+
+
+@pytest.mark.parametrize(("gap", "finding"), [(0.5, "more"), (-0.5, "less"), (0.0, "no difference")])
+def test_whether_wrong_images_cost_more_is_what_was_measured(gap: float, finding: str) -> None:
+    images = drawn_figures(400)
+    depth = np.random.default_rng(3).normal(2, 0.5, 400)
+    right = images.rank <= 1
+    depth[right] -= depth[right].mean()
+    depth[~right] += gap - depth[~right].mean()
+    found = _right_and_wrong(dataclasses.replace(images, mean_depth=depth))
+    assert found["finding"] == finding
+    assert found["depth_wrong"] - found["depth_right"] == pytest.approx(gap)
+    few = _right_and_wrong(dataclasses.replace(images, rank=np.ones(400, int)))
+    assert few["finding"] is None and few["wrong"] == 0
 
 
 def test_classes_are_those_of_the_data() -> None:

@@ -1,6 +1,7 @@
 """The page as a file, and in a real browser where chromium is installed."""
 
 import base64
+import copy
 import dataclasses
 import io
 import json
@@ -19,15 +20,17 @@ import avit_jax
 from avit_jax import AViT, Preprocessing
 from avit_jax.data.sources import Split
 from avit_jax.evaluation import config_gmacs, evaluate, predict
+from avit_jax.files import read_json
 from avit_jax.preprocessing import normalize
-from avit_jax.report import gallery, speed
-from avit_jax.report.page import interval, percent
+from avit_jax.report import gallery, speed, writer
+from avit_jax.report.page import interval, percent, render
 from avit_jax.report.writer import Subject, write_report
 from avit_jax.sweep import Sweep
 from tests.builders import small_config, spread_gate
 
 EVIL = "<script>alert('x')</script>"
-NAMES = (EVIL, 'cat & "dog"', "$x$", "7", "é")
+NAMES = (EVIL, 'cat & "dog"', "$x_{\ud800\x1b", "7", "é")
+SHOWN = (EVIL, 'cat & "dog"', r"$x_{\ud800\x1b", "7", "é")
 CONFIG = small_config(in_channels=1, class_names=NAMES, depth=3, preprocessing=Preprocessing((0.5,), (0.2,)))
 
 
@@ -53,13 +56,28 @@ def short_timing() -> Iterator[None]:
         yield
 
 
+RENDERED: list[tuple[dict[str, Any], dict[str, Any]]] = []
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The fullest page, and in RENDERED what it was rendered from."""
     folder = tmp_path_factory.mktemp("report")
+
+    def recording(report: dict[str, Any], pictures: dict[str, Any]) -> str:
+        RENDERED.append((report, pictures))
+        return render(report, pictures)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(writer, "render", recording)
+        _write_fullest(folder)
+    return folder
+
+
+def _write_fullest(folder: Path) -> None:
     split, other = drawn_split(40), spread_gate(dataclasses.replace(CONFIG, gate_scale=None, gate_center=None), 1)
     baseline = Subject("dense & plain", other, evaluate(other, split, 16))
     written(folder, spread_gate(CONFIG), split, baseline=baseline, sweep=Sweep("gate_center", (1.0, 2.0)))
-    return folder
 
 
 class Elements(HTMLParser):
@@ -86,7 +104,7 @@ def test_page_asks_nothing_of_anybody_and_names_stay_text(folder: Path) -> None:
             assert (attributes.get(name) or "#").startswith(("#", "data:")), (tag, attributes)
         assert not any(name.startswith("on") for name in attributes)
     assert [tag for tag, _ in page.tags].count("script") == 1
-    assert EVIL in page.text and "$x$" in page.text and "<b>data</b>" in page.text
+    assert all(name in page.text for name in SHOWN) and "<b>data</b>" in page.text
     policy = next(a["content"] for tag, a in page.tags if a.get("http-equiv") == "Content-Security-Policy")
     assert policy is not None and policy.startswith("default-src 'none'; img-src data:;")
     ids = [a["id"] for _, a in page.tags if "id" in a]
@@ -110,9 +128,93 @@ def test_page_says_what_report_json_says(folder: Path) -> None:
     assert [s["value"] for s in report["sweep"]["settings"]] == [1.0, 2.0]
     assert report["sweep"]["settings"][0]["mean_depth"] == pytest.approx(report["summary"]["mean_depth"]["value"])
     assert any(s["unbeaten"]["gmacs"] for s in report["sweep"]["settings"])
+    assert report["sweep"]["baseline_images_per_second"] > 0, "timed in turn with the settings beside which it stands"
     found = report["baseline"]["disagreements"]
     assert len(report["galleries"]["disagreeing"]) == min(8, found["differ"])
     assert interval({"low": -0.01, "high": 0.2}, "percent") == "\N{MINUS SIGN}1.0 to 20.0 %"
+
+
+def rendered(folder: Path, **changes: Any) -> str:
+    """The text of the fullest page with other numbers, by section of the report."""
+    assert (folder / "report.html").exists()
+    report, pictures = copy.deepcopy(RENDERED[0])
+    for section, values in changes.items():
+        report[section] |= values
+    return " ".join(Elements(render(report, pictures)).text.split())
+
+
+@pytest.mark.parametrize(
+    ("found", "sentence"),
+    [
+        (
+            {"low": 0.1, "high": 0.3, "finding": "more"},
+            "Yes, they cost more: the 9 that are classified wrongly ran 0.20",
+        ),
+        (
+            {"low": -0.3, "high": -0.1, "finding": "less"},
+            "No, they cost less: the 9 that are classified wrongly ran 0.20",
+        ),
+        ({"low": -0.1, "high": 0.1, "finding": "no difference"}, "No difference seen: the 9 images"),
+        ({"low": None, "high": None, "finding": None}, "These data cannot tell: too few images are classified wrongly"),
+    ],
+)
+def test_the_page_claims_no_more_than_its_test_shows(folder: Path, found: dict[str, Any], sentence: str) -> None:
+    gap = 0.2 if found["finding"] == "more" else -0.2
+    text = rendered(folder, right_and_wrong={"wrong": 9, "depth_right": 2.0, "depth_wrong": 2.0 + gap} | found)
+    assert sentence in text
+    for word in ("easiest", "hardest", "Easiest", "Hardest"):
+        assert word not in text, "that an image with few layers is easy is what the test is about"
+
+
+@pytest.mark.parametrize(("allows", "above"), [(1.5, True), (2.5, False)])
+def test_a_speed_up_above_the_saved_work_is_shown_and_said(folder: Path, allows: float, above: bool) -> None:
+    speeds = {"dense": 100.0, "masked": 90.0, "packed": 200.0, "baseline": 110.0}
+    text = rendered(
+        folder,
+        speed={
+            "images_per_second": speeds,
+            "best_batch": {"dense": 7, "masked": 9, "packed": 11, "baseline": 13},
+            "speed_up": {"value": 2.0, "low": 1.9, "high": 2.1},
+            "saved_work": {"allows": allows, "share": 1 / allows, "padding_counted": True, "batch": 16},
+        },
+    )
+    assert "2.00 times the dense 100, each at its best batch (11, 7)" in text
+    assert f"the saved work allows {allows:.2f} times" in text
+    assert ("The measured figure is above that" in text) == above
+    assert "The rounds differ much" not in text
+
+
+def test_the_saved_work_is_denses_over_packeds(folder: Path) -> None:
+    report = json.loads((folder / "report.json").read_text())
+    s, work = report["summary"], report["speed"]["saved_work"]
+    assert work["padding_counted"] and work["allows"] == pytest.approx(s["gmacs_whole"] / s["executed_gmacs"])
+    assert report["speed"]["speed_up"]["value"] == pytest.approx(
+        max(row["images_per_second"] for row in report["speed"]["by_batch"]["packed"])
+        / max(row["images_per_second"] for row in report["speed"]["by_batch"]["dense"])
+    )
+
+
+def test_errors_are_told_as_in_the_pictures(folder: Path) -> None:
+    report = json.loads((folder / "report.json").read_text())
+    text = " ".join(Elements((folder / "report.html").read_text(encoding="utf-8")).text.split())
+    assert report["galleries"]["confidently_wrong"]
+    for image in report["galleries"]["confidently_wrong"]:
+        assert image["said"] == f"answered {image['prediction']}, is {image['label']}" and image["said"] in text
+
+
+def test_one_bar_is_a_sentence(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A gate that never closes: all tokens run through all layers. Evaluated masked: no padding is known."""
+    speeds = copy.deepcopy(RENDERED[0][0]["speed"])
+    monkeypatch.setattr(writer, "measure_speeds", lambda *_: speeds)
+    model, split = spread_gate(dataclasses.replace(CONFIG, gate_center=1000.0)), drawn_split(9)
+    write_report(tmp_path, Subject("open", model, evaluate(model, split, 9)), split, data="data", batch_size=9)
+    html, report = (tmp_path / "report.html").read_text(encoding="utf-8"), read_json(tmp_path / "report.json")
+    text = " ".join(Elements(html).text.split())
+    assert "All tokens of all images stop at layer 3 of 3." in text
+    assert "All images have a mean depth of 3.00: there are none to choose." in text
+    assert "multiply-adds by the rule, without padding: the saved work allows 1.00 times." in text
+    assert "strip" not in report and report["summary"]["one_depth"]
+    assert html.count("<svg") == 1, "the reliability diagram alone"
 
 
 def test_images_are_the_extremes(folder: Path) -> None:
@@ -246,7 +348,7 @@ def test_in_a_browser_tables_sort_by_click_and_by_key(browser: Any) -> None:
     head = browser.find_elements("css selector", "#class-table thead th")[3]
     assert head.get_attribute("aria-sort") == "ascending"
     buttons[0].click()
-    assert set(column(0)) == set(NAMES) and column(0)[-1] == "é"
+    assert set(column(0)) == set(SHOWN) and column(0)[-1] == "é"
 
 
 def test_in_a_browser_sliders_move(browser: Any) -> None:
@@ -258,6 +360,8 @@ def test_in_a_browser_sliders_move(browser: Any) -> None:
     assert browser.find_element("css selector", "#sweep-value").text == "2"
     marked = browser.execute_script("return [...document.querySelectorAll('.current')].map(p => p.id)")
     assert sorted(marked) == ["point-gmacs-1", "point-images_per_second-1"]
+    opacity = "return getComputedStyle(document.querySelector('.frame .map')).opacity"
+    assert browser.execute_script(opacity) == "0", "pictures are shown as they are"
     browser.find_element("css selector", "input.overlay").send_keys("\ue010")  # End: depths alone
     overlay = "return getComputedStyle(document.documentElement).getPropertyValue('--overlay')"
     assert browser.execute_script(overlay).strip() == "0.6", "the picture stays visible"

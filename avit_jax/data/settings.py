@@ -17,7 +17,6 @@ Settings = TypeVar("Settings", bound="_Settings")
 
 class _Settings:
     _section = ""
-    _numbers: tuple[str, ...] = ()  # the keys that hold several
 
     @classmethod
     def from_config(cls: type[Settings], section: Mapping[str, Any]) -> Settings:
@@ -84,7 +83,6 @@ class DataSettings(_Settings):
     repeated_augmentation: int = 1  # how often each image is in a pass, augmented anew each time
 
     _section = "data"
-    _numbers = ("mean", "std")
 
     def __post_init__(self) -> None:
         if self.source not in SOURCES:
@@ -123,7 +121,6 @@ class AugmentSettings(_Settings):
     mix_probability: float = 1.0  # probability that a pair of images is mixed at all
 
     _section = "augment"
-    _numbers = ("crop_scale", "crop_ratio")
 
     def __post_init__(self) -> None:
         for name, limits in (("crop_scale", self.crop_scale), ("crop_ratio", self.crop_ratio)):

@@ -78,8 +78,8 @@ def _show_image(axis: Any, image: UInt8[np.ndarray, "h w c"]) -> None:
 
 
 @_plain_text
-def draw_depth_histogram(result: Evaluation, path: Path) -> Path:
-    """The share of tokens that stop at each layer, with the means of the tokens and of the class token.
+def draw_depth_histogram(result: Evaluation, path: Path, class_token: bool = True) -> Path:
+    """The share of tokens that stop at each layer, with their mean and, where the model has one, the class token's.
 
     Where all stop at the same layer there is nothing to draw: the picture is a sentence.
     """
@@ -94,9 +94,9 @@ def draw_depth_histogram(result: Evaluation, path: Path) -> Path:
     axis = figure.subplots()
     axis.bar(layers, np.asarray(result.depth_histogram) * 100, color=_ADAPTIVE)
     axis.axvline(result.mean_depth, color="black", linestyle="--", label=f"mean depth {result.mean_depth:.2f}")
-    axis.axvline(
-        result.class_token_depth, color="#b5541c", linestyle=":", label=f"class token {result.class_token_depth:.2f}"
-    )
+    if class_token:
+        text = f"class token {result.class_token_depth:.2f}"
+        axis.axvline(result.class_token_depth, color="#b5541c", linestyle=":", label=text)
     axis.set(xlabel="layer at which the token stops", ylabel="tokens (%)")
     axis.xaxis.set_major_locator(MaxNLocator(12, integer=True))
     axis.set_title(f"Token depths over {result.images:,} images")

@@ -110,15 +110,18 @@ def measure_speeds(
 
 
 def measure_at(
-    variants: Variants, split: Images, indices: Int[np.ndarray, " n"], batch: int, steps: Steps
+    batches: Mapping[str, int], variants: Variants, split: Images, indices: Int[np.ndarray, " n"], steps: Steps
 ) -> dict[str, float]:
-    """images/s of each variant at one batch size, in turn; steps has kinds "setting" (one for each) and "round"."""
-    timed: dict[str, _Timed] = {}
+    """images/s of each variant at its own batch size, all in turn; steps has kinds "setting" (one each) and "round"."""
+    timed: dict[int, dict[str, _Timed]] = {size: {} for size in batches.values()}
     for name, variant in variants.items():
         with steps.step("setting", f"compiling {name}"):
-            timed |= _compiled({name: variant}, split, indices, batch, None) or {}
-    _sample({batch: timed}, steps)
-    return {name: program.figures(batch)["images_per_second"] for name, program in timed.items()}
+            timed[batches[name]] |= _compiled({name: variant}, split, indices, batches[name], None) or {}
+    _sample(timed, steps)
+    rates = {
+        name: statistics.median(program.rates) for programs in timed.values() for name, program in programs.items()
+    }
+    return {name: rates[name] for name in variants}
 
 
 def _compiled(

@@ -1,5 +1,6 @@
 """The report: numbers measured, pictures drawn, report.html and report.json written."""
 
+import contextlib
 import dataclasses
 import datetime
 from collections.abc import Sequence
@@ -12,9 +13,8 @@ from flax import nnx
 
 from avit_jax.config import AViTConfig
 from avit_jax.data.sources import Images
-from avit_jax.evaluation import Evaluation, evaluate, whole_gmacs
-from avit_jax.files import write_json
-from avit_jax.mesh import data_mesh
+from avit_jax.evaluation import Evaluation, whole_gmacs
+from avit_jax.files import writable_folder, write_json
 from avit_jax.model import AViT
 from avit_jax.progress import Steps
 from avit_jax.report import charts, gallery
@@ -23,7 +23,8 @@ from avit_jax.report.names import class_names, verdict
 from avit_jax.report.numbers import as_json, disagreements, evaluation_numbers, only_layer
 from avit_jax.report.page import render, write_page
 from avit_jax.report.speed import ROUNDS, Variants, batch_sizes, environment, measure_at, measure_speeds
-from avit_jax.sweep import Sweep, unbeaten, with_gate
+from avit_jax.report.sweep_part import Setting, evaluate_settings, setting_name, sweep_charts, sweep_numbers
+from avit_jax.sweep import Sweep, with_gate
 
 # Seconds of each kind of step for a small model on two CPU cores, until the first one tells.
 _GUESSES = {"evaluation": 10.0, "batch": 10.0, "setting": 5.0, "round": 5.0, "page": 5.0}
@@ -37,15 +38,6 @@ class Subject:
     name: str  # of its checkpoint
     model: AViT
     result: Evaluation
-
-
-@dataclasses.dataclass(frozen=True)
-class _Setting:
-    """One gate setting: the model under it, and its figures."""
-
-    value: float
-    model: AViT
-    figures: dict[str, float]
 
 
 def write_report(
@@ -62,41 +54,37 @@ def write_report(
 
     split: what both were evaluated on; data: its name. Runs a few images again for their pictures, measures images/s
     of all executions in turn, and evaluates every setting of the sweep. Shows its progress on stderr.
+    Raises ValueError where the folder cannot be written to.
     """
-    images = subject.result.per_image.index
-    sizes, settings = len(batch_sizes(batch_size, len(images))), len(sweep.values) if sweep else 0
-    rounds = 2 * ROUNDS if sweep else ROUNDS
-    kinds = {"evaluation": settings, "batch": sizes, "setting": settings, "round": rounds, "page": 1}
-    steps = Steps("report", kinds, _GUESSES)
-    try:
-        return _write(folder, subject, split, data, batch_size, baseline, sweep, steps)
-    finally:
-        steps.close()
-
-
-def _write(
-    folder: Path,
-    subject: Subject,
-    split: Images,
-    data: str,
-    batch_size: int,
-    baseline: Subject | None,
-    sweep: Sweep | None,
-    steps: Steps,
-) -> Path:
+    folder = writable_folder(folder)  # before the minutes of work
     model, result = subject.model, subject.result
     index = result.per_image.index
-    settings = _settings(model, split, batch_size, sweep, steps) if sweep else []
-    speeds = measure_speeds(_variants(subject, baseline), split, index, batch_size, steps)
-    if model.config.halts:
-        speeds["saved_work"] = _saved_work(result, model.config, batch_size)
-    rates: dict[str, float] = {}
-    if settings:
-        # One batch size for all, the best of the checkpoint's own setting: what differs is the setting.
-        packed: Variants = {_key(setting): (setting.model, "packed") for setting in settings}
-        rates = measure_at(packed, split, index, speeds["best_batch"]["packed"], steps)
-    with steps.step("page", "pictures and charts"):
-        return _write_page(folder, subject, split, data, baseline, sweep, settings, speeds, rates)
+    count = len(sweep.values) if sweep else 0
+    timed_settings = count + 1 if sweep and baseline else count
+    kinds = {
+        "evaluation": count,
+        "setting": timed_settings,
+        "batch": len(batch_sizes(batch_size, len(index))),
+        "page": 1,
+    }
+    kinds["round"] = 2 * ROUNDS if sweep else ROUNDS
+    with contextlib.closing(Steps("report", kinds, _GUESSES)) as steps:
+        settings = evaluate_settings(model, split, batch_size, sweep, steps) if sweep else []
+        speeds = measure_speeds(_variants(subject, baseline), split, index, batch_size, steps)
+        if model.config.halts:
+            speeds["saved_work"] = _saved_work(result, model.config, batch_size)
+        rates: dict[str, float] = {}
+        if settings:
+            # The settings at one batch size, the best of the checkpoint's own: what differs is the setting. The
+            # baseline stands in the same chart, so it is timed again in turn with them.
+            timed: dict[str, tuple[AViT, str]] = {setting_name(s): (s.model, "packed") for s in settings}
+            batches = dict.fromkeys(timed, speeds["best_batch"]["packed"])
+            if baseline:
+                timed["baseline"] = _variants(subject, baseline)["baseline"]
+                batches["baseline"] = speeds["best_batch"]["baseline"]
+            rates = measure_at(batches, timed, split, index, steps)
+        with steps.step("page", "pictures and charts"):
+            return _write_page(folder, subject, split, data, baseline, sweep, settings, speeds, rates)
 
 
 def _write_page(
@@ -106,7 +94,7 @@ def _write_page(
     data: str,
     baseline: Subject | None,
     sweep: Sweep | None,
-    settings: Sequence[_Setting],
+    settings: Sequence[Setting],
     speeds: dict[str, Any],
     rates: dict[str, float],
 ) -> Path:
@@ -139,8 +127,10 @@ def _write_page(
     if sweep:
         fixed = result.per_image.index[gallery.spread(result, _FIXED)].tolist()
         maps = [gallery.token_depths(setting.model, split, fixed) for setting in settings]
-        report["sweep"] = _sweep_numbers(sweep, settings, model, rates, fixed, maps)
+        report["sweep"] = sweep_numbers(sweep, settings, model, rates, fixed, maps)
         report["sweep"]["batch"] = speeds["best_batch"]["packed"]
+        if baseline:
+            report["sweep"]["baseline_images_per_second"] = rates["baseline"]
         pictures["sweep"] = [[gallery.map_uri(depth, model.config) for depth in depths] for depths in maps]
         shown.update(fixed)
     report = as_json(report)
@@ -167,6 +157,7 @@ def _describe(subject: Subject) -> dict[str, Any]:
         "patch_grid": config.patch_grid,
         "num_tokens": config.num_tokens,
         "num_special": config.num_special,
+        "distilled": config.distilled,
         # A model without one, and one whose head reads all patches: the answer is not the class token's.
         "class_token": getattr(config, "class_token", True),
         "pool": getattr(config, "pool", "token"),
@@ -195,52 +186,6 @@ def _variants(subject: Subject, baseline: Subject | None) -> Variants:
     if baseline:
         variants["baseline"] = (baseline.model, "packed" if baseline.model.config.halts else "masked")
     return variants
-
-
-def _key(setting: _Setting) -> str:
-    return f"setting {setting.value!r}"
-
-
-def _settings(model: AViT, split: Images, batch_size: int, sweep: Sweep, steps: Steps) -> list[_Setting]:
-    mesh = data_mesh(batch_size)
-    found = []
-    for value in sweep.values:
-        other = with_gate(model, **{sweep.field: value})
-        with steps.step("evaluation", f"evaluating {sweep.field} {value:g}"):
-            result = evaluate(other, split, batch_size, "packed", mesh)
-        names = ("top1", "mean_depth", "class_token_depth", "gmacs", "executed_gmacs")
-        found.append(_Setting(value, other, {name: getattr(result, name) for name in names}))
-    return found
-
-
-def _sweep_numbers(
-    sweep: Sweep,
-    settings: Sequence[_Setting],
-    model: AViT,
-    rates: dict[str, float],
-    fixed: Sequence[int],
-    maps: Sequence[np.ndarray],
-) -> dict[str, Any]:
-    """The settings with their speeds, the depths of the fixed images, and whether nothing beats them."""
-    own = getattr(model.config, sweep.field)
-    speeds = [rates[_key(setting)] for setting in settings]
-    top1 = [setting.figures["top1"] for setting in settings]
-    costs = {"gmacs": [setting.figures["gmacs"] for setting in settings], "images_per_second": [-s for s in speeds]}
-    marks = {name: unbeaten(top1, cost) for name, cost in costs.items()}
-    rows = [
-        {
-            "value": setting.value,
-            **setting.figures,
-            "images_per_second": speeds[i],
-            "unbeaten": {name: bool(mark[i]) for name, mark in marks.items()},
-            "images": [
-                {"image": index, "mean_depth": float(depth.mean())} for index, depth in zip(fixed, maps[i], strict=True)
-            ],
-        }
-        for i, setting in enumerate(settings)
-    ]
-    nearest = int(np.argmin([abs(setting.value - own) for setting in settings]))
-    return {"field": sweep.field, "nearest": nearest, "settings": rows}
 
 
 def _chosen(subject: Subject, baseline: Subject | None) -> dict[str, list[int]]:
@@ -292,21 +237,5 @@ def _charts(report: dict[str, Any]) -> dict[str, Any]:
     if "calibration" in report and len(report["calibration"]["bins"]) > 1:
         found["reliability"] = charts.reliability(report["calibration"]["bins"])
     if "sweep" in report and report["data"]["labelled"] and len(report["sweep"]["settings"]) > 1:
-        found |= _sweep_charts(report)
+        found |= sweep_charts(report)
     return found
-
-
-def _sweep_charts(report: dict[str, Any]) -> dict[str, Any]:
-    settings, reference = report["sweep"]["settings"], None
-    if "baseline" in report:
-        figures = report["baseline"]["summary"]
-        reference = {
-            "name": "baseline",
-            "top1": figures["top1"]["value"],
-            "gmacs": figures["gmacs"]["value"],
-            "images_per_second": report["speed"]["images_per_second"]["baseline"],
-        }
-    return {
-        "sweep_speed": charts.trade_off(settings, "images_per_second", "images/s, packed, measured", reference),
-        "sweep_gmacs": charts.trade_off(settings, "gmacs", "GMACs per image", reference),
-    }

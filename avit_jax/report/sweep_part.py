@@ -1,0 +1,89 @@
+"""The sweep's part of the page: every gate setting evaluated, its figures, its charts."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from avit_jax.data.sources import Images
+from avit_jax.evaluation import evaluate
+from avit_jax.mesh import data_mesh
+from avit_jax.model import AViT
+from avit_jax.progress import Steps
+from avit_jax.report import charts
+from avit_jax.sweep import Sweep, unbeaten, with_gate
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """One gate setting: the model under it, and its figures."""
+
+    value: float
+    model: AViT
+    figures: dict[str, float]
+
+
+def setting_name(setting: Setting) -> str:
+    """What the setting is called among the timed ones."""
+    return f"setting {setting.value!r}"
+
+
+def evaluate_settings(model: AViT, split: Images, batch_size: int, sweep: Sweep, steps: Steps) -> list[Setting]:
+    """Every setting over the whole data, in packed execution; steps has a kind "evaluation", one for each."""
+    mesh = data_mesh(batch_size)
+    found = []
+    for value in sweep.values:
+        other = with_gate(model, **{sweep.field: value})
+        with steps.step("evaluation", f"evaluating {sweep.field} {value:g}"):
+            result = evaluate(other, split, batch_size, "packed", mesh)
+        names = ("top1", "mean_depth", "class_token_depth", "gmacs", "executed_gmacs")
+        found.append(Setting(value, other, {name: getattr(result, name) for name in names}))
+    return found
+
+
+def sweep_numbers(
+    sweep: Sweep,
+    settings: Sequence[Setting],
+    model: AViT,
+    rates: dict[str, float],
+    fixed: Sequence[int],
+    maps: Sequence[np.ndarray],
+) -> dict[str, Any]:
+    """The settings with their speeds, the depths of the fixed images, and whether nothing beats them."""
+    own = getattr(model.config, sweep.field)
+    speeds = [rates[setting_name(setting)] for setting in settings]
+    top1 = [setting.figures["top1"] for setting in settings]
+    costs = {"gmacs": [setting.figures["gmacs"] for setting in settings], "images_per_second": [-s for s in speeds]}
+    marks = {name: unbeaten(top1, cost) for name, cost in costs.items()}
+    rows = [
+        {
+            "value": setting.value,
+            **setting.figures,
+            "images_per_second": speeds[i],
+            "unbeaten": {name: bool(mark[i]) for name, mark in marks.items()},
+            "images": [
+                {"image": index, "mean_depth": float(depth.mean())} for index, depth in zip(fixed, maps[i], strict=True)
+            ],
+        }
+        for i, setting in enumerate(settings)
+    ]
+    nearest = int(np.argmin([abs(setting.value - own) for setting in settings]))
+    return {"field": sweep.field, "nearest": nearest, "settings": rows}
+
+
+def sweep_charts(report: dict[str, Any]) -> dict[str, Any]:
+    """Accuracy against speed and against work, with the baseline where the report has one."""
+    settings, reference = report["sweep"]["settings"], None
+    if "baseline" in report:
+        figures = report["baseline"]["summary"]
+        reference = {
+            "name": "baseline",
+            "top1": figures["top1"]["value"],
+            "gmacs": figures["gmacs"]["value"],
+            "images_per_second": report["sweep"]["baseline_images_per_second"],
+        }
+    return {
+        "sweep_speed": charts.trade_off(settings, "images_per_second", "images/s, packed, measured", reference),
+        "sweep_gmacs": charts.trade_off(settings, "gmacs", "GMACs per image", reference),
+    }
