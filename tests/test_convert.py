@@ -218,8 +218,8 @@ def test_another_number_of_classes(capsys: pytest.CaptureFixture[str]) -> None:
     assert model(images()).head_logits.shape == (2, 2, 7)
     np.testing.assert_array_equal(model.head.bias[...], 0)
     without = {name: value for name, value in state.items() if not name.startswith("head")}
+    headless = {name: value for name, value in tiny.items() if not name.startswith("head")}
     with pytest.raises(ValueError, match="the checkpoint has no head: pass num_classes for a new one, or 0 for none"):
-        headless = {name: value for name, value in tiny.items() if not name.startswith("head")}
         avit_jax.from_torch_state_dict(headless, "deit_tiny_patch16_224")
     assert avit_jax.from_torch_state_dict(without, num_classes=7, **wanted).config.num_classes == 7
 

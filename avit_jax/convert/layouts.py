@@ -190,7 +190,14 @@ def _tell_architecture(result: Recognised) -> None:
             if f"fc_norm.{kind}" in state:
                 state[f"norm.{kind}"] = state.pop(f"fc_norm.{kind}")
     head, width = state.get("head.weight"), state.get("norm.bias")
-    if head is not None and width is not None and head.ndim == 2 and width.ndim == 1 and "pool" not in traits:
+    if (
+        head is not None
+        and width is not None
+        and head.ndim == 2
+        and width.ndim == 1
+        and len(width)
+        and "pool" not in traits
+    ):
         if head.shape[1] == 2 * len(width):
             traits["pool"] = "token_and_mean"
         elif head.shape[1] > 2 * len(width) and head.shape[1] % len(width) == 0:
