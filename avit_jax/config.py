@@ -142,9 +142,21 @@ class AViTConfig:
         return 1 + self.distilled if self.pool == "token" else self.num_tokens
 
     @property
+    def tokens_read(self) -> tuple[bool, ...]:
+        """For each token whether the logits depend on its value; an image is finished when these have halted."""
+        patches = self.num_tokens - self.num_special
+        special = [self.pool in ("token", "token_and_mean")] * (self.class_token + self.distilled)
+        return (*special, *[False] * self.num_registers, *[self.pool != "token"] * patches)
+
+    @property
     def head_inputs(self) -> int:
         """Features that a head reads."""
         return (2 if self.pool == "token_and_mean" else 1) * self.embed_dim
+
+    @property
+    def head_macs(self) -> int:
+        """Multiply-adds of the heads for one image."""
+        return (1 + self.distilled) * self.head_inputs * self.num_classes
 
     @property
     def num_tokens(self) -> int:

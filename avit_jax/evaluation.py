@@ -43,7 +43,7 @@ class ImageFigures:
     loss: Float[np.ndarray, " n"]  # cross entropy of the mean logits, nats
     mean_depth: Float[np.ndarray, " n"]  # over all tokens, layers
     depth_std: Float[np.ndarray, " n"]  # deviation between the tokens of the image
-    class_token_depth: Int[np.ndarray, " n"]
+    class_token_depth: Int[np.ndarray, " n"]  # 0 where the model has no class token
     gmacs: Float[np.ndarray, " n"]  # 10^9 multiply-adds, from the depths
 
 
@@ -114,7 +114,7 @@ def config_gmacs(token_depth: Int[Array, "b n"], config: AViTConfig) -> Float[Ar
         mlp_dim=config.mlp_dim,
         patch_values=config.patch_size**2 * config.in_channels,
         num_special=config.num_special,
-        num_classes=config.num_classes,
+        head_macs=config.head_macs,
     )
 
 
@@ -134,7 +134,7 @@ def _of_images(config: AViTConfig, output: AViTOutput, label: Int[Array, " b"]) 
         "loss": optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(label, 0)),
         "mean_depth": depth.mean(1),
         "depth_std": depth.std(1),
-        "class_token_depth": output.token_depth[:, 0],
+        "class_token_depth": output.token_depth[:, 0] if config.class_token else jnp.zeros(len(label), jnp.int32),
         "gmacs": config_gmacs(output.token_depth, config),
     }
 
@@ -181,6 +181,8 @@ def totals(model: AViT, split: Images, batch_size: int, execution: str = "masked
     if execution not in EXECUTIONS:
         raise ValueError(f"execution {execution!r} is unknown: choose one of {', '.join(EXECUTIONS)}")
     config = model.config
+    if not config.num_classes:
+        raise ValueError("the model has no head (num_classes 0), so there is nothing to evaluate: load one with a head")
     if split.labels is not None:  # else they are looked at as they come
         _check_labels(split.labels, config)
     packed = None
@@ -204,7 +206,7 @@ def totals(model: AViT, split: Images, batch_size: int, execution: str = "masked
         histogram += np.bincount(depth.ravel(), minlength=config.depth + 1)[1:]
         by_token += depth.sum(0)
         if packed and real.any():  # of the last batch a process may have none
-            loads = layer_loads(depth, config.num_special, config.depth, image_exit=True)
+            loads = layer_loads(depth, config, image_exit=True)
             slots += int(loads.sum())
             # Each device packs its own images. Padding images are empty: the mean is over real ones.
             by_device = np.stack(np.split(loads, 1 if mesh is None else mesh.shape["data"], axis=1))

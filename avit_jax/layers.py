@@ -147,8 +147,9 @@ class Attention(nnx.Module):
 
         def heads(rows: Array, columns: slice, count: int) -> Array:
             y = _matmul(rows, kernel[:, columns].astype(x.dtype))
-            y = y if bias is None else y + bias[columns].astype(x.dtype)
-            return y.astype(x.dtype).reshape(batch, rows.shape[1], count, self.num_heads, -1).transpose(2, 0, 3, 1, 4)
+            y = y if bias is None else y + bias[None, None, columns].astype(x.dtype)
+            shape = (batch, rows.shape[1], count, self.num_heads, dim // self.num_heads)
+            return y.astype(x.dtype).reshape(shape).transpose(2, 0, 3, 1, 4)
 
         (query,) = heads(x[:, :queries], slice(dim), 1)
         key, value = heads(x, slice(dim, None), 2)
@@ -162,8 +163,8 @@ class Attention(nnx.Module):
         weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
         total = weights.sum(-1, keepdims=True)
         mixed = jnp.matmul(weights.astype(value.dtype), value, preferred_element_type=jnp.float32) / total
-        batch, _, queries, _ = mixed.shape
-        return self.proj(mixed.transpose(0, 2, 1, 3).reshape(batch, queries, -1))
+        batch, heads, queries, width = mixed.shape
+        return self.proj(mixed.transpose(0, 2, 1, 3).reshape(batch, queries, heads * width))
 
 
 class Mlp(nnx.Module):

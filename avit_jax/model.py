@@ -1,9 +1,11 @@
 """AViT: a vision transformer whose tokens halt at their own layers; masked execution (every token computed)."""
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -24,6 +26,24 @@ class AViTOutput:
     token_depth: Int[Array, "b n"]  # layers that processed the token, 1..L
     ponder_cost: Float[Array, "b n"]  # layers + remainder
     halting_scores: Float[Array, "l b n"]  # 0 where the token had halted
+
+
+def _output_of(_: Any, children: Iterable[Any]) -> AViTOutput:
+    """jax.export builds it of shapes, which the constructor's types do not allow."""
+    output = object.__new__(AViTOutput)
+    for field, child in zip(dataclasses.fields(AViTOutput), children, strict=True):
+        object.__setattr__(output, field.name, child)
+    return output
+
+
+# What jax.export needs to write a program that returns it.
+jax.export.register_pytree_node_serialization(
+    AViTOutput,
+    serialized_name="avit_jax.AViTOutput",
+    serialize_auxdata=lambda _: b"",
+    deserialize_auxdata=lambda _: (),
+    from_children=_output_of,
+)
 
 
 def _stack_blocks(config: AViTConfig, rngs: nnx.Rngs) -> Block:
@@ -148,6 +168,12 @@ def check_images(images: Any, config: AViTConfig) -> None:
     """Raises ValueError, with the reason, unless images are float32 [B, H, W, C] as the configuration says."""
     height, width = config.image_shape
     wanted = f"float32 [batch, {height}, {width}, {config.in_channels}]"
+    if not isinstance(images, jax.Array | np.ndarray):
+        kind = f"{type(images).__module__}.{type(images).__qualname__}".removeprefix("builtins.")
+        raise ValueError(
+            f"the model takes images as a NumPy or JAX array, {wanted}, but this is a {kind}: use np.asarray(images) "
+            "for a tensor, avit_jax.preprocess(images, model.config) for pictures"
+        )
     shape = tuple(images.shape)
     reason = None
     if images.dtype != jnp.float32:

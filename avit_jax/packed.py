@@ -34,20 +34,26 @@ class _Packed:
 
 
 def _load(state: halting.HaltingState) -> tuple[Bool[Array, "b n"], Int[Array, " b"]]:
-    """Slots that must be computed, and their number: active tokens, and special ones while their image has any."""
-    special = jnp.arange(state.active.shape[1]) < state.output.shape[1]
-    needed = (state.active | special) & state.active.any(1, keepdims=True)
+    """Slots that must be computed, and their number: active tokens, and those with a head while their image has any."""
+    num_tokens, num_outputs = state.active.shape[1], state.output.shape[1]
+    needed = state.active
+    if num_outputs < num_tokens:
+        with_head = jnp.arange(num_tokens)[None] < num_outputs
+        needed = (needed | with_head) & needed.any(1, keepdims=True)
     return needed, needed.sum(1)
 
 
 def _by_token(state: halting.HaltingState, rows: Array, slots: Array) -> halting.HaltingState:
-    """The state of other rows, their slots in another order; special tokens stay in front."""
+    """The state of other rows, their slots in another order."""
     ordered = {
         field.name: jnp.take_along_axis(getattr(state, field.name)[rows], slots, axis=1)
         for field in dataclasses.fields(state)
         if field.name != "output"
     }
-    return halting.HaltingState(output=state.output[rows], **ordered)
+    # Where only the first tokens have an output, these stay in front.
+    whole = state.output.shape[1] == slots.shape[1]
+    output = state.output[rows[:, None], slots] if whole else state.output[rows]
+    return halting.HaltingState(output=output, **ordered)
 
 
 def _run_layer(
@@ -94,9 +100,9 @@ def _run_layer(
     return tokens, _Packed(packed.tokens, state, index, packed.image[rows])
 
 
-def _exit_images(state: halting.HaltingState) -> halting.HaltingState:
-    """Drop what is left of the images whose special tokens have all halted: the logits read nothing else."""
-    going = state.active[:, : state.output.shape[1]].any(1, keepdims=True)
+def _exit_images(state: halting.HaltingState, read: Bool[Array, "b n"]) -> halting.HaltingState:
+    """Drop what is left of the images in which all the tokens that the logits read have halted."""
+    going = (state.active & read).any(1, keepdims=True)
     dropped = state.active & ~going
     return dataclasses.replace(
         state,
@@ -116,22 +122,23 @@ def _forward(
     missing = -batch % plan.group_size
     x = jnp.pad(x, ((0, missing), (0, 0), (0, 0)))
     rows = batch + missing
-    state = halting.initial_state(rows, num_tokens, config.num_special, dim)
+    state = halting.initial_state(rows, num_tokens, config.num_outputs, dim)
     state = dataclasses.replace(state, active=jnp.broadcast_to((jnp.arange(rows) < count)[:, None], (rows, num_tokens)))
     index = jnp.broadcast_to(jnp.arange(num_tokens), (rows, num_tokens))
     packed = _Packed(x, state, index, jnp.arange(rows))
     blocks, stacked = nnx.split(model.blocks)
+    tokens_read = jnp.array(config.tokens_read)
 
     def advanced(packed: _Packed, tokens: Array, last: bool) -> tuple[_Packed, Array]:
         state = packed.state
         if config.halts:
             state, scores = halting.advance(state, tokens, **config.gate, is_last=last)
             if image_exit and not last:
-                state = _exit_images(state)
+                state = _exit_images(state, tokens_read[packed.index])
         else:
             depth = state.token_depth + state.active
-            special = jnp.where(last, tokens[:, : config.num_special], 0)
-            state = dataclasses.replace(state, token_depth=depth, ponder_cost=depth + 1.0, output=special)
+            output = jnp.where(last, tokens[:, : config.num_outputs], 0)
+            state = dataclasses.replace(state, token_depth=depth, ponder_cost=depth + 1.0, output=output)
             scores = jnp.zeros(state.active.shape)
         return dataclasses.replace(packed, tokens=tokens, state=state), scores
 
@@ -146,13 +153,13 @@ def _forward(
 
     packed, traces = jax.lax.scan(layer, packed, jnp.arange(config.depth - 1))
     last = block_at(config.depth - 1)
-    if image_exit:
-        read = functools.partial(last.read, queries=config.num_special)
-        tokens, packed = _run_layer(packed, plan, read, config.num_special)
-        tokens = jnp.pad(tokens, ((0, 0), (0, num_tokens - config.num_special), (0, 0)))
+    if image_exit and config.pool == "token":
+        read = functools.partial(last.read, queries=config.num_outputs)
+        tokens, packed = _run_layer(packed, plan, read, config.num_outputs)
+        tokens = jnp.pad(tokens, ((0, 0), (0, num_tokens - config.num_outputs), (0, 0)))
         packed, scores = advanced(packed, tokens, last=True)
         # Nothing is known of the other tokens' last channel 0.
-        scores = jnp.where(jnp.arange(num_tokens) < config.num_special, scores, 0)
+        scores = jnp.where(jnp.arange(num_tokens)[None] < config.num_outputs, scores, 0)
     else:
         tokens, packed = _run_layer(packed, plan, last, num_tokens)
         packed, scores = advanced(packed, tokens, last=True)
@@ -170,9 +177,12 @@ def _unpacked(model: AViT, packed: _Packed, scores: Array, index: Array, image: 
     def restored(values: Array, index: Array, image: Array) -> Array:
         return jnp.zeros_like(values).at[image[:, None], index].set(values, unique_indices=True)[:batch]
 
-    special = jnp.zeros_like(state.output).at[packed.image].set(state.output, unique_indices=True)[:batch]
+    if state.output.shape[1] == state.active.shape[1]:
+        outputs = restored(state.output, packed.index, packed.image)
+    else:
+        outputs = jnp.zeros_like(state.output).at[packed.image].set(state.output, unique_indices=True)[:batch]
     return model.heads(
-        special,
+        outputs,
         restored(state.token_depth, packed.index, packed.image),
         restored(state.ponder_cost, packed.index, packed.image),
         jax.vmap(restored)(scores, index, image),
@@ -180,22 +190,30 @@ def _unpacked(model: AViT, packed: _Packed, scores: Array, index: Array, image: 
 
 
 class PackedModel:
-    """A model compiled for packed execution of up to `batch_size` images, which it is called with."""
+    """A model compiled for packed execution of up to `batch_size` images, which it is called with.
+
+    `jax.export.export(packed.jitted)(*packed.abstract_arguments)` is the program as something to serialise: it takes
+    packed.params, images and how many of them count.
+    """
 
     def __init__(self, model: AViT, batch_size: int, plan: PackedPlan, image_exit: bool, mesh: Mesh | None) -> None:
         self.config = model.config
         self.batch_size = batch_size
-        self.plan = plan
-        graphdef, params = nnx.split(model)
-        self._params = jax.device_put(params, NamedSharding(mesh, PartitionSpec())) if mesh is not None else params
+        devices = 1 if mesh is None else mesh.shape["data"]
+        # A group never has more images than there are: padding it would cost memory and time.
+        self.plan = plan = dataclasses.replace(plan, group_size=min(plan.group_size, -(-batch_size // devices)))
+        graphdef, state = nnx.split(model)
+        # Plain dicts can be exported. JAX's arrays never change, NumPy's may.
+        params = jax.tree.map(lambda p: p if isinstance(p, jax.Array) else jnp.array(p), nnx.to_pure_dict(state))
+        self.params = jax.device_put(params, NamedSharding(mesh, PartitionSpec())) if mesh is not None else params
         self._images = NamedSharding(mesh, PartitionSpec("data")) if mesh is not None else None
         self.jitted = jax.jit(packed_program(graphdef, plan, image_exit, mesh))
-        devices = 1 if mesh is None else mesh.shape["data"]
         self._rows = -(-batch_size // devices) * devices
         shape = (self._rows, *self.config.image_shape, self.config.in_channels)
         abstract = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=self._images)
-        self.abstract_arguments = (self._params, abstract, jnp.int32(batch_size))  # for lower and jax.export
+        self.abstract_arguments = (self.params, abstract, jnp.int32(batch_size))  # for lower and jax.export
         self.compiled = self.jitted.lower(*self.abstract_arguments).compile()
+        self._halting_seen = not self.config.halts or self.config.depth == 1
 
     def __call__(self, images: Shaped[Array | np.ndarray, "..."]) -> AViTOutput:
         """The output for each image. Raises ValueError for other images than the model takes, or too many of them."""
@@ -210,9 +228,29 @@ class PackedModel:
             images = pad(images, ((0, self._rows - count), (0, 0), (0, 0), (0, 0)))
         if self._images is not None:
             images = jax.device_put(images, self._images)
-        output = self.compiled(self._params, images, np.int32(count))
-        if count == self._rows:
-            return output
+        # A compiled program takes no tracers, and does not run where jit is off.
+        as_function = isinstance(images, jax.core.Tracer) or jax.config.jax_disable_jit
+        if as_function:
+            output = self.jitted(self.params, jnp.asarray(images), jnp.int32(count))
+        else:
+            output = self.compiled(self.params, images, np.int32(count))
+        if count < self._rows:
+            output = self._first(output, count)
+        if not self._halting_seen and not as_function and count:
+            self._say_whether_it_halts(output)
+        return output
+
+    def _say_whether_it_halts(self, output: AViTOutput) -> None:
+        """One line where the first images show that nothing is saved."""
+        self._halting_seen = True
+        if output.token_depth.is_fully_addressable and (np.asarray(output.token_depth) == self.config.depth).all():
+            print(
+                "packed execution saves nothing: no token of the first images halted before the last layer; "
+                "avit_jax.start_gate(model, images, target_depth=...) or fine-tuning makes tokens halt"
+            )
+
+    def _first(self, output: AViTOutput, count: int) -> AViTOutput:
+        """The output of the first `count` images."""
         return AViTOutput(
             output.logits[:count],
             output.head_logits[:, :count],
@@ -261,11 +299,15 @@ def compile_packed(
 ) -> PackedModel:
     """Compile packed execution: the same predictions as model(images), halted tokens cost nothing.
 
-    The result takes up to batch_size images and gives as many rows. With image_exit an image ends when its special
-    tokens have halted: logits stay, token_depth counts the layers computed, the last layer's scores are those of the
-    special tokens alone; without it depths, ponder costs and scores are those of masked execution. mesh: with an axis
-    `data`, over which the batch is split; each device packs its own images. plan: see plan_packed; speed alone.
-    Raises ValueError for a plan of another model, or a batch size below 1.
+    The result takes up to batch_size images and gives as many rows. With image_exit an image ends when the tokens that
+    its logits read have halted (class and distillation token, or the patches of a mean): logits stay, token_depth
+    counts the layers computed, and with pool "token" the last layer's scores are those of these tokens alone; without
+    it depths, ponder costs and scores are those of masked execution. Logits differ from masked execution by rounding,
+    about 1e-5; where a token's cumulative score lies within rounding of the threshold, it may stop one layer earlier or
+    later and its image's logits differ by more (6.9e-4 was seen). The weights are those of this moment: later
+    changes of the model do not reach the result. mesh: with an axis `data`, over which the batch is split; each device
+    packs its own images. plan: see plan_packed; speed alone. Raises ValueError for a plan of another model, or a batch
+    size below 1.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}: it must be at least 1")

@@ -20,6 +20,9 @@ from avit_jax.flops import block_macs, last_block_macs
 from avit_jax.mesh import data_mesh, replicated
 from avit_jax.model import AViT
 
+# More tokens or images than any program holds; far larger numbers would only exhaust the memory.
+LARGEST = 2**20
+
 
 @dataclasses.dataclass(frozen=True)
 class PackedPlan:
@@ -30,13 +33,15 @@ class PackedPlan:
     capacities: tuple[int, ...]  # tokens of an image that a group is computed with, ascending; the last is num_tokens
 
     def __post_init__(self) -> None:
-        if self.group_size < 1:
-            raise ValueError(f"group_size is {self.group_size}: it must be at least 1")
+        for name in ("num_tokens", "group_size"):
+            object.__setattr__(self, name, _whole(name, getattr(self, name)))
+        if not isinstance(self.capacities, tuple | list):
+            raise ValueError(f"capacities are a {type(self.capacities).__name__}: give a tuple of numbers of tokens")
+        object.__setattr__(self, "capacities", tuple(_whole("a capacity", capacity) for capacity in self.capacities))
         rising = all(a < b for a, b in zip(self.capacities, self.capacities[1:], strict=False))
-        if not self.capacities or not rising or self.capacities[0] < 1 or self.capacities[-1] != self.num_tokens:
-            raise ValueError(
-                f"capacities are {self.capacities}: they must rise from 1 or more to the {self.num_tokens} tokens"
-            )
+        if not self.capacities or not rising or self.capacities[-1] != self.num_tokens:
+            shown = ", ".join(map(str, self.capacities[:8])) + (", ..." if len(self.capacities) > 8 else "")
+            raise ValueError(f"capacities are ({shown}): they must rise from 1 or more to the {self.num_tokens} tokens")
 
     def __str__(self) -> str:
         return f"groups of {self.group_size} images, capacities {', '.join(map(str, self.capacities))} tokens"
@@ -53,6 +58,18 @@ class PackedPlan:
             return cls(**(content | {"capacities": tuple(content["capacities"])}))
         except (TypeError, KeyError, ValueError) as error:
             raise ValueError(f"{path} is no plan of packed execution: {error}") from error
+
+
+def _whole(name: str, value: Any) -> int:
+    """A number of tokens or images as an int; ValueError for anything else, such as a bool, a float or NaN."""
+    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    if whole and 1 <= value <= LARGEST:
+        return int(value)
+    if isinstance(value, bool | float) or (whole and abs(value) < 2**64):
+        shown = str(value)
+    else:
+        shown = "a number of 20 digits or more" if whole else f"a {type(value).__name__}"
+    raise ValueError(f"{name} is {shown}: it must be at least 1, at most {LARGEST:,}, and a whole number")
 
 
 def capacities_every(step: int, config: AViTConfig) -> tuple[int, ...]:
@@ -118,14 +135,14 @@ def padded_loads(loads: Int[np.ndarray, "batches l b"], plan: PackedPlan) -> Int
     return capacities[np.searchsorted(capacities, fullest)]
 
 
-def layer_loads(token_depth: Int[np.ndarray, "b n"], num_special: int, depth: int, image_exit: bool) -> np.ndarray:
-    """[depth, images]: the tokens that packed execution computes in each layer, from the depths of masked execution."""
-    end = token_depth[:, :num_special].max(1, keepdims=True)
+def layer_loads(token_depth: Int[np.ndarray, "b n"], config: AViTConfig, image_exit: bool) -> Int[np.ndarray, "l b"]:
+    """The tokens that packed execution computes in each layer, from the depths of masked execution."""
+    end = token_depth[:, np.array(config.tokens_read)].max(1, keepdims=True)
     executed = np.minimum(token_depth, end) if image_exit else token_depth
-    layers = np.arange(1, depth + 1)[:, None, None]
+    layers = np.arange(1, config.depth + 1)[:, None, None]
     active = executed >= layers
-    # Special tokens keep their slots while their image has any token left.
-    active[:, :, :num_special] |= active.any(2, keepdims=True)
+    if config.pool == "token":  # the tokens with a head keep their slots while their image has any token left
+        active[:, :, : config.num_outputs] |= active.any(2, keepdims=True)
     return active.sum(2)
 
 
@@ -133,10 +150,13 @@ def executed_gmacs(loads: Int[np.ndarray, "batches l b"], plan: PackedPlan, conf
     """10^9 multiply-adds for each of `images` that packed execution performs, padding to capacities included."""
     tokens = padded_loads(loads, plan).astype(np.float64)
     first = np.asarray(block_macs(tokens[:, :-1], config.embed_dim, config.mlp_dim)).sum()
-    last = np.asarray(last_block_macs(tokens[:, -1], config.num_special, config.embed_dim, config.mlp_dim)).sum()
+    if config.pool == "token":
+        last = last_block_macs(tokens[:, -1], config.num_outputs, config.embed_dim, config.mlp_dim)
+    else:
+        last = block_macs(tokens[:, -1], config.embed_dim, config.mlp_dim)
     embedding = (config.num_tokens - config.num_special) * config.patch_size**2 * config.in_channels * config.embed_dim
-    heads = config.num_special * config.embed_dim * config.num_classes
-    return float((first + last) * plan.group_size / images + embedding + heads) / 1e9
+    blocks = first + np.asarray(last).sum()
+    return float(blocks * plan.group_size / images + embedding + config.head_macs) / 1e9
 
 
 def _loads(model: AViT, images: Any, batch_size: int) -> np.ndarray:
@@ -145,7 +165,7 @@ def _loads(model: AViT, images: Any, batch_size: int) -> np.ndarray:
     batches = []
     for start in range(0, len(images) - batch_size + 1, batch_size):
         token_depth = np.asarray(depths(params, images[start : start + batch_size]))
-        batches.append(layer_loads(token_depth, model.config.num_special, model.config.depth, image_exit=True))
+        batches.append(layer_loads(token_depth, model.config, image_exit=True))
     return np.stack(batches)
 
 

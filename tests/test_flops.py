@@ -74,6 +74,43 @@ def test_executed_work_is_the_sum_over_groups_of_their_capacities() -> None:
 
 def test_loads_follow_the_exit_of_images() -> None:
     depth = np.array([[2, 1, 4, 3], [3, 1, 1, 1]])
-    np.testing.assert_array_equal(layer_loads(depth, 1, 4, image_exit=True), [[4, 4], [3, 1], [0, 1], [0, 0]])
+    three = small_config(image_size=(12, 4))
+    np.testing.assert_array_equal(layer_loads(depth, three, image_exit=True), [[4, 4], [3, 1], [0, 1], [0, 0]])
     # Without exit the special token keeps its slot beside the others.
-    np.testing.assert_array_equal(layer_loads(depth, 1, 4, image_exit=False), [[4, 4], [3, 1], [3, 1], [2, 0]])
+    np.testing.assert_array_equal(layer_loads(depth, three, image_exit=False), [[4, 4], [3, 1], [3, 1], [2, 0]])
+    # A register is no patch: it goes with the image and keeps no slot.
+    registers = small_config(image_size=(8, 4), num_registers=1)
+    np.testing.assert_array_equal(layer_loads(depth, registers, image_exit=True), [[4, 4], [3, 1], [0, 1], [0, 0]])
+    np.testing.assert_array_equal(layer_loads(depth, registers, image_exit=False), [[4, 4], [3, 1], [3, 1], [2, 0]])
+    # Heads on the mean read the patches: the image goes on with the last of them, the class token alone does not count.
+    mean = small_config(image_size=(12, 4), pool="norm_mean")
+    np.testing.assert_array_equal(layer_loads(depth, mean, image_exit=True), [[4, 4], [3, 0], [2, 0], [1, 0]])
+    np.testing.assert_array_equal(layer_loads(depth, mean, image_exit=False), [[4, 4], [3, 1], [2, 1], [1, 0]])
+
+
+@pytest.mark.parametrize(
+    ("fields", "heads", "special", "read"),
+    [
+        ({"num_registers": 3}, 16 * 5, 4, 1),
+        ({"distilled": True, "num_registers": 1}, 2 * 16 * 5, 3, 2),
+        ({"pool": "norm_mean", "class_token": False}, 16 * 5, 0, None),
+        ({"pool": "token_and_mean"}, 2 * 16 * 5, 1, None),
+        ({"num_classes": 0}, 0, 1, 1),
+    ],
+)
+def test_work_of_registers_and_of_heads_on_the_mean(
+    fields: dict[str, object], heads: int, special: int, read: int | None
+) -> None:
+    config = small_config(depth=2, **fields)
+    tokens = special + 6
+    assert config.num_tokens == tokens
+    block = tokens * (4 * 16**2 + 2 * 16 * 64) + 2 * tokens**2 * 16
+    embedding = 6 * 4 * 4 * 2 * 16
+    found = config_gmacs(jnp.full((1, tokens), 2, jnp.int32), config)
+    np.testing.assert_allclose(found, (2 * block + embedding + heads) / 1e9, rtol=1e-6)
+    last = block
+    if read is not None:  # of the last block only what the heads read
+        last = tokens * 2 * 16**2 + read * (2 * 16**2 + 2 * 16 * 64 + 2 * tokens * 16)
+    plan = PackedPlan(tokens, 1, (tokens,))
+    executed = executed_gmacs(np.full((1, 2, 1), tokens), plan, config, 1)
+    assert executed == pytest.approx((block + last + embedding + heads) / 1e9, rel=1e-6)

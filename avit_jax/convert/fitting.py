@@ -38,6 +38,15 @@ def fit(
     changed: dict[str, str] = {}
     _fit_positions(parameters, config, saved, notes, changed)
     _fit_heads(parameters, config, "num_classes" in given, notes, changed)
+    if config.halts and (saved is None or not saved.halts):
+        # No file of others says whether it was trained with a gate.
+        which = (
+            "weights that were trained without a gate" if saved is None else "the checkpoint has no gate: its weights"
+        )
+        notes.append(
+            f"{which} halt no token, or only by chance, until avit_jax.start_gate(model, images, target_depth=...) "
+            "or fine-tuning"
+        )
     return Conversion(_filled(config, parameters), "avit_jax", notes, changed)
 
 
