@@ -170,6 +170,12 @@ def test_tensors_of_other_shapes_are_one_sentence(family: str) -> None:
                 loaded(state | {name: np.zeros(shape, np.float32)})
 
 
+def test_too_many_tensors_are_refused_before_their_names_are_read() -> None:
+    state = published_state("timm_vit") | {f"x.{i}": np.zeros(1, np.float32) for i in range(20_000)}
+    with pytest.raises(ValueError, match="tensors: no vision transformer has more than 20000"):
+        loaded(state)
+
+
 def test_preprocessing_asked_for_replaces_what_was_published() -> None:
     state = published_state("augreg")
     changed = loaded(state, preprocessing={"crop_fraction": 0.5}).model.config.preprocessing
