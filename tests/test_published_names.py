@@ -160,6 +160,22 @@ def test_a_layer_number_alone_takes_no_memory(name: str) -> None:
         loaded(state)
 
 
+@pytest.mark.parametrize("family", ["augreg", "huggingface_dinov2_registers"])
+def test_tensors_of_other_shapes_are_one_sentence(family: str) -> None:
+    state = published_state(family)
+    shapes: list[tuple[int, ...]] = [(), (0,), (2, 2), (1, 0, 24), (24, 3, 8, 8, 1)]
+    for number, name in enumerate(name for name in state if not name.endswith("mask_token")):
+        for shape in (shapes[number % 5], shapes[(number + 1) % 5]):
+            with pytest.raises(ValueError, match=r"^.{10,1000}$"):
+                loaded(state | {name: np.zeros(shape, np.float32)})
+
+
+def test_too_many_tensors_are_refused_before_their_names_are_read() -> None:
+    state = published_state("timm_vit") | {f"x.{i}": np.zeros(1, np.float32) for i in range(20_000)}
+    with pytest.raises(ValueError, match="tensors: no vision transformer has more than 20000"):
+        loaded(state)
+
+
 def test_preprocessing_asked_for_replaces_what_was_published() -> None:
     state = published_state("augreg")
     changed = loaded(state, preprocessing={"crop_fraction": 0.5}).model.config.preprocessing
@@ -247,6 +263,17 @@ def test_hugging_face_folders_and_files_give_its_logits(family: str, tmp_path: P
             again = avit_jax.to_torch_state_dict(avit_jax.load(path, num_heads=2))
             for name, value in avit_jax.to_torch_state_dict(ours).items():
                 np.testing.assert_array_equal(value, again[name], err_msg=f"{path} {name}")
+
+
+def test_a_checkpoint_of_dinos_training_gives_the_teacher(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    student, teacher = published_state("dino_checkpoint"), published_state("dino_checkpoint", seed=1)
+    teacher = {name.removeprefix("module."): value for name, value in teacher.items()}
+    content = {"student": as_torch(student), "teacher": as_torch(teacher), "epoch": 3, "args": {"arch": "vit_base"}}
+    torch.save(content, tmp_path / "checkpoint.pth")
+    with pytest.warns(UserWarning, match=r"left out, as the model has no such part: head.mlp.0.weight, .*last_layer"):
+        model = avit_jax.load(tmp_path / "checkpoint.pth", num_heads=2)
+    np.testing.assert_array_equal(model.cls_token[...], teacher["backbone.cls_token"])
 
 
 def import_timm() -> Any:

@@ -119,10 +119,11 @@ def _read_transformers(
     ):
         if (value := _number(config, theirs, where)) is not None:
             checks[ours] = value
-    for theirs, ours in (("num_attention_heads", "num_heads"), ("image_size", "image_size")):
-        value = _side(config, theirs, where) if ours == "image_size" else _number(config, theirs, where)
-        if value is not None:
-            told[ours] = value
+    sizes = {
+        "num_heads": _number(config, "num_attention_heads", where),
+        "image_size": _side(config, "image_size", where),
+    }
+    told |= {name: value for name, value in sizes.items() if value is not None}
     patch = _side(config, "patch_size", where)
     if isinstance(patch, tuple):
         raise ValueError(f"{where}: patch_size is {patch}, AViT's patches are square")
@@ -139,7 +140,7 @@ def _read_transformers(
 def _read_class_names(labels: Any, where: Path, told: dict[str, Any], notes: list[str]) -> None:
     if labels is None:
         return
-    names = [labels.get(str(index)) for index in range(len(labels))] if isinstance(labels, dict) else []
+    names: list[Any] = [labels.get(str(i)) for i in range(len(labels))] if isinstance(labels, dict) else []
     if not names or not all(isinstance(name, str) and name for name in names):
         notes.append(f"{where.name}: id2label does not name classes 0 to {len(names)}: class names were left out")
     elif not all(re.fullmatch(r"LABEL_[0-9]+", name) for name in names):
@@ -193,15 +194,15 @@ def _read_preprocessor(config: dict[str, Any], where: Path, told: dict[str, Any]
         raise ValueError(f"{where}: resample is {_short(resample)}, AViT has {_RESAMPLE} (Pillow's numbers)")
     values["interpolation"] = _RESAMPLE[resample]
     size = config.get("size")
-    shortest = isinstance(size, dict) and "shortest_edge" in size
-    resized = _number(size, "shortest_edge", where) if shortest else _side(config, "size", where)
+    edge = size if isinstance(size, dict) and "shortest_edge" in size else None
+    resized = _number(edge, "shortest_edge", where) if edge is not None else _side(config, "size", where)
     crop = _side(config, "crop_size", where) if config.get("do_center_crop") and "crop_size" in config else None
-    seen = crop or (None if shortest else resized)
+    seen = crop or (resized if edge is None else None)
     values["crop_fraction"] = 1.0
     if crop is not None and resized is not None:
         shorter, shown = (min(side) if isinstance(side, tuple) else side for side in (resized, crop))
         values["crop_fraction"] = min(shown / shorter, 1.0)
-    elif not shortest:
+    elif edge is None:
         notes.append("transformers squeezes whole images into a square for it: here the middle square is cut out")
     told["preprocessing"] = _preprocessing(values, where)
     if seen is not None and seen != told.get("image_size"):

@@ -10,6 +10,7 @@ from avit_jax.convert.foreign import refuse_foreign_architectures
 from avit_jax.convert.names import AUGREG, EXTRAS, FAMILIES, HUGGING_FACE, LAYER, TIMM, TORCHVISION, Family, renamed
 
 State = dict[str, np.ndarray]
+_MOST_TENSORS = 20_000  # DINO's largest checkpoints, teacher and student, have some 2,000
 
 
 @dataclasses.dataclass
@@ -31,6 +32,8 @@ def recognise(source: State) -> Recognised:
     timm's, Hugging Face's, torchvision's and AugReg's, and for an architecture that this project does not have.
     """
     names = list(source)
+    if len(names) > _MOST_TENSORS:
+        raise ValueError(f"it has {len(names)} tensors: no vision transformer has more than {_MOST_TENSORS}")
     refuse_foreign_architectures(names)
     family, prefix, notes = _family(names)
     extras = [name for name in names if EXTRAS.fullmatch(name)]
@@ -190,7 +193,14 @@ def _tell_architecture(result: Recognised) -> None:
             if f"fc_norm.{kind}" in state:
                 state[f"norm.{kind}"] = state.pop(f"fc_norm.{kind}")
     head, width = state.get("head.weight"), state.get("norm.bias")
-    if head is not None and width is not None and head.ndim == 2 and width.ndim == 1 and "pool" not in traits:
+    if (
+        head is not None
+        and width is not None
+        and head.ndim == 2
+        and width.ndim == 1
+        and len(width)
+        and "pool" not in traits
+    ):
         if head.shape[1] == 2 * len(width):
             traits["pool"] = "token_and_mean"
         elif head.shape[1] > 2 * len(width) and head.shape[1] % len(width) == 0:

@@ -7,7 +7,7 @@ from typing import Any
 
 from avit_jax.config import Preprocessing
 
-_HALF = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
+_HALF: dict[str, Any] = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
 CHANGE = "give preprocessing={...} (on the command line --mean, --std, --crop-fraction, --interpolation) for others"
 
 
@@ -69,7 +69,9 @@ def merged(preprocessing: Any, base: Preprocessing) -> Preprocessing:
     fields = {field.name for field in dataclasses.fields(Preprocessing)}
     if not isinstance(preprocessing, dict) or not preprocessing.keys() <= fields:
         raise ValueError(f"preprocessing is {preprocessing!r:.100}: give some of {', '.join(sorted(fields))}")
-    changes = {name: tuple(value) if isinstance(value, list) else value for name, value in preprocessing.items()}
+    changes: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in preprocessing.items()
+    }
     return dataclasses.replace(base, **changes)
 
 
