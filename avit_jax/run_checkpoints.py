@@ -115,7 +115,7 @@ class RunCheckpoints:
                     return found
             damage = damage or ValueError(f"the checkpoint {folder} is damaged for another process: see its message")
             if folder == steps[-1]:
-                raise damage
+                raise ValueError(f"{damage}; no whole checkpoint is left: give another --workdir to begin anew")
             print(f"{damage}; going back to the checkpoint before it")
         return None
 
@@ -136,9 +136,11 @@ class RunCheckpoints:
         damaged = list(damaged)
         if jax.process_index() == 0:
             for folder in damaged:
-                target = folder.with_name(f"damaged-{folder.name}")
-                if not target.exists():
-                    folder.rename(target)
+                target, number = folder.with_name(f"damaged-{folder.name}"), 1
+                while target.exists():  # this step has been damaged before
+                    number += 1
+                    target = folder.with_name(f"damaged-{folder.name}-{number}")
+                folder.rename(target)
         if damaged:
             in_any_process(False)  # not before process 0 has renamed them
             self._manager.reload()

@@ -152,6 +152,24 @@ def test_damage_to_what_orbax_says_of_a_checkpoint_is_a_sentence(tmp_path: Path)
         RunCheckpoints(tmp_path / "run", keep=2)
 
 
+def test_a_step_that_is_damaged_twice_is_set_aside_twice(tmp_path: Path) -> None:
+    target = {name: {"weights": jnp.zeros((3, 2), jnp.float32)} for name in ITEMS}
+    write_steps(tmp_path / "run", {1: 0.0}, keep=2)
+    for _ in range(2):
+        write_steps(tmp_path / "run", {2: 0.0}, keep=2)
+        (tmp_path / "run" / "2" / "step" / "metadata").write_text("{}")
+        with RunCheckpoints(tmp_path / "run", keep=2) as checkpoints:
+            found = checkpoints.restore_newest(target)
+        assert found is not None and found.step == 1
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["1", "damaged-2", "damaged-2-2"]
+    (tmp_path / "run" / "1" / "step" / "metadata").write_text("{}")
+    with (
+        RunCheckpoints(tmp_path / "run", keep=2) as checkpoints,
+        pytest.raises(ValueError, match=r"run/1 is damaged: step is not what was written .*; no whole checkpoint is"),
+    ):
+        checkpoints.restore_newest(target)
+
+
 def test_damaged_json_in_a_checkpoint_without_digests_is_passed_over(tmp_path: Path) -> None:
     target = {name: {"weights": jnp.zeros((3, 2), jnp.float32)} for name in ITEMS}
     for item in ("step", "data"):
