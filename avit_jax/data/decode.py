@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, ImageFile
 
 from avit_jax.files import shown
 
@@ -81,7 +81,7 @@ def read_file(path: Path) -> bytes:
     raise _Refused(f"is larger than {MAX_FILE_SIZE / 1e6:.0f} MB, too large for one picture: make it smaller")
 
 
-def _check_cost(picture: Image.Image, data: bytes) -> None:
+def _check_cost(picture: ImageFile.ImageFile, data: bytes) -> None:
     """Raises _Refused for a picture whose decoding takes much longer than its size suggests; nothing is decoded yet."""
     width, height = picture.size
     if Image.MAX_IMAGE_PIXELS and width * height > Image.MAX_IMAGE_PIXELS:
@@ -133,7 +133,7 @@ def _upright(picture: Image.Image) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            turn = _TURNED.get(picture.getexif().get(ExifTags.Base.Orientation))
+            turn = _TURNED.get(picture.getexif().get(ExifTags.Base.Orientation) or 1)
     except Exception:  # a damaged tag says nothing
         turn = None
     return picture if turn is None else picture.transpose(turn)
