@@ -21,8 +21,8 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 MAX_FILE_SIZE = 256_000_000  # bytes
 MAX_SIDE = 1_000_000  # pixels; Pillow keeps a pointer for each row
 MAX_SCANNED_PIXELS = 2_000_000_000  # of all scans of a JPEG together: libjpeg goes over the whole picture in each
-MAX_SLOW_PIXELS = 8_000_000  # of a run-length encoded BMP, which Pillow decodes in Python, 10 million a second
-MAX_SLOW_BYTES = 8_000_000  # of a PPM in plain text, which it decodes in Python too
+MAX_SLOW_PIXELS = 4_000_000  # of a run-length encoded BMP, which Pillow decodes in Python, 10 million a second
+MAX_SLOW_BYTES = 4_000_000  # of a PPM in plain text, which it decodes in Python too
 
 
 class BadData(ValueError):
