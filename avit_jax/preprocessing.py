@@ -33,8 +33,9 @@ def preprocess(images: Any, config: AViTConfig | Any = None) -> Float[np.ndarray
     if not isinstance(config, AViTConfig):
         given = "none is given" if config is None else f"and config is a {type(config).__name__}"
         raise ValueError(f"preprocess needs the model's configuration, {given}: preprocess(images, model.config)")
-    arrays = [_to_array(image, config.in_channels) for image in _as_sequence(images, config.in_channels)]
-    return normalize(np.stack([_cut(array, config) for array in arrays]), config)
+    channels = config.in_channels
+    cut = [_cut(_checked(image, channels), config) for image in _as_sequence(images, channels)]
+    return normalize(np.stack(cut), config)
 
 
 def normalize(images: UInt8[AnyArray, "b h w c"], config: AViTConfig) -> Float[AnyArray, "b h w c"]:
@@ -87,8 +88,8 @@ def _as_array(image: Any) -> np.ndarray:
     return array
 
 
-def _to_array(image: Any, channels: int) -> np.ndarray:
-    """uint8 [H, W, channels]; files and PIL images are converted, arrays must have the right channels."""
+def _checked(image: Any, channels: int) -> np.ndarray | Image.Image:
+    """uint8 [H, W, channels], or a picture of so many: files are opened, arrays must have the right channels."""
     if isinstance(image, (str, os.PathLike)):
         image = decode(Path(image), os.fspath(image), upright=True)
     elif isinstance(image, bytes):
@@ -96,9 +97,9 @@ def _to_array(image: Any, channels: int) -> np.ndarray:
     if isinstance(image, Image.Image):
         if channels not in (1, 3):
             raise ValueError(f"the model takes {channels} channels: give arrays, a PIL image has 1 or 3")
-        array = np.asarray(image.convert("L" if channels == 1 else "RGB"))
-    else:
-        array = _as_array(image)
+        mode = "L" if channels == 1 else "RGB"
+        return image if image.mode == mode else image.convert(mode)
+    array = _as_array(image)
     given = array.shape
     if array.ndim == 2:
         array = array[..., None]
@@ -175,9 +176,11 @@ def _reach(length: int, resized: int, start: int, size: int) -> tuple[int, int, 
     return first, last, (near - first, far - first)
 
 
-def _cut(image: UInt8[np.ndarray, "h w c"], config: AViTConfig) -> UInt8[np.ndarray, "height width c"]:
-    """resize_and_crop of an array, channel by channel unless they are red, green and blue."""
-    if image.shape[-1] == 3:
-        return np.asarray(resize_and_crop(Image.fromarray(image), config))
-    planes = [Image.fromarray(plane) for plane in np.moveaxis(image, -1, 0)]
-    return np.stack([np.asarray(resize_and_crop(plane, config)) for plane in planes], axis=-1)
+def _cut(image: UInt8[np.ndarray, "h w c"] | Image.Image, config: AViTConfig) -> UInt8[np.ndarray, "height width c"]:
+    """resize_and_crop as an array; of an array channel by channel, unless they are red, green and blue."""
+    if isinstance(image, np.ndarray) and image.shape[-1] != 3:
+        planes = [Image.fromarray(plane) for plane in np.moveaxis(image, -1, 0)]
+        return np.stack([np.asarray(resize_and_crop(plane, config)) for plane in planes], axis=-1)
+    picture = image if isinstance(image, Image.Image) else Image.fromarray(image)
+    found = np.asarray(resize_and_crop(picture, config))
+    return found if found.ndim == 3 else found[..., None]

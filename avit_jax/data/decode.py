@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, ImageFile
 
 from avit_jax.files import shown
 
@@ -21,8 +21,8 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 MAX_FILE_SIZE = 256_000_000  # bytes
 MAX_SIDE = 1_000_000  # pixels; Pillow keeps a pointer for each row
 MAX_SCANNED_PIXELS = 2_000_000_000  # of all scans of a JPEG together: libjpeg goes over the whole picture in each
-MAX_SLOW_PIXELS = 8_000_000  # of a run-length encoded BMP, which Pillow decodes in Python, 10 million a second
-MAX_SLOW_BYTES = 8_000_000  # of a PPM in plain text, which it decodes in Python too
+MAX_SLOW_PIXELS = 4_000_000  # of a run-length encoded BMP, which Pillow decodes in Python, 10 million a second
+MAX_SLOW_BYTES = 4_000_000  # of a PPM in plain text, which it decodes in Python too
 
 
 class BadData(ValueError):
@@ -81,7 +81,7 @@ def read_file(path: Path) -> bytes:
     raise _Refused(f"is larger than {MAX_FILE_SIZE / 1e6:.0f} MB, too large for one picture: make it smaller")
 
 
-def _check_cost(picture: Image.Image, data: bytes) -> None:
+def _check_cost(picture: ImageFile.ImageFile, data: bytes) -> None:
     """Raises _Refused for a picture whose decoding takes much longer than its size suggests; nothing is decoded yet."""
     width, height = picture.size
     if Image.MAX_IMAGE_PIXELS and width * height > Image.MAX_IMAGE_PIXELS:
@@ -133,7 +133,7 @@ def _upright(picture: Image.Image) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            turn = _TURNED.get(picture.getexif().get(ExifTags.Base.Orientation))
+            turn = _TURNED.get(picture.getexif().get(ExifTags.Base.Orientation) or 1)
     except Exception:  # a damaged tag says nothing
         turn = None
     return picture if turn is None else picture.transpose(turn)
