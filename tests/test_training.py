@@ -243,6 +243,7 @@ def test_a_dry_run_forgives_missing_data_and_nothing_else(config: ConfigDict) ->
     with pytest.raises(ValueError, match="config.model.num_classes is 4 and the data say 3"):
         list(dry_run(config))
     config.data.path = "missing.npz"
+    config.model.update({"image_size": 8, "in_channels": 1})  # the data cannot say them now
     account = "\n".join(dry_run(config))
     assert "not to be read here (config.data.path 'missing.npz' is not a file" in account
     assert "4 classes" in account
