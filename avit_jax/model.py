@@ -1,7 +1,6 @@
 """AViT: a vision transformer whose tokens halt at their own layers; masked execution (every token computed)."""
 
 import dataclasses
-from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -29,7 +28,7 @@ class AViTOutput:
     halting_scores: Float[Array, "l b n"]  # 0 where the token had halted
 
 
-def _output_of(_: Any, children: Iterable[Any]) -> AViTOutput:
+def _output_of(aux_data: Any, children: Any) -> AViTOutput:
     """jax.export builds it of shapes, which the constructor's types do not allow."""
     output = object.__new__(AViTOutput)
     for field, child in zip(dataclasses.fields(AViTOutput), children, strict=True):

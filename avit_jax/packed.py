@@ -229,7 +229,8 @@ class PackedModel:
         if self._images is not None:
             images = jax.device_put(images, self._images)
         # A compiled program takes no tracers, and does not run where jit is off.
-        as_function = isinstance(images, jax.core.Tracer) or jax.config.jax_disable_jit
+        no_jit = jax.config.jax_disable_jit  # type: ignore[attr-defined]
+        as_function = no_jit or isinstance(images, jax.core.Tracer)
         if as_function:
             output = self.jitted(self.params, jnp.asarray(images), jnp.int32(count))
         else:
