@@ -11,9 +11,10 @@ import avit_jax
 from avit_jax.convert.positions import resize_positions
 from avit_jax.convert.weight_files import read_weight_file
 from tests.builders import small_config, spread_gate
+from tests.peers import import_peer
 
 torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
+transformers = import_peer("transformers")
 
 SIZES = {"tiny": (192, 3), "small": (384, 6), "base": (768, 12)}
 PLAIN, TEACHER, SINGLE = (

@@ -13,6 +13,7 @@ import safetensors.numpy
 import avit_jax
 from avit_jax.convert import convert
 from avit_jax.convert.__main__ import main
+from tests.peers import import_peer
 from tests.published_names import NAMES, images, published_state
 from tests.test_convert import augreg_logits
 
@@ -226,7 +227,7 @@ CLASSIFIER = {
 @pytest.mark.parametrize("family", CLASSIFIER)
 def test_hugging_face_folders_and_files_give_its_logits(family: str, tmp_path: Path) -> None:
     """Published names, read by transformers itself and by us; what it writes again, in memory and on disk, too."""
-    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    torch, transformers = pytest.importorskip("torch"), import_peer("transformers")
     kind, config, epsilon = CLASSIFIER[family]
     fields: dict[str, Any] = {
         "hidden_size": 24,
@@ -276,18 +277,6 @@ def test_a_checkpoint_of_dinos_training_gives_the_teacher(tmp_path: Path) -> Non
     np.testing.assert_array_equal(model.cls_token[...], teacher["backbone.cls_token"])
 
 
-def import_timm() -> Any:
-    torch = pytest.importorskip("torch")
-    try:
-        return pytest.importorskip("timm", exc_type=ImportError)
-    except RuntimeError:  # of a torchvision whose operators are not built: timm needs no more than their names
-        library = torch.library.Library("torchvision", "FRAGMENT")
-        for operator in ("nms(Tensor d, Tensor s, float t) -> Tensor", "qnms(Tensor d, Tensor s, float t) -> Tensor"):
-            library.define(operator)
-        import_timm.library = library  # type: ignore[attr-defined]
-    return pytest.importorskip("timm", exc_type=ImportError)
-
-
 TIMM: dict[str, dict[str, Any]] = {
     "timm_vit": {},
     "timm_fc_norm": {"global_pool": "avg"},
@@ -308,7 +297,7 @@ TIMM: dict[str, dict[str, Any]] = {
 
 
 def timm_model(**changes: Any) -> Any:
-    timm = import_timm()
+    timm = import_peer("timm")
     fields = {"img_size": 24, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2, "num_classes": 5} | changes
     if fields.pop("distilled", False):
         return timm.models.deit.VisionTransformerDistilled(**fields).eval()
@@ -317,7 +306,7 @@ def timm_model(**changes: Any) -> Any:
 
 @pytest.mark.parametrize("family", TIMM)
 def test_timms_names_and_those_of_papers_give_its_logits(family: str) -> None:
-    torch, timm = pytest.importorskip("torch"), import_timm()
+    torch, timm = pytest.importorskip("torch"), import_peer("timm")
     state = published_state(family)
     model = timm_model(**TIMM[family])
     theirs = {
@@ -555,7 +544,7 @@ def test_a_config_that_cannot_be_is_one_sentence(config: dict[str, Any], sentenc
     ("processor", "sentence"),
     [
         ({"image_mean": "0.5"}, "mean is '0.5', it must be a number for each channel"),
-        ({"image_mean": [0.5] * 3, "image_std": [0, 0, 0]}, "every channel must be above 0"),
+        ({"image_mean": [0.5] * 3, "image_std": [0, 0, 0]}, "give a number above 0 for every channel"),
         ({"image_mean": [[1]]}, "mean is a list"),
         ({"resample": 5}, "resample is 5"),
         ({"resample": [2]}, r"resample is \[2\]"),
