@@ -114,7 +114,7 @@ def test_the_help_page_tells_configs_keys_and_options() -> None:
 
 @pytest.mark.parametrize("values", [("a", "b"), ("",), (None,), ((0.5,),)])
 def test_mean_and_std_are_numbers(values: tuple) -> None:
-    with pytest.raises(ValueError, match=r"config\.data\.mean is .*: it must be numbers"):
+    with pytest.raises(ValueError, match=r"config\.data\.mean is .*: it must be a list of finite numbers"):
         DataSettings.from_config({"mean": values})
 
 
