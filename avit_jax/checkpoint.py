@@ -16,6 +16,7 @@ from avit_jax.convert import Conversion, fit, override, read_foreign
 from avit_jax.convert.huggingface import is_foreign_folder
 from avit_jax.convert.limits import check_folder
 from avit_jax.convert.published import merged, where_to_get
+from avit_jax.convert.weight_files import read_config
 from avit_jax.digests import NO_DIGESTS, check_digests, json_digest, read_digests, tree_digests
 from avit_jax.files import read_json, write_json, writing
 from avit_jax.mesh import check_platform
@@ -96,6 +97,12 @@ def load(path: str | Path, preset: str | None = None, *, ema: bool = False, **ov
     return conversion.model
 
 
+def is_foreign(path: str | Path) -> bool:
+    """Whether a checkpoint comes without our configuration: others' weight files, folders of transformers and timm."""
+    path = Path(path)
+    return read_config(path) is None if path.is_file() else is_foreign_folder(path)
+
+
 def load_conversion(path: str | Path, preset: str | None = None, *, ema: bool = False, **overrides: Any) -> Conversion:
     """What load does, with the account of it."""
     check_platform()
@@ -113,8 +120,8 @@ def load_conversion(path: str | Path, preset: str | None = None, *, ema: bool = 
     config_content = read_json(config_file)
     try:
         saved = AViTConfig.from_json(config_content)
-    except (AttributeError, KeyError, TypeError) as error:
-        raise ValueError(f"{config_file} is damaged: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{config_file}: {error}") from error
     if overrides.get("num_heads", saved.num_heads) != saved.num_heads:
         # The one difference of architecture that no shape shows.
         raise ValueError(

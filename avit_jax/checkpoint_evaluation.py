@@ -7,15 +7,14 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from avit_jax.checkpoint import load
+from avit_jax.checkpoint import is_foreign, load
 from avit_jax.checks import check_values
 from avit_jax.config import AViTConfig
-from avit_jax.convert.weight_files import read_config
 from avit_jax.data.open import open_dataset
 from avit_jax.data.settings import DataSettings
 from avit_jax.data.sources import Dataset, Split
 from avit_jax.evaluation import Evaluation, evaluate
-from avit_jax.experiment import model_config
+from avit_jax.experiment import fields_for_foreign
 from avit_jax.files import writable_folder
 from avit_jax.mesh import data_mesh
 from avit_jax.model import AViT
@@ -123,16 +122,17 @@ def _listed(names: Sequence[str], most: int = 3) -> str:
 
 def _evaluable(path: str | Path, config: ConfigDict, dataset: Dataset, ema: bool, asked: dict[str, Any]) -> AViT:
     """The checkpoint, checked against the data; asked: fields of AViTConfig that it must have."""
-    if Path(path).is_file() and read_config(Path(path)) is None:  # a foreign file: it knows nothing but weights
-        wanted = model_config(config, dataset)
-        fields = {name: getattr(wanted, name) for name in wanted.__dataclass_fields__}
+    preset = None
+    if Path(path).is_file() and is_foreign(path):  # it knows nothing but weights
+        preset, fields = fields_for_foreign(config, dataset)
     else:
         fields = dict(asked)
         if isinstance(dataset.train, Split):  # images from disk are made what the model takes
             _, height, width, channels = dataset.train.images.shape
             fields |= {"image_size": height if height == width else (height, width), "in_channels": channels}
     # Not the classes: asking for them would make a new head where the checkpoint has other ones.
-    found = load(path, ema=ema, **{name: v for name, v in fields.items() if name not in ("num_classes", "class_names")})
+    own = ("num_classes", "class_names")
+    found = load(path, preset, ema=ema, **{name: value for name, value in fields.items() if name not in own})
     if found.config.num_classes != len(dataset.class_names):
         raise ValueError(
             f"the checkpoint {path} has {found.config.num_classes} classes and the data {len(dataset.class_names)}: "
@@ -155,7 +155,7 @@ def format_evaluation(result: Evaluation, config: AViTConfig) -> str:
     lines += [
         f"mean depth         {result.mean_depth:.2f} of {config.depth} layers ({result.depth_fraction:.0%})",
         f"  deviation        {result.depth_std_tokens:.2f} between tokens, {result.depth_std_images:.2f} of images",
-        *([f"class token depth  {result.class_token_depth:.2f}"] if getattr(config, "class_token", True) else []),
+        *([f"class token depth  {result.class_token_depth:.2f}"] if config.class_token else []),
         f"GMACs per image    {result.gmacs:.4f}",
         f"  executed         {result.executed_gmacs:.4f}, mean depth {result.executed_depth:.2f}",
     ]

@@ -1,5 +1,6 @@
 """The main job: from a config to a trained model, a table, pictures, and a model to take away."""
 
+import dataclasses
 import sys
 import time
 from importlib import metadata
@@ -11,7 +12,7 @@ import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
-from avit_jax.checkpoint import load, save
+from avit_jax.checkpoint import is_foreign, load, save
 from avit_jax.checks import check_folder, check_starts, check_values, flat, resolved
 from avit_jax.command_help import command_line
 from avit_jax.config import AViTConfig, Preprocessing, config_from
@@ -82,8 +83,7 @@ def _preprocessing(config: ConfigDict, dataset: Dataset) -> Preprocessing:
     data = DataSettings.from_config(dict(config.data))
     mean, std = tuple(data.mean), tuple(data.std)
     if not isinstance(dataset.train, Split):
-        imagenet = Preprocessing()
-        return Preprocessing(mean or imagenet.mean, std or imagenet.std, data.crop_fraction, data.interpolation)
+        return Preprocessing(**stated_preprocessing(config))
     if not (mean and std):
         values = np.arange(256) / 255
         channels = np.moveaxis(dataset.train.images, -1, 0)
@@ -95,6 +95,29 @@ def _preprocessing(config: ConfigDict, dataset: Dataset) -> Preprocessing:
     return Preprocessing(mean, std, crop_fraction=1.0)
 
 
+def stated_preprocessing(config: ConfigDict) -> dict[str, Any]:
+    """Preprocessing that config.data states, by not having the default; a checkpoint's own gives way to it."""
+    data, default = DataSettings.from_config(dict(config.data)), DataSettings()
+    names = [field.name for field in dataclasses.fields(Preprocessing)]
+    return {name: getattr(data, name) for name in names if getattr(data, name) != getattr(default, name)}
+
+
+def fields_for_foreign(config: ConfigDict, dataset: Dataset) -> tuple[str | None, dict[str, Any]]:
+    """Preset and AViTConfig fields to load a checkpoint with that does not carry our configuration.
+
+    They are what config.model gives and what the data decide; the rest is the checkpoint's. Images from disk are
+    preprocessed as was published with the checkpoint, unless config.data states otherwise.
+    """
+    wanted = model_config(config, dataset)
+    preset, fields = given_fields(config.model)
+    fields |= {name: getattr(wanted, name) for name in ("image_size", "in_channels", "num_classes", "class_names")}
+    if isinstance(dataset.train, Split):
+        fields["preprocessing"] = wanted.preprocessing
+    elif stated := stated_preprocessing(config):
+        fields["preprocessing"] = stated
+    return preset, fields
+
+
 def initial_model(config: ConfigDict, dataset: Dataset) -> AViT:
     """A model with random weights from config.seed, or with those of config.init_from and this config's gate.
 
@@ -103,7 +126,10 @@ def initial_model(config: ConfigDict, dataset: Dataset) -> AViT:
     wanted = model_config(config, dataset)
     if not config.init_from:
         return AViT(wanted, rngs=nnx.Rngs(config.seed))
-    model = load(config.init_from, **{name: getattr(wanted, name) for name in wanted.__dataclass_fields__})
+    preset, fields = None, {name: getattr(wanted, name) for name in wanted.__dataclass_fields__}
+    if is_foreign(config.init_from):
+        preset, fields = fields_for_foreign(config, dataset)
+    model = load(config.init_from, preset, **fields)
     if config.gate_start.images:
         # Evenly over the set, which may be sorted by class.
         chosen = np.linspace(0, len(dataset.train) - 1, min(config.gate_start.images, len(dataset.train))).astype(int)
@@ -270,6 +296,6 @@ def draw(model: AViT, dataset: Dataset, result: Evaluation, workdir: Path) -> li
     pictures = [draw_curves(read_metrics(workdir), workdir / "curves.png", model.config.depth)]
     if model.config.halts:
         pictures.append(draw_depth_maps(model, dataset.test, result.image_depths, workdir / "depth_maps.png"))
-        has_one = getattr(model.config, "class_token", True)
+        has_one = model.config.class_token
         pictures.append(draw_depth_histogram(result, workdir / "depth_histogram.png", class_token=has_one))
     return pictures

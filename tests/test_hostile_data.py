@@ -235,7 +235,7 @@ def test_a_user_without_a_home_has_no_cache(tmp_path: Path, monkeypatch: pytest.
         (DataSettings, {"threads": None}, "config.data.threads is None: it must be a whole number"),
         (DataSettings, {"path": 5}, "config.data.path is 5: it must be text"),
         (DataSettings, {"class_names": [1, 2]}, "config.data.class_names is .*: it must be a list of names"),
-        (DataSettings, {"crop_fraction": 0.01}, "config.data.crop_fraction is 0.01: .* at least 0.05"),
+        (DataSettings, {"crop_fraction": 0.01}, "config.data.crop_fraction is 0.01: .* at least 0.1"),
         (DataSettings, {"crop_fraction": "0.9"}, "config.data.crop_fraction is '0.9': it must be a finite number"),
         (AugmentSettings, {"rotate": float("inf")}, "config.augment.rotate is inf: it must be a finite number"),
         (AugmentSettings, {"flip": True}, "config.augment.flip is True: it must be a finite number"),

@@ -121,6 +121,9 @@ def _fit_heads(
             f"the checkpoint has {found} classes and the model {config.num_classes}: pass num_classes="
             f"{config.num_classes} for a new head, or num_classes={found} for the checkpoint's"
         )
+    scale = flat.get("norm.scale")
+    if scale is None or scale.shape != (config.embed_dim,):
+        return  # said where shapes are compared; a new head of a width that is not there could be huge
     for name in [name for name in flat if name.startswith(("pre_logits.", "head.", "head_dist."))]:
         del flat[name]
     if not config.num_classes:

@@ -1,7 +1,6 @@
 """Folders of the Hugging Face Hub, written by transformers or timm: weights, and what their JSON files say of them."""
 
 import dataclasses
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -10,10 +9,10 @@ import numpy as np
 
 from avit_jax.config import INTERPOLATIONS, Preprocessing
 from avit_jax.convert.weight_files import read_weight_file
+from avit_jax.files import read_json
 
 _MODEL_TYPES = ("vit", "deit", "dinov2", "dinov2_with_registers", "vit_mae")
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # each also in shards, with NAME.index.json
-_LARGEST_JSON = 20_000_000  # bytes; the names of 21,843 classes take 2 MB
 _RESAMPLE = {0: "nearest", 2: "bilinear", 3: "bicubic"}  # Pillow's numbers
 
 
@@ -64,12 +63,7 @@ def read_folder(path: Path) -> Folder:
 
 def _json(path: Path) -> dict[str, Any]:
     """A JSON object of bounded size."""
-    try:
-        if path.stat().st_size > _LARGEST_JSON:
-            raise ValueError(f"it has {path.stat().st_size} bytes")
-        content = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} cannot be read: {str(error) or type(error).__name__}") from error
+    content = read_json(path)
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}: it must be a JSON object")
     return content

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from avit_jax.config import INTERPOLATIONS, nearest
+from avit_jax.config import INTERPOLATIONS, MIN_CROP_FRACTION, nearest
 
 SOURCES = ("mnist", "npz", "idx", "folder", "tfds")
 ON_BAD_IMAGE = ("raise", "skip")
@@ -88,7 +88,8 @@ class DataSettings(_Settings):
         if self.source not in SOURCES:
             raise ValueError(f"config.data.source {self.source!r} is unknown: {nearest(self.source, SOURCES)}")
         self._check("std", not self.std or min(self.std) > 0, "above 0 for every channel")
-        self._check("crop_fraction", 0.05 <= self.crop_fraction <= 1, "above 0: at least 0.05 and at most 1")
+        good_crop = MIN_CROP_FRACTION <= self.crop_fraction <= 1
+        self._check("crop_fraction", good_crop, f"at least {MIN_CROP_FRACTION} and at most 1")
         self._check("interpolation", self.interpolation in INTERPOLATIONS, f"one of {', '.join(INTERPOLATIONS)}")
         self._check("workers", 0 <= self.workers <= 1000, "0 (threads) or a number of processes up to 1,000")
         self._check("threads", 0 <= self.threads <= 1000, "0 (one a core) or a number of threads up to 1,000")

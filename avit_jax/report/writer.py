@@ -159,8 +159,8 @@ def _describe(subject: Subject) -> dict[str, Any]:
         "num_special": config.num_special,
         "distilled": config.distilled,
         # A model without one, and one whose head reads all patches: the answer is not the class token's.
-        "class_token": getattr(config, "class_token", True),
-        "pool": getattr(config, "pool", "token"),
+        "class_token": config.class_token,
+        "pool": config.pool,
         "parameters": sum(p.size for p in parameters),
         "dtype": config.dtype,
     }
