@@ -311,7 +311,7 @@ def test_flags_of_the_command_line_change_the_preprocessing(tmp_path: Path, caps
         (["{}/nothing.pth", "{}/out"], "the file is missing, and nothing is downloaded"),
         (["google/vit-base-patch16-224", "{}/out"], "run `hf download google/vit-base-patch16-224 --local-dir DIR`"),
         (["{}/micro-10-30.pth", "{}/out.onnx"], "out.onnx: .onnx files cannot be written: give .pth"),
-        (["{}/micro-10-30.pth", "{}/out", "--num-heads=3", "--std=0,1,1"], "every channel must be above 0"),
+        (["{}/micro-10-30.pth", "{}/out", "--num-heads=3", "--std=0,1,1"], "give a number above 0 for every channel"),
         (["{}/README.md", "{}/out"], "README.md cannot be read as a checkpoint: it is neither"),
         (["{}/micro-10-30.pth", "{}"], "exists already"),
         (["{}/micro-10-30.pth", "{}/out"], "width 48 does not tell the number of heads"),

@@ -218,7 +218,7 @@ def test_a_user_without_a_home_has_no_cache(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert len(opened(root).train) == 24
     monkeypatch.setattr(Path, "expanduser", lambda self: no_home())
-    with pytest.raises(ValueError, match="config.data.path '~/x' cannot be found"):
+    with pytest.raises(ValueError, match="'~/x' begins with ~ and there is no home folder"):
         DataSettings(source="folder", path="~/x") and opened(Path("~/x"))
 
 
