@@ -1,6 +1,7 @@
 """The checkpoints of a training run, written in the background with orbax; a damaged one is set aside."""
 
 import contextlib
+import copy
 import dataclasses
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -71,7 +72,8 @@ class RunCheckpoints:
         The digests are made before this returns, so that the next step may reuse the arrays' memory.
         Raises ValueError where this one, or the one before it in the background, cannot be written.
         """
-        plain = {"step": progress, "data": data, "config": config.to_json()}
+        # A copy: orbax writes it in the background, while the run's own lists grow.
+        plain = copy.deepcopy({"step": progress, "data": data, "config": config.to_json()})
         digests: dict[str, Any] = {name: tree_digests(tree) for name, tree in items.items()}
         digests |= {name: json_digest(content) for name, content in plain.items()}
         parts = ocp.args.Composite(

@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 
@@ -204,3 +205,18 @@ def test_digests_that_are_no_digests_are_damage(tmp_path: Path, written: object)
     with pytest.raises(ValueError, match="is damaged"):
         check_digests(tmp_path, {"a": "0" * 64}, written)
     check_digests(tmp_path, {"a": "0" * 64}, {"a": "0" * 64})
+
+
+def test_what_grows_while_a_checkpoint_is_written_is_not_part_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """orbax writes JSON in the background, sometimes after the run has gone on and its lists have grown."""
+    handed: list[dict] = []
+    json_save = ocp.args.JsonSave
+    monkeypatch.setattr(ocp.args, "JsonSave", lambda content: handed.append(content) or json_save(content))
+    items = {name: {"weights": jnp.zeros((3, 2), jnp.float32)} for name in ITEMS}
+    window = [{"loss": 0.5}]
+    with RunCheckpoints(tmp_path / "run", keep=2) as checkpoints:
+        checkpoints.save(1, items, {"window": window}, {}, small_config(), 0.0)
+        window.append({"loss": 0.25})
+    assert {"window": [{"loss": 0.5}]} in handed
