@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
@@ -46,10 +47,12 @@ def learning_rate_schedule(config: ConfigDict, steps: int, *, epochs: float, bat
             f"config.optim.warmup_epochs {config.warmup_epochs} is not below config.epochs {epochs}: lower it"
         )
 
-    steps_per_epoch = max(1, round(steps / epochs)) if epochs else 1
+    # The first step of each epoch: few images make epochs of a step and a half, or several epochs of one step.
+    count = max(math.ceil(epochs), 1)
+    first_steps = np.array([math.ceil(epoch * steps / epochs) if epochs else 0 for epoch in range(count)], np.int32)
 
     def by_epoch(step: Int[Array, ""] | int) -> Float[Array, ""]:
-        epoch = jnp.asarray(step) // steps_per_epoch
+        epoch = jnp.searchsorted(jnp.asarray(first_steps), jnp.asarray(step), side="right") - 1
         start = config.warmup_learning_rate
         warmup = start + epoch * (peak - start) / max(config.warmup_epochs, 1)
         final = config.final_learning_rate

@@ -70,6 +70,11 @@ def _as_sequence(images: Any, channels: int) -> Sequence[Any]:
         raise ValueError(f"images have shape {array.shape}: give [H, W], [H, W, C] or [B, H, W, C]")
     if not len(array):
         raise ValueError(f"there is no image to preprocess: the array has shape {array.shape}")
+    if array.ndim == 3 and channels == 1 and array.shape[-1] in (3, 4) and len(array) > 4:
+        raise ValueError(
+            f"images have shape {array.shape}, which looks like one picture in colour, and the model takes grey ones: "
+            "give Image.fromarray(image), or [batch, height, width]"
+        )
     is_one = array.ndim == 2 or (array.ndim == 3 and (array.shape[-1] == channels or channels != 1))
     return [array] if is_one else list(array)
 

@@ -113,3 +113,13 @@ def test_whatever_holds_a_picture_is_taken(tmp_path: Path) -> None:
 def test_each_mistake_has_its_sentence(arguments: tuple[object, ...], reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         preprocess(*arguments)
+
+
+def test_a_picture_in_colour_is_no_batch_for_a_grey_model() -> None:
+    config = AViTConfig(
+        image_size=8, patch_size=4, in_channels=1, embed_dim=8, num_heads=2, preprocessing=Preprocessing((0.5,), (0.5,))
+    )
+    for channels in (3, 4):
+        with pytest.raises(ValueError, match="one picture in colour"):
+            preprocess(np.zeros((30, 40, channels), np.uint8), config)
+    assert preprocess(np.zeros((30, 8, 8), np.uint8), config).shape == (30, 8, 8, 1)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,6 +18,7 @@ from ml_collections import ConfigDict
 import avit_jax
 from avit_jax import losses, training
 from avit_jax.checkpoint_evaluation import evaluate_checkpoint
+from avit_jax.config_files import load_config
 from avit_jax.data.settings import AugmentSettings, DataSettings
 from avit_jax.data.sources import load_dataset
 from avit_jax.dry_run import dry_run
@@ -362,6 +364,19 @@ def test_the_learning_rate_by_epoch_is_timms() -> None:
     for place in (0, 625, 1250):
         found = jax.vmap(schedule)(1251 * jnp.arange(100) + place)
         np.testing.assert_allclose(found, recorded, rtol=2e-6)
+
+
+@pytest.mark.parametrize("steps", [8, 131, 12_500, 12_549])
+def test_epoch_schedule_reaches_its_end_for_any_number_of_images(steps: int) -> None:
+    """Fewer than one step an epoch, one and a third, 125, and 125.49: the rate falls to the last epoch's, never up."""
+    config = load_config("folder:dense,pictures")
+    schedule = learning_rate_schedule(config.optim, steps, epochs=100.0, batch_size=32)
+    rates = [float(schedule(step)) for step in sorted({0, steps // 20, steps // 10, steps // 2, steps - 2, steps - 1})]
+    last_epoch = math.floor((steps - 1) * 100 / steps)
+    peak, final = config.optim.learning_rate, config.optim.final_learning_rate
+    expected = final + (peak - final) * (1 + math.cos(math.pi * last_epoch / 100)) / 2
+    assert rates[-1] == pytest.approx(expected, rel=1e-4)
+    assert rates[-3] > rates[-2] >= rates[-1]
 
 
 def test_the_optimizer_clips_and_decays_kernels_alone(config: ConfigDict) -> None:
