@@ -14,7 +14,7 @@ from avit_jax.data.open import open_dataset
 from avit_jax.data.settings import DataSettings
 from avit_jax.data.sources import Dataset, Split
 from avit_jax.evaluation import Evaluation, evaluate
-from avit_jax.experiment import fields_for_foreign
+from avit_jax.experiment import fields_for_foreign, stated_preprocessing
 from avit_jax.files import writable_folder
 from avit_jax.mesh import data_mesh
 from avit_jax.model import AViT
@@ -127,6 +127,8 @@ def _evaluable(path: str | Path, config: ConfigDict, dataset: Dataset, ema: bool
         preset, fields = fields_for_foreign(config, dataset)
     else:
         fields = dict(asked)
+        if is_foreign(path) and (stated := stated_preprocessing(config)):
+            fields["preprocessing"] = stated
         if isinstance(dataset.train, Split):  # images from disk are made what the model takes
             _, height, width, channels = dataset.train.images.shape
             fields |= {"image_size": height if height == width else (height, width), "in_channels": channels}

@@ -9,8 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import safetensors.numpy
+from PIL import Image
 
 import avit_jax
+from avit_jax import checkpoint_evaluation
+from avit_jax.config_files import load_config
 from avit_jax.convert import convert
 from avit_jax.convert.__main__ import main
 from tests.peers import import_peer
@@ -95,6 +98,19 @@ def test_any_common_prefix_comes_off(family: str, prefix: str) -> None:
     assert plain.keys() == prefixed.keys()
     for name, value in plain.items():
         np.testing.assert_array_equal(value, prefixed[name])
+
+
+def test_torchs_averaged_model_loads_without_its_counter() -> None:
+    state = published_state("timm_vit")
+    averaged = {f"module.{name}": value for name, value in state.items()} | {"n_averaged": np.array(3)}
+    model = loaded(averaged).model
+    np.testing.assert_array_equal(model(images()).logits, loaded(state).model(images()).logits)
+
+
+def test_a_model_without_learned_positions_is_refused_by_name() -> None:
+    state = {name: value for name, value in published_state("timm_vit").items() if name != "pos_embed"}
+    with pytest.raises(ValueError, match="pos_embed is missing: its architecture has no learned positions"):
+        convert(state, num_heads=2)
 
 
 def test_a_teacher_is_taken_before_its_student_and_other_models_are_not_guessed() -> None:
@@ -466,6 +482,40 @@ def test_a_folders_preprocessing_is_its_own(
     assert (config.num_heads, config.class_names) == (2, None)
     assert "as the JSON beside the weights says" in capsys.readouterr().out
     assert avit_jax.load(folder, preprocessing={"crop_fraction": 0.5}).config.preprocessing.crop_fraction == 0.5
+
+
+@pytest.mark.parametrize(
+    ("processor", "squeezes"),
+    [
+        ({"size": 32, "crop_size": 24, "do_center_crop": True}, True),  # facebook/deit-base-patch16-224's form
+        ({"size": {"height": 32, "width": 32}, "crop_size": 24, "do_center_crop": True}, True),
+        ({"size": {"shortest_edge": 32}, "crop_size": 24, "do_center_crop": True}, False),
+        ({"size": 32, "crop_size": 24, "do_center_crop": True, "image_processor_type": "BitImageProcessor"}, False),
+    ],
+)
+def test_a_processor_that_squeezes_images_into_a_square_is_told(
+    processor: dict[str, Any], squeezes: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_folder(tmp_path / "deit")
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor))
+    assert avit_jax.load(folder).config.preprocessing.crop_fraction == 0.75
+    assert ("transformers squeezes whole images into a square" in capsys.readouterr().out) is squeezes
+
+
+def test_evaluation_shows_a_folder_its_published_images_unless_the_config_states_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_folder(tmp_path / "vit")
+    (folder / "preprocessor_config.json").write_text(json.dumps({"size": 24, "image_mean": [0.1] * 3}))
+    for name in "abcde":
+        (tmp_path / "pictures" / name).mkdir(parents=True)
+        for i in range(20):
+            Image.new("RGB", (30, 30)).save(tmp_path / "pictures" / name / f"{i}.png")
+    config = load_config(f"folder:dense,{tmp_path / 'pictures'}")
+    monkeypatch.setattr(checkpoint_evaluation, "format_evaluation", lambda _, config: str(config.preprocessing.mean))
+    assert checkpoint_evaluation.evaluate_checkpoint(config, folder, execution="masked") == "(0.1, 0.1, 0.1)"
+    config.data.mean, config.data.std = (0.3,) * 3, (0.4,) * 3
+    assert checkpoint_evaluation.evaluate_checkpoint(config, folder, execution="masked") == "(0.3, 0.3, 0.3)"
 
 
 def test_the_command_line_converts_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -65,7 +65,12 @@ def configuration(
     if "class_names" in traits and fields["num_classes"] != len(traits["class_names"]):
         fields["class_names"] = overrides.get("class_names")
     if "image_size" not in fields:
-        count = _tensor(state, "pos_embed", 3, "[1, tokens, width]").shape[1] if "pos_embed" in state else 0
+        if "pos_embed" not in state:
+            raise ValueError(
+                "pos_embed is missing: its architecture has no learned positions (rotary ones, as DINOv3's, perhaps), "
+                "which AViT has"
+            )
+        count = _tensor(state, "pos_embed", 3, "[1, tokens, width]").shape[1]
         side = next((side for special in special_rows(state) if (side := square(count - special))), 0)
         if not side:
             raise ValueError(f"{count} position embeddings are of no square image: give image_size=(height, width)")

@@ -196,7 +196,9 @@ def _read_preprocessor(config: dict[str, Any], where: Path, told: dict[str, Any]
     if crop is not None and resized is not None:
         shorter, shown = (min(side) if isinstance(side, tuple) else side for side in (resized, crop))
         values["crop_fraction"] = min(shown / shorter, 1.0)
-    elif edge is None:
+    # transformers takes a plain number as the shorter side for its Bit and CLIP processors alone.
+    kind = str(config.get("image_processor_type") or config.get("feature_extractor_type"))[:100]
+    if edge is None and not (isinstance(size, int) and kind.startswith(("Bit", "CLIP"))):
         notes.append("transformers squeezes whole images into a square for it: here the middle square is cut out")
     told["preprocessing"] = _preprocessing(values, where)
     if seen is not None and seen != told.get("image_size"):

@@ -99,6 +99,7 @@ FAMILIES = (AUGREG, HUGGING_FACE, TORCHVISION, TIMM)
 # No part of what a classifier computes from an image.
 EXTRAS = re.compile(
     r"(?:.*\.)?(?:mask_token|position_ids|pooler\..*)"
+    r"|n_averaged"  # the counter of torch.optim.swa_utils.AveragedModel
     r"|(?:.*\.)?head\.(?:mlp|last_layer)\..*|(?:.*\.)?(?:dino_head|ibot_head)\..*"  # projection heads of DINO
     r"|(?:.*\.)?(?:decoder|decoder_(?:embed|blocks|norm|pred))\..*|(?:.*\.)?decoder_pos_embed"  # MAE's decoder
 )
