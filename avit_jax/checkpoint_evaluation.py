@@ -15,7 +15,7 @@ from avit_jax.data.settings import DataSettings
 from avit_jax.data.sources import Dataset, Split
 from avit_jax.evaluation import Evaluation, evaluate
 from avit_jax.experiment import fields_for_foreign, stated_preprocessing
-from avit_jax.files import writable_folder
+from avit_jax.files import shown, writable_folder
 from avit_jax.mesh import data_mesh
 from avit_jax.model import AViT
 from avit_jax.predict_images import read_class_names
@@ -117,16 +117,16 @@ def _compare_names(
 
 
 def _listed(names: Sequence[str], most: int = 3) -> str:
-    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
+    return ", ".join(shown(name, 50) for name in names[:most]) + (", ..." if len(names) > most else "")
 
 
 def _evaluable(path: str | Path, config: ConfigDict, dataset: Dataset, ema: bool, asked: dict[str, Any]) -> AViT:
     """The checkpoint, checked against the data; asked: fields of AViTConfig that it must have."""
-    preset = None
     if Path(path).is_file() and is_foreign(path):  # it knows nothing but weights
         preset, fields = fields_for_foreign(config, dataset)
     else:
         fields = dict(asked)
+        preset = fields.pop("preset", None)  # load says that a checkpoint of ours has its own
         if is_foreign(path) and (stated := stated_preprocessing(config)):
             fields["preprocessing"] = stated
         if isinstance(dataset.train, Split):  # images from disk are made what the model takes

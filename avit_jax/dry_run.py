@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,6 +15,7 @@ from avit_jax.data.open import open_dataset
 from avit_jax.data.settings import DataSettings
 from avit_jax.evaluation import whole_gmacs
 from avit_jax.experiment import model_config
+from avit_jax.files import expanded
 from avit_jax.memory import device_memory
 from avit_jax.mesh import batch_sharding, global_batch, place, replicated, state_shardings, training_mesh
 from avit_jax.model import AViT
@@ -114,9 +114,9 @@ def _data(config: ConfigDict) -> tuple[AViTConfig, int, str]:
 def _may_be_missing(settings: DataSettings) -> bool:
     """Whether there is nothing at all where the config says the data are; a dry run forgives that, and nothing else."""
     if settings.source == "tfds":
-        root = Path(settings.path or "~/tensorflow_datasets").expanduser()
+        root = expanded(settings.path or "~/tensorflow_datasets")
         return bool(settings.name) and not (root / settings.name.partition(":")[0]).exists()
-    return settings.source != "mnist" and bool(settings.path) and not Path(settings.path).expanduser().exists()
+    return settings.source != "mnist" and bool(settings.path) and not expanded(settings.path).exists()
 
 
 def _two_steps(program: Any, state: TrainState, batch: Any, teacher: Any) -> Iterator[str]:

@@ -129,6 +129,8 @@ def initial_model(config: ConfigDict, dataset: Dataset) -> AViT:
     preset, fields = None, {name: getattr(wanted, name) for name in wanted.__dataclass_fields__}
     if is_foreign(config.init_from):
         preset, fields = fields_for_foreign(config, dataset)
+    elif not isinstance(dataset.train, Split):
+        fields["preprocessing"] = stated_preprocessing(config)  # the rest is the checkpoint's own
     model = load(config.init_from, preset, **fields)
     if config.gate_start.images:
         # Evenly over the set, which may be sorted by class.

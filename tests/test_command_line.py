@@ -169,6 +169,16 @@ def test_data_that_are_there_and_wrong_are_not_made_up(tmp_path: Path) -> None:
         next(dry_run(config))
 
 
+def test_a_dry_run_without_a_home_folder_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    def homeless(_: Path) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "expanduser", homeless)
+    config = load_config("folder:dense,~/pictures")
+    with pytest.raises(ValueError, match="there is no home folder: write the path in full"):
+        next(dry_run(config))
+
+
 def test_free_memory_is_that_of_the_machine_shared_by_its_cores() -> None:
     total = host_memory()
     assert total is not None

@@ -286,6 +286,18 @@ def test_other_class_names_are_said_before_any_figure(tmp_path: Path) -> None:
     assert table.startswith("images"), "the user has said what the classes are"
 
 
+def test_a_strangers_class_names_reach_no_terminal_raw(tmp_path: Path) -> None:
+    config = tiny_experiment(tmp_path / "toy.npz")
+    table = evaluate_checkpoint(config, named(tmp_path / "model", ("cat\x1b[2J", "dog\n", "fox")), execution="masked")
+    assert r"the classes cat\x1b[2J, dog\n, fox and" in table.splitlines()[0]
+
+
+def test_a_preset_asked_for_of_a_model_with_its_own_configuration_is_one_sentence(tmp_path: Path) -> None:
+    config = tiny_experiment(tmp_path / "toy.npz")
+    with pytest.raises(ValueError, match="carries its own configuration: leave preset='deit_tiny_patch16_224' out"):
+        evaluate_checkpoint(config, named(tmp_path / "model", None), model={"preset": "deit_tiny_patch16_224"})
+
+
 def test_a_baseline_of_other_classes_is_refused(tmp_path: Path) -> None:
     config = tiny_experiment(tmp_path / "toy.npz")
     ours, other = named(tmp_path / "ours", ("0", "1", "2")), named(tmp_path / "other", ("cat", "dog", "fox"))
@@ -308,6 +320,25 @@ def pictures(folder: Path, count: int) -> Path:
             pixels[..., channel] += 180
             Image.fromarray(pixels).save(folder / name / f"{number}.png")
     return folder
+
+
+def test_a_saved_model_keeps_its_preprocessing_where_the_config_states_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A converted checkpoint that expects mean and std 0.5 must not be fine-tuned with ImageNet's."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    own = avit_jax.Preprocessing((0.5,) * 3, (0.5,) * 3, 0.9, "bilinear")
+    start = small_config(in_channels=3, num_classes=2, class_names=("blue", "red"), preprocessing=own)
+    avit_jax.save(spread_gate(start), tmp_path / "start")
+    config = load_config(f"folder:avit,{pictures(tmp_path / 'pictures', 25)}")
+    config.update({"init_from": str(tmp_path / "start")})
+    fields = ("image_size", "patch_size", "embed_dim", "depth", "num_heads")
+    config.model.update({name: getattr(start, name) for name in fields})
+    config.gate_start.images = 0
+    dataset = open_dataset(DataSettings.from_config(dict(config.data)))
+    assert initial_model(config, dataset).config.preprocessing == own
+    config.data.crop_fraction = 1.0
+    assert initial_model(config, dataset).config.preprocessing == dataclasses.replace(own, crop_fraction=1.0)
 
 
 def test_a_folder_of_pictures_needs_no_file_written_by_hand(
