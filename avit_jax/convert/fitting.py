@@ -87,7 +87,7 @@ def _fit_positions(
             changed["pos_embed"] = "zero for registers" if given else "zero for special tokens"
     if positions.shape[1] != special + source[0] * source[1]:
         return  # other special tokens: said where names are compared
-    # DINOv2 with registers is resized so by its authors and by transformers, all others without.
+    # DINOv2 with registers is resized so by its authors and by transformers. DeiT and transformers use none for others.
     antialias = config.num_registers > 0
     flat["pos_embed"] = resize_positions(positions, special, source, config.patch_grid, antialias=antialias)
     if source != config.patch_grid:
