@@ -78,15 +78,18 @@ def write_json(path: Path, content: Any) -> None:
     replace_text(path, json.dumps(content, indent=2) + "\n")
 
 
-def read_json(path: Path) -> Any:
-    """The content of a JSON file. Raises ValueError, naming the file, where it is missing, too large or damaged."""
+def read_json(path: Path, most: int = _MAX_JSON) -> Any:
+    """The content of a JSON file of at most `most` bytes.
+
+    Raises ValueError, naming the file, where it is missing, larger or damaged.
+    """
     try:
         if path.exists() and not path.is_file():
             raise ValueError("it is not a regular file")
         with path.open("rb") as stream:
-            content = stream.read(_MAX_JSON + 1)
-        if len(content) > _MAX_JSON:
-            raise ValueError(f"it is larger than {_MAX_JSON} bytes")
+            content = stream.read(most + 1)
+        if len(content) > most:
+            raise ValueError(f"it is larger than {most} bytes")
         return parse_json(content.decode())
     except (OSError, ValueError) as error:
         raise ValueError(f"{shown(path, 300)} cannot be read: {error}") from error
@@ -125,6 +128,21 @@ def shown(value: object, limit: int = 200) -> str:
         half = (limit - 5) // 2
         return f"{printable[:half]} ... {printable[-half:]}"
     return printable
+
+
+def shown_value(value: Any) -> str:
+    """A value from a stranger's JSON for a message: text in quotes, numbers as they are, of all else the type."""
+    if isinstance(value, str):
+        return repr(value[:100])
+    if value is None or _is_short_number(value):
+        return repr(value)
+    if isinstance(value, list | tuple) and len(value) <= 4 and all(map(_is_short_number, value)):
+        return repr(value)
+    return shown(value)
+
+
+def _is_short_number(value: Any) -> bool:
+    return isinstance(value, float) or (isinstance(value, int) and abs(value) < 10**20)
 
 
 def read_table(path: Path, name: str) -> dict[str, Any]:

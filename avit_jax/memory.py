@@ -4,13 +4,10 @@ from pathlib import Path
 
 from jax.sharding import Mesh
 
-# The limit and the use of a container's memory, by the two versions of Linux's control groups.
+# The folder and the files with the limit and the use of a container's memory, in Linux's control groups 2 and 1.
 _GROUPS = (
-    (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")),
-    (
-        Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
-        Path("/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-    ),
+    (Path("/sys/fs/cgroup"), "memory.max", "memory.current"),
+    (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.usage_in_bytes"),
 )
 
 
@@ -33,9 +30,20 @@ def host_memory() -> int | None:
         found.append(int(lines["MemAvailable"].split()[0]) * 1024)
     except (OSError, KeyError, ValueError, IndexError):
         pass
-    for limit, used in _GROUPS:
+    for folder, limit, used in _GROUPS:
         try:
-            found.append(int(limit.read_text()) - int(used.read_text()))
+            # The use includes cached files, which give way to whoever needs the memory.
+            taken = int((folder / used).read_text()) - _cached_files(folder / "memory.stat")
+            found.append(int((folder / limit).read_text()) - taken)
         except (OSError, ValueError):  # not there, or "max"
             continue
     return max(min(found), 0) if found else None
+
+
+def _cached_files(path: Path) -> int:
+    """Bytes of cached files in a control group's memory.stat; 0 where it does not say."""
+    try:
+        counts = dict(line.split() for line in path.read_text().splitlines())
+        return int(counts["active_file"]) + int(counts["inactive_file"])
+    except (OSError, KeyError, ValueError):
+        return 0

@@ -18,6 +18,9 @@ from avit_jax.digests import NO_DIGESTS, check_digests, json_digest, read_digest
 from avit_jax.distributed import in_any_process, lost_a_process
 from avit_jax.files import CannotWrite, read_json, writing
 
+# Bytes of JSON: metrics of all steps since the last line of the log, about 600 for a step, whatever log_every is.
+MOST_PROGRESS = 2**28
+
 
 @dataclasses.dataclass(frozen=True)
 class Restored:
@@ -123,7 +126,7 @@ class RunCheckpoints:
 
     def _restore(self, folder: Path, items: dict[str, Any]) -> Restored:
         restored = {name: restore_tree(folder / name, tree) for name, tree in items.items()}
-        plain = {name: read_json(folder / name / "metadata") for name in ("step", "data", "config")}
+        plain = {name: read_json(folder / name / "metadata", MOST_PROGRESS) for name in ("step", "data", "config")}
         digests = read_digests(folder / "digests" / "metadata")
         if digests is not None:
             found = {name: json_digest(content) for name, content in plain.items()}

@@ -7,7 +7,7 @@ from ml_collections import ConfigDict
 
 from avit_jax.config_files import load_config
 from avit_jax.convert.weight_files import read_config
-from avit_jax.files import read_json
+from avit_jax.files import read_json, shown_value
 
 FILE = "train_config.json"
 MOST_IMAGES = 65_536  # in a batch; the file may come from a stranger
@@ -58,13 +58,15 @@ def get_config(arg: str) -> ConfigDict:
     for section in ("data", "model"):
         given = saved.get(section, {})
         if not isinstance(given, dict):
-            raise ValueError(f"{arg}: config.{section} is {_short(given)}: it must hold keys and values")
+            raise ValueError(f"{arg}: config.{section} is {shown_value(given)}: it must hold keys and values")
         if section == "model":
             for name in config.model:
                 config.model[name] = None
         for name, value in given.items():
             if name not in config[section]:
-                raise ValueError(f"{arg}: config.{section} has a key {_short(name)} that this version does not know")
+                raise ValueError(
+                    f"{arg}: config.{section} has a key {shown_value(name)} that this version does not know"
+                )
             if name not in _OF_THE_MACHINE:
                 _set(config[section], name, value, f"{arg}: config.{section}.{name}")
     if not 1 <= config.eval_batch_size <= MOST_IMAGES:
@@ -82,7 +84,7 @@ def _set(section: ConfigDict, name: str, value: Any, where: str) -> None:
         wanted = str if name == "class_names" else (int, float)
         good = good and all(isinstance(part, wanted) and not isinstance(part, bool) for part in value)
     if not good:
-        raise ValueError(f"{where} is {_short(value)}: it must be of type {kind.__name__}")
+        raise ValueError(f"{where} is {shown_value(value)}: it must be of type {kind.__name__}")
     section[name] = value
 
 
@@ -90,8 +92,3 @@ def _is_a(value: Any, kind: type) -> bool:
     if kind in (int, float) and isinstance(value, bool):
         return False
     return isinstance(value, (int, float) if kind is float else kind)
-
-
-def _short(value: Any) -> str:
-    """What a message shows of a value, of any size."""
-    return ascii(value)[:40] if isinstance(value, str | int | float | bool | None) else f"a {type(value).__name__}"

@@ -155,6 +155,18 @@ def test_the_last_the_best_and_every_nth_are_kept(tmp_path: Path) -> None:
     assert [step.name for step in checkpoint_steps(tmp_path / "run")] == ["2", "3", "4", "6", "7"]
 
 
+def test_a_checkpoint_long_after_the_last_line_of_the_log_is_read_back(tmp_path: Path) -> None:
+    """Its metrics since that line are larger than any JSON of strangers may be."""
+    window = [{"halting_by_layer": [1 / 3] * 12, "loss": 2 / 3} for _ in range(20_000)]
+    items = {"model": {"weights": jnp.ones((3, 2))}}
+    with RunCheckpoints(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(1, items, {"window": window}, {}, small_config(), 0.0)
+        checkpoints.wait()
+        found = checkpoints.restore_newest(items)
+    assert found is not None
+    assert found.progress == {"window": window}
+
+
 def test_whatever_is_damaged_the_run_goes_back_and_nothing_is_deleted(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

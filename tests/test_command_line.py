@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 import avit_jax
 from avit_jax import dry_run as dry_run_module
+from avit_jax import memory
 from avit_jax.cli import check_keys, check_options, with_config
 from avit_jax.command_help import help_text
 from avit_jax.config_files import SHIPPED, load_config, shipped_configs
@@ -177,6 +178,15 @@ def test_a_dry_run_without_a_home_folder_is_one_sentence(monkeypatch: pytest.Mon
     config = load_config("folder:dense,~/pictures")
     with pytest.raises(ValueError, match="there is no home folder: write the path in full"):
         next(dry_run(config))
+
+
+def test_cached_files_count_as_free_in_a_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "memory.max").write_text("1000000\n")
+    (tmp_path / "memory.current").write_text("900000\n")
+    monkeypatch.setattr(memory, "_GROUPS", ((tmp_path, "memory.max", "memory.current"),))
+    assert host_memory() == 100_000
+    (tmp_path / "memory.stat").write_text("anon 200000\nactive_file 300000\ninactive_file 400000\n")
+    assert host_memory() == 800_000
 
 
 def test_free_memory_is_that_of_the_machine_shared_by_its_cores() -> None:

@@ -23,7 +23,7 @@ import avit_jax
 from avit_jax import AViTConfig
 from avit_jax.convert.weight_files import read_weight_file
 from avit_jax.data.sources import load_dataset
-from avit_jax.files import read_json, shown
+from avit_jax.files import read_json, shown, shown_value
 from tests.builders import small_config
 from tests.hostile_files import FLOAT, ONE, npy, npz, strange_files, tensors_file
 from tests.hostile_pickles import (
@@ -302,6 +302,18 @@ def test_any_text_is_shown_in_one_short_line(value: str, limit: int) -> None:
     line = shown(value, limit)
     assert line.isprintable() and len(line) <= limit
     assert line == value or not value.isprintable() or len(value) > limit
+
+
+def test_any_value_of_json_is_shown_in_one_short_line() -> None:
+    for value, line in (
+        ("\x1b\n", r"'\x1b\n'"),
+        (None, "None"),
+        (10**30, "a number of 100 bits"),
+        ([1, 2.5], "[1, 2.5]"),
+    ):
+        assert shown_value(value) == line
+    for value in ("\x1b" * 10**6, "\U0010ffff" * 10**6, [10**30], [[1]], [1] * 10**6, {"a": 1}):
+        assert shown_value(value).isprintable() and len(shown_value(value)) < 1100
 
 
 def test_of_other_values_the_type_is_shown() -> None:

@@ -9,7 +9,7 @@ import numpy as np
 
 from avit_jax.config import INTERPOLATIONS, Preprocessing
 from avit_jax.convert.weight_files import read_weight_file
-from avit_jax.files import read_json
+from avit_jax.files import read_json, shown_value
 
 _MODEL_TYPES = ("vit", "deit", "dinov2", "dinov2_with_registers", "vit_mae")
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # each also in shards, with NAME.index.json
@@ -74,7 +74,7 @@ def _number(config: dict[str, Any], name: str, where: Path, most: int = 100_000)
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= most:
-        raise ValueError(f"{where}: {name} is {_short(value)}, it must be a whole number from 1 to {most}")
+        raise ValueError(f"{where}: {name} is {shown_value(value)}, it must be a whole number from 1 to {most}")
     return value
 
 
@@ -86,10 +86,10 @@ def _side(config: dict[str, Any], name: str, where: Path) -> int | tuple[int, in
     if not isinstance(value, list):
         return _number(config, name, where)
     if len(value) != 2:
-        raise ValueError(f"{where}: {name} is {_short(value)}, it must be one number or height and width")
+        raise ValueError(f"{where}: {name} is {shown_value(value)}, it must be one number or height and width")
     height, width = (_number({name: side}, name, where) for side in value)
     if height is None or width is None:
-        raise ValueError(f"{where}: {name} is {_short(value)}, it must be one number or height and width")
+        raise ValueError(f"{where}: {name} is {shown_value(value)}, it must be one number or height and width")
     return height if height == width else (height, width)
 
 
@@ -99,11 +99,12 @@ def _read_transformers(
     kind = config.get("model_type")
     if kind not in _MODEL_TYPES:
         raise ValueError(
-            f"{where}: its architecture is another one (model_type {_short(kind)}), here are {', '.join(_MODEL_TYPES)}"
+            f"{where}: its architecture is another one (model_type {shown_value(kind)}), here are "
+            + ", ".join(_MODEL_TYPES)
         )
     activation = config.get("hidden_act", "gelu")
     if activation != "gelu":
-        raise ValueError(f"{where}: hidden_act is {_short(activation)}, AViT has the exact gelu alone")
+        raise ValueError(f"{where}: hidden_act is {shown_value(activation)}, AViT has the exact gelu alone")
     if config.get("use_swiglu_ffn") is True:
         raise ValueError(f"{where}: use_swiglu_ffn is true, AViT has no gated MLP")
     for theirs, ours in (
@@ -126,7 +127,7 @@ def _read_transformers(
     epsilon = config.get("layer_norm_eps")
     if epsilon is not None:
         if isinstance(epsilon, bool) or not isinstance(epsilon, (int, float)) or not 0 < epsilon < 1:
-            raise ValueError(f"{where}: layer_norm_eps is {_short(epsilon)}, it must lie between 0 and 1")
+            raise ValueError(f"{where}: layer_norm_eps is {shown_value(epsilon)}, it must lie between 0 and 1")
         told["norm_epsilon"] = float(epsilon)
     _read_class_names(config.get("id2label"), where, told, notes)
 
@@ -146,7 +147,7 @@ def _read_timm(
 ) -> None:
     architecture = config["architecture"]
     if not isinstance(architecture, str) or not re.match(r"(vit|deit|deit3)_", architecture):
-        raise ValueError(f"{where}: its architecture is another one ({_short(architecture)}), not vit_ or deit_")
+        raise ValueError(f"{where}: its architecture is another one ({shown_value(architecture)}), not vit_ or deit_")
     for part in ("quickgelu", "_rpn", "_parallel", "_sbb", "_srelpos", "_relpos", "_siglip", "_hybrid"):
         if part in architecture:
             raise ValueError(f"{where}: its architecture is another one ({architecture:.100}): AViT has no {part[1:]}")
@@ -156,7 +157,7 @@ def _read_timm(
     if pool == "avg":
         told["global_pool"] = "avg"
     elif pool not in (None, "token"):
-        raise ValueError(f"{where}: global_pool is {_short(pool)}, AViT's head reads the class token or the mean")
+        raise ValueError(f"{where}: global_pool is {shown_value(pool)}, AViT's head reads the class token or the mean")
     else:
         told["global_pool"] = "token"
     size = published.get("input_size")
@@ -182,10 +183,10 @@ def _read_preprocessor(config: dict[str, Any], where: Path, told: dict[str, Any]
         values |= {"mean": [0.0, 0.0, 0.0], "std": [1.0, 1.0, 1.0]}
     scale = config.get("rescale_factor", 1 / 255)
     if not _is_number(scale) or abs(scale * 255 - 1) > 1e-3:
-        raise ValueError(f"{where}: rescale_factor is {_short(scale)}, AViT's pixels go from 0 to 1")
+        raise ValueError(f"{where}: rescale_factor is {shown_value(scale)}, AViT's pixels go from 0 to 1")
     resample = config.get("resample", 2)
     if isinstance(resample, bool) or not isinstance(resample, int) or resample not in _RESAMPLE:
-        raise ValueError(f"{where}: resample is {_short(resample)}, AViT has {_RESAMPLE} (Pillow's numbers)")
+        raise ValueError(f"{where}: resample is {shown_value(resample)}, AViT has {_RESAMPLE} (Pillow's numbers)")
     values["interpolation"] = _RESAMPLE[resample]
     size = config.get("size")
     edge = size if isinstance(size, dict) and "shortest_edge" in size else None
@@ -215,14 +216,14 @@ def _preprocessing(values: dict[str, Any], where: Path) -> Preprocessing:
         if name in ("mean", "std"):
             numbers = value if isinstance(value, list) else [value]
             if not 0 < len(numbers) <= 64 or not all(_is_number(x) and abs(x) < 1000 for x in numbers):
-                raise ValueError(f"{where}: {name} is {_short(value)}, it must be a number for each channel")
+                raise ValueError(f"{where}: {name} is {shown_value(value)}, it must be a number for each channel")
             checked[name] = tuple(float(x) for x in numbers)
         elif name == "crop_fraction":
             if not _is_number(value) or not 0.1 <= value <= 1:
-                raise ValueError(f"{where}: the crop is {_short(value)} of the image, it must be from 0.1 to 1")
+                raise ValueError(f"{where}: the crop is {shown_value(value)} of the image, it must be from 0.1 to 1")
             checked[name] = float(value)
         elif value not in INTERPOLATIONS:
-            raise ValueError(f"{where}: interpolation is {_short(value)}, AViT has {', '.join(INTERPOLATIONS)}")
+            raise ValueError(f"{where}: interpolation is {shown_value(value)}, AViT has {', '.join(INTERPOLATIONS)}")
         else:
             checked[name] = value
     try:
@@ -256,7 +257,7 @@ def _shards(index: Path) -> dict[str, np.ndarray]:
     for name, file in mapping.items():
         # A plain name in this very folder: a stranger's index must not read files from elsewhere.
         if not isinstance(file, str) or not re.fullmatch(r"[\w-][\w.-]{0,200}", file):
-            raise ValueError(f"{index}: the shard {_short(file)} is no plain file name")
+            raise ValueError(f"{index}: the shard {shown_value(file)} is no plain file name")
         files.setdefault(file, set()).add(name)
     state: dict[str, np.ndarray] = {}
     for file in sorted(files):
@@ -266,7 +267,7 @@ def _shards(index: Path) -> dict[str, np.ndarray]:
         shard = read_weight_file(index.parent / file).state
         differ = sorted(names ^ shard.keys())
         if differ:
-            raise ValueError(f"{index.parent / file} does not hold what {index.name} says: {_short(differ[0])}")
+            raise ValueError(f"{index.parent / file} does not hold what {index.name} says: {shown_value(differ[0])}")
         state |= shard
     return state
 
@@ -297,14 +298,3 @@ def _check_image_size(state: dict[str, np.ndarray], told: dict[str, Any], path: 
         raise ValueError(
             f"{path} says image size {height}x{width}, {patches} patches, and pos_embed has {positions.shape[1]} rows"
         )
-
-
-def _short(value: Any) -> str:
-    """A foreign value for a message: of text the start, of anything else the kind."""
-    if isinstance(value, str):
-        return repr(value[:100])
-    if value is None or isinstance(value, (bool, float)) or (isinstance(value, int) and abs(value) < 10**20):
-        return repr(value)
-    if isinstance(value, list) and len(value) <= 4 and all(_is_number(x) and abs(x) < 10**20 for x in value):
-        return repr(value)
-    return f"a {type(value).__name__}"
