@@ -85,9 +85,12 @@ class FolderLock:
         return self
 
     def _taken(self) -> bool:
-        with writing(self._path):
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self._path.open("a+")
+        try:
+            with writing(self._path):
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                self._file = self._path.open("a+")
+        except FileNotFoundError as error:  # where no folder can be, as in /proc
+            raise ValueError(f"the run's folder {self._path.parent} cannot be made: give another --workdir") from error
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -44,7 +44,8 @@ def learning_rate_schedule(config: ConfigDict, steps: int, *, epochs: float, bat
         )
     if config.warmup_epochs >= epochs:
         raise ValueError(
-            f"config.optim.warmup_epochs {config.warmup_epochs} is not below config.epochs {epochs}: lower it"
+            f"config.optim.warmup_epochs {config.warmup_epochs} is not below config.epochs {epochs}: "
+            "lower config.optim.warmup_epochs"
         )
 
     # The first step of each epoch: few images make epochs of a step and a half, or several epochs of one step.

@@ -147,7 +147,8 @@ def find_images(path: Path) -> tuple[list[Path], Path]:
     files = sorted(
         file
         for file in path.rglob("*")
-        if file.is_file() and not any(part.startswith(".") for part in file.relative_to(path).parts)
+        # Pipes and dangling links too: they are read, refused and counted as other unreadable files are.
+        if not file.is_dir() and not any(part.startswith(".") for part in file.relative_to(path).parts)
     )
     if not files:
         raise ValueError(f"--images={path}: the folder is empty")

@@ -329,3 +329,9 @@ def test_the_command_line_says_what_is_wrong(
     assert sentence in error
     assert not (DATA / "out").exists()
     assert not (DATA / "out.onnx").exists()
+
+
+def test_a_place_that_cannot_be_written_to_is_one_sentence(model: avit_jax.AViT) -> None:
+    for name in ("/proc/nothing/x.safetensors", "/proc/x.safetensors"):
+        with pytest.raises(ValueError, match=r"/proc.* cannot be written to .*: give another folder"):
+            avit_jax.save_torch(model, name)

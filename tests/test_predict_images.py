@@ -1,5 +1,6 @@
 """A person's own pictures: every kind of file is read or named, and each gets its own answer."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ from PIL import Image
 
 import avit_jax
 from avit_jax import Preprocessing
+from avit_jax.data.decode import BadImage, decode
 from avit_jax.evaluation import predict
 from avit_jax.files import writable_folder
 from avit_jax.predict_images import find_images, predict_checkpoint, predict_files, read_class_names
@@ -110,3 +112,13 @@ def test_a_checkpoint_knows_itself(pictures: Path, tmp_path: Path) -> None:
     line, *_ = predict_checkpoint(tmp_path / "model", pictures / "grey.png", folder=tmp_path / "o", class_names=names)
     assert line.split()[1] in "vwxyz"
     assert (tmp_path / "o" / "grey.png.depth.png").exists()
+
+
+def test_pipes_and_dangling_links_are_counted_as_unreadable(tmp_path: Path) -> None:
+    (tmp_path / "gone.png").symlink_to(tmp_path / "nothing")
+    os.mkfifo(tmp_path / "pipe.png")
+    files, _ = find_images(tmp_path)
+    assert [file.name for file in files] == ["gone.png", "pipe.png"]
+    for file in files:
+        with pytest.raises(BadImage, match=file.name):
+            decode(file, file.name)

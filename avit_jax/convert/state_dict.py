@@ -18,6 +18,7 @@ from avit_jax.convert.layouts import Recognised, can_tell_pool, recognise
 from avit_jax.convert.names import LAYER
 from avit_jax.convert.published import CHANGE, described, merged, published
 from avit_jax.convert.weight_files import read_weight_file, write_pth, write_safetensors
+from avit_jax.files import writable_folder
 from avit_jax.model import AViT
 
 
@@ -204,7 +205,7 @@ def _for_torch(name: str, value: np.ndarray) -> np.ndarray:
 def save_torch(model: AViT, path: str | Path) -> None:
     """Write .safetensors, or .pth (which needs torch), for load_state_dict(strict=True); the configuration goes along.
 
-    Raises ValueError for another suffix, a path that exists, and a .pth without torch.
+    Raises ValueError for another suffix, a path that exists or cannot be written to, and a .pth without torch.
     """
     path = Path(path)
     writers = {".safetensors": write_safetensors, ".pth": write_pth, ".pt": write_pth, ".bin": write_pth}
@@ -212,7 +213,7 @@ def save_torch(model: AViT, path: str | Path) -> None:
         raise ValueError(f"{path}: the suffix says the format, give one of {', '.join(writers)}")
     if path.exists():
         raise ValueError(f"{path} exists already: choose another path or remove it")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    writable_folder(path.parent)
     partial = path.with_name(path.name + ".partial")
     writers[path.suffix](to_torch_state_dict(model), model.config, partial)
     partial.rename(path)
