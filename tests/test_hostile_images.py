@@ -4,6 +4,8 @@ import io
 import os
 import random
 import struct
+import subprocess
+import sys
 import tracemalloc
 import zlib
 from collections.abc import Callable
@@ -337,3 +339,67 @@ def test_names_are_printed_escaped_and_pictures_of_them_are_written(tmp_path: Pa
     assert picture_path(out, Path("plain/é.jpg")) == out / "plain/é.jpg.depth.png"
     deep = picture_path(out, Path(*["y" * 250] * 12, "z.png"))
     assert deep.parent == out and len(deep.name) <= 255
+
+
+def strips(count: int) -> bytes:
+    """A TIFF of one column in `count` strips, which all have the same bytes."""
+    tables = 16 + 8 * count
+    tags = [(256, 1), (257, count), (258, 8), (259, 1), (262, 1), (277, 1), (278, 1)]
+    entries = [struct.pack("<2H2I", tag, 4, 1, value) for tag, value in tags]
+    entries.insert(5, struct.pack("<2H2I", 273, 4, count, 16))
+    entries.append(struct.pack("<2H2I", 279, 4, count, 16 + 4 * count))
+    lengths = struct.pack("<I", 8) * count + struct.pack("<I", 1) * count
+    return struct.pack("<2sHI8x", b"II", 42, tables) + lengths + struct.pack("<H", 9) + b"".join(entries) + bytes(4)
+
+
+def jpeg_with(part: bytes, times: int) -> bytes:
+    plain = saved(Image.new("L", (8, 8)), "JPEG")
+    return plain[:2] + part * times + plain[2:]
+
+
+GIF = b"GIF89a" + struct.pack("<2H3B", 4, 4, 0x80, 0, 0) + bytes(6)
+BMP_RLE = struct.pack("<2sI4xI", b"BM", 0, 54) + struct.pack("<I2i2H6I", 40, 2000, 1999, 1, 8, 1, 0, 0, 0, 256, 0)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (lambda: b"P6\n#" + b"c" * 200_000, "in its header"),
+        (lambda: b"P6\n" + b" " * 200_000, "in its header"),
+        (lambda: GIF + b"!\xfe\x01a\0" * 50_000, "in its header"),
+        (lambda: GIF + bytes(200_000), "in its header"),
+        (lambda: png(4, 4, *[(b"tEXt", b"a\0b")] * 50_000), "in its header"),
+        (lambda: jpeg_with(b"\xff\xfe\0\x02", 100_000), "in its header"),
+        (lambda: jpeg_with(b"\xff\xe1\xff\xffExif\0\0" + bytes(65527), 300), "in its header"),
+        (lambda: strips(100_001), "strips"),
+        (lambda: b"P5\n1000 1001\n100\n" + bytes(1_001_000), "unusual depth"),
+        (lambda: BMP_RLE + bytes(1024 + 8_000_001), "run-length"),
+    ],
+)
+def test_files_that_pillow_reads_piece_by_piece_in_python_are_refused_in_time(
+    content: Callable[[], bytes], reason: str
+) -> None:
+    with pytest.raises(BadImage, match=f"a.jpg .*{reason}"):
+        decode(content(), "a.jpg")
+
+
+def test_ordinary_metadata_is_no_reason_to_refuse() -> None:
+    picture = saved(Image.effect_noise((64, 48), 50), "PNG")
+    long_comment = b"P6\n#" + b"c" * 2000 + b"\n2 2\n255\n" + bytes(12)
+    many_parts = jpeg_with(b"\xff\xe2\xff\xff" + bytes(65533), 100)  # 6.5 MB before the picture
+    sixteen_bits = b"P6\n20 20\n1000\n" + bytes(2400)
+    for content in (picture, long_comment, many_parts, sixteen_bits, strips(2000)):
+        decode(content, "a picture")
+
+
+def test_pillow_does_not_fill_the_terminal_with_what_it_says_of_damaged_tags() -> None:
+    # In a process of its own: pytest sets its own filters.
+    tags = b"".join(struct.pack("<2H2I", tag, 4, 2**30, 8) for tag in range(2000))
+    tiff = struct.pack("<2sHIH", b"II", 42, 8, 2000) + tags + bytes(4)
+    code = (
+        "import sys; from avit_jax.data.decode import decode\n"
+        "try: decode(sys.stdin.buffer.read(), 'x')\nexcept ValueError: print('refused')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], input=tiff, capture_output=True, timeout=60)
+    assert done.returncode == 0
+    assert (done.stdout, done.stderr) == (b"refused\n", b"")

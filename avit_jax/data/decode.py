@@ -4,6 +4,7 @@ import io
 import os
 import re
 import stat
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -16,13 +17,20 @@ from avit_jax.files import shown
 # Pillow only warns of pictures above 89 megapixels, and goes on to decode them: here that is an error.
 warnings.simplefilter("error", Image.DecompressionBombWarning)
 
+# Pillow warns of every damaged tag, which can be megabytes of text; what matters is whether the picture can be read.
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
+
 # Whatever a file is called, nothing else is tried: Pillow hands EPS to Ghostscript, and has forty rarely used decoders.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 MAX_FILE_SIZE = 256_000_000  # bytes
 MAX_SIDE = 1_000_000  # pixels; Pillow keeps a pointer for each row
 MAX_SCANNED_PIXELS = 2_000_000_000  # of all scans of a JPEG together: libjpeg goes over the whole picture in each
+MAX_HEADER_READS = 100_000  # pieces of a file that Pillow asks for, in Python, before it knows the size of the picture
+MAX_JPEG_HEADER = 2**24  # bytes before the picture; Pillow copies them again for each part of them
+MAX_TILES = 100_000  # strips of a TIFF, which Pillow reads one by one in Python
 MAX_SLOW_PIXELS = 4_000_000  # of a run-length encoded BMP, which Pillow decodes in Python, 10 million a second
-MAX_SLOW_BYTES = 4_000_000  # of a PPM in plain text, which it decodes in Python too
+MAX_SLOWEST_PIXELS = 1_000_000  # of a PPM whose largest value is not 255: Pillow decodes each pixel in Python
+MAX_SLOW_BYTES = 4_000_000  # of a PPM in plain text, which it decodes in Python too; twice as many of such a BMP
 
 
 class BadData(ValueError):
@@ -37,6 +45,26 @@ class _Refused(Exception):
     """A picture that would take too much time or memory."""
 
 
+class _Header(io.BytesIO):
+    """A picture's file; until `counting` is set to False it counts what Pillow reads."""
+
+    def __init__(self, data: bytes) -> None:
+        super().__init__(data)
+        self.counting = True
+        self._reads_left = MAX_HEADER_READS
+        self._bytes_left = MAX_JPEG_HEADER if data.startswith(b"\xff\xd8") else sys.maxsize
+
+    def read(self, size: int | None = -1) -> bytes:
+        """At most `size` bytes. Raises _Refused where the header has far more parts than any picture's."""
+        found = super().read(size)
+        if self.counting:
+            self._reads_left -= 1
+            self._bytes_left -= len(found)
+            if self._reads_left < 0 or self._bytes_left < 0:
+                raise _Refused("has far more in its header than a picture needs: save it again")
+        return found
+
+
 def decode(source: bytes | Path, name: str | Callable[[], str], *, upright: bool = False) -> Image.Image:
     """The picture in mode RGB, as PyTorch's loader has it: alpha is dropped, CMYK converted; the first of several.
 
@@ -46,7 +74,9 @@ def decode(source: bytes | Path, name: str | Callable[[], str], *, upright: bool
     """
     try:
         data = source if isinstance(source, bytes) else read_file(source)
-        with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
+        header = _Header(data)
+        with Image.open(header, formats=FORMATS) as picture:
+            header.counting = False
             _check_cost(picture, data)
             picture.load()
             rgb = as_rgb(picture)
@@ -92,8 +122,16 @@ def _check_cost(picture: ImageFile.ImageFile, data: bytes) -> None:
         scans = _count_scans(data)
         if scans * width * height > MAX_SCANNED_PIXELS and scans > 4:  # 4: one for each component
             raise _Refused(f"is a JPEG of {scans} scans, too many for {width} x {height} pixels: save it again")
-    if picture.format == "BMP" and width * height > MAX_SLOW_PIXELS and picture.tile[0][0] == "bmp_rle":
-        raise _Refused(f"is a run-length encoded BMP of more than {MAX_SLOW_PIXELS:,} pixels: save it as PNG")
+    if len(picture.tile) > MAX_TILES:
+        raise _Refused(f"has its pixels in {len(picture.tile):,} strips, and {MAX_TILES:,} are enough: save it again")
+    if picture.format == "PPM" and width * height > MAX_SLOWEST_PIXELS and picture.tile[0][0] == "ppm":
+        raise _Refused(f"is a PPM of unusual depth and more than {MAX_SLOWEST_PIXELS:,} pixels: save it as PNG")
+    slow = width * height > MAX_SLOW_PIXELS or len(data) > 2 * MAX_SLOW_BYTES
+    if picture.format == "BMP" and slow and picture.tile[0][0] == "bmp_rle":
+        raise _Refused(
+            f"is a run-length encoded BMP of more than {MAX_SLOW_PIXELS:,} pixels or {2 * MAX_SLOW_BYTES / 1e6:.0f} MB"
+            ": save it as PNG"
+        )
     if picture.format == "PPM" and len(data) > MAX_SLOW_BYTES and picture.tile[0][0] == "ppm_plain":
         raise _Refused(f"is a PPM in plain text of more than {MAX_SLOW_BYTES / 1e6:.0f} MB: save it as PNG")
 
