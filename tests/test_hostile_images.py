@@ -403,3 +403,16 @@ def test_pillow_does_not_fill_the_terminal_with_what_it_says_of_damaged_tags() -
     done = subprocess.run([sys.executable, "-c", code], input=tiff, capture_output=True, timeout=60)
     assert done.returncode == 0
     assert (done.stdout, done.stderr) == (b"refused\n", b"")
+
+
+@pytest.mark.parametrize(
+    ("mode", "form", "side"), [("L", "PNG", 6_800), ("RGBA", "PNG", 5_200), ("RGB", "WEBP", 3_600)]
+)
+def test_small_files_of_large_pictures_are_bombs(mode: str, form: str, side: int) -> None:
+    file = io.BytesIO()
+    Image.new(mode, (side, side)).save(file, form, compress_level=6, lossless=True, quality=0, method=0)
+    with pytest.raises(BadImage, match="takes about .* MB to decode and its file has 0.. MB, .* decompression bomb"):
+        decode(file.getvalue(), "bomb")
+    file = io.BytesIO()
+    Image.new(mode, (side // 2, side // 2)).save(file, form, compress_level=6, lossless=True, quality=0, method=0)
+    assert decode(file.getvalue(), "flat").size == (side // 2, side // 2)

@@ -28,6 +28,8 @@ MAX_SCANNED_PIXELS = 2_000_000_000  # of all scans of a JPEG together: libjpeg g
 MAX_HEADER_READS = 100_000  # pieces of a file that Pillow asks for, in Python, before it knows the size of the picture
 MAX_JPEG_HEADER = 2**24  # bytes before the picture; Pillow copies them again for each part of them
 MAX_TILES = 100_000  # strips of a TIFF, which Pillow reads one by one in Python
+FREE_MEMORY = 190_000_000  # bytes that any picture may take while it is decoded
+MEMORY_PER_BYTE = 200  # and as many for each byte of its file: photographs take far less, bombs up to a million
 MAX_SLOW_PIXELS = 4_000_000  # of a run-length encoded BMP, which Pillow decodes in Python, 10 million a second
 MAX_SLOWEST_PIXELS = 1_000_000  # of a PPM whose largest value is not 255: Pillow decodes each pixel in Python
 MAX_SLOW_BYTES = 4_000_000  # of a PPM in plain text, which it decodes in Python too; twice as many of such a BMP
@@ -118,6 +120,12 @@ def _check_cost(picture: ImageFile.ImageFile, data: bytes) -> None:
         raise Image.DecompressionBombError  # where a program has reset the warnings
     if max(width, height) > MAX_SIDE:
         raise _Refused(f"is {width} x {height} pixels, and a side may have {MAX_SIDE:,}: make it smaller")
+    needed = width * height * _bytes_a_pixel(picture)
+    if needed > FREE_MEMORY + MEMORY_PER_BYTE * len(data):
+        raise _Refused(
+            f"takes about {needed / 1e6:.0f} MB to decode and its file has {len(data) / 1e6:.1f} MB, which may be a "
+            "decompression bomb: make it smaller"
+        )
     if picture.format in ("JPEG", "MPO"):
         scans = _count_scans(data)
         if scans * width * height > MAX_SCANNED_PIXELS and scans > 4:  # 4: one for each component
@@ -134,6 +142,13 @@ def _check_cost(picture: ImageFile.ImageFile, data: bytes) -> None:
         )
     if picture.format == "PPM" and len(data) > MAX_SLOW_BYTES and picture.tile[0][0] == "ppm_plain":
         raise _Refused(f"is a PPM in plain text of more than {MAX_SLOW_BYTES / 1e6:.0f} MB: save it as PNG")
+
+
+def _bytes_a_pixel(picture: ImageFile.ImageFile) -> int:
+    """Memory that decoding to RGB takes at its peak, as measured with Pillow 13, rounded up."""
+    if picture.format == "WEBP":  # libwebp's reader of animations holds several canvases
+        return 16
+    return 5 if picture.mode in ("1", "L", "P", "RGB") else 9
 
 
 def _count_scans(data: bytes) -> int:
