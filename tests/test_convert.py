@@ -335,3 +335,10 @@ def test_a_place_that_cannot_be_written_to_is_one_sentence(model: avit_jax.AViT)
     for name in ("/proc/nothing/x.safetensors", "/proc/x.safetensors"):
         with pytest.raises(ValueError, match=r"/proc.* cannot be written to .*: give another folder"):
             avit_jax.save_torch(model, name)
+
+
+def test_more_positions_than_any_image_has_are_refused() -> None:
+    state = timm_state()
+    state["pos_embed"] = np.broadcast_to(np.float32(0), (1, 2**20 + 1, state["pos_embed"].shape[-1]))
+    with pytest.raises(ValueError, match=r"pos_embed has shape \(1, 1048577, 16\): no more than 131072 tokens"):
+        avit_jax.from_torch_state_dict(state, num_heads=2)

@@ -11,6 +11,7 @@ from avit_jax.convert.names import AUGREG, EXTRAS, FAMILIES, HUGGING_FACE, LAYER
 
 State = dict[str, np.ndarray]
 _MOST_TENSORS = 20_000  # DINO's largest checkpoints, teacher and student, have some 2,000
+_MOST_TOKENS = 2**17  # 1,448 x 1,448 pixels in patches of 4
 
 
 @dataclasses.dataclass
@@ -61,6 +62,10 @@ def recognise(source: State) -> Recognised:
     traits: dict[str, Any] = {}
     if family is AUGREG:
         state, traits = _from_augreg(state)
+    positions = state.get("pos_embed")
+    if positions is not None and max(positions.shape, default=0) > _MOST_TOKENS:
+        # A few bytes can say any number of them, and the whole model is as wide.
+        raise ValueError(f"pos_embed has shape {positions.shape}: no more than {_MOST_TOKENS} tokens make sense")
     result = Recognised(family.name, kind, _joined_query_key_value(state), traits, extras, notes)
     _fold_layer_scale(result)
     if head_on_class_token and "dist_token" in result.state and "head.bias" in result.state:
