@@ -42,6 +42,7 @@ from avit_jax import AViT
 from avit_jax.config import AViTConfig, config_from
 from avit_jax.files import write_json
 from avit_jax.mesh import batch_sharding, replicated, state_shardings
+from avit_jax.model_settings import given_fields
 from avit_jax.optim import learning_rate_schedule, make_optimizer
 from avit_jax.packed import packed_program
 from avit_jax.plan import default_plan
@@ -73,8 +74,8 @@ def experiment(size: str, topology: str) -> ConfigDict:
 
 def model_of(config: ConfigDict) -> AViTConfig:
     """The architecture of config.model."""
-    fields = dict(config.model)
-    return config_from(fields.pop("preset", None), **fields)
+    preset, fields = given_fields(config.model)
+    return config_from(preset, **fields)
 
 
 def compile_train_step(config: ConfigDict, mesh: Mesh) -> Any:
