@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 
 from avit_jax.convert.foreign import refuse_foreign_architectures
+from avit_jax.convert.limits import MAX_TENSORS
 from avit_jax.convert.names import AUGREG, EXTRAS, FAMILIES, HUGGING_FACE, LAYER, TIMM, TORCHVISION, Family, renamed
 
 State = dict[str, np.ndarray]
-_MOST_TENSORS = 20_000  # DINO's largest checkpoints, teacher and student, have some 2,000
 _MOST_TOKENS = 2**17  # 1,448 x 1,448 pixels in patches of 4
 
 
@@ -33,8 +33,8 @@ def recognise(source: State) -> Recognised:
     timm's, Hugging Face's, torchvision's and AugReg's, and for an architecture that this project does not have.
     """
     names = list(source)
-    if len(names) > _MOST_TENSORS:
-        raise ValueError(f"it has {len(names)} tensors: no vision transformer has more than {_MOST_TENSORS}")
+    if len(names) > MAX_TENSORS:
+        raise ValueError(f"it has {len(names)} tensors: no vision transformer has more than {MAX_TENSORS}")
     refuse_foreign_architectures(names)
     family, prefix, notes = _family(names)
     extras = [name for name in names if EXTRAS.fullmatch(name)]
