@@ -65,7 +65,10 @@ class StepClock:
     def trace(self, step: int) -> None:
         """Called before each step: starts and ends the trace; a run that goes on in the middle of it has none."""
         if self._steps and step == self._first and not self._tracing:
-            jax.profiler.start_trace(str(self._trace_folder), create_perfetto_trace=True)
+            # Python's own tracer hooks every thread, and crashed beside the threads that write a checkpoint.
+            options = jax.profiler.ProfileOptions()
+            options.python_tracer_level = 0
+            jax.profiler.start_trace(str(self._trace_folder), create_perfetto_trace=True, profiler_options=options)
             self._tracing = True
         if self._tracing and step == self._first + self._steps:
             jax.profiler.stop_trace()
