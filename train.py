@@ -4,7 +4,7 @@ import time
 
 BEGAN = time.perf_counter()  # before the imports, which the user waits for too
 
-from avit_jax.train import main  # noqa: E402
+from avit_jax.commands.train import main  # noqa: E402
 
 if __name__ == "__main__":
     main(BEGAN)

@@ -2,17 +2,17 @@
 
 from typing import TYPE_CHECKING, Any
 
-from avit_jax.checkpoint import load, save
-from avit_jax.config import PRESETS, AViTConfig, Preprocessing
-from avit_jax.convert import from_torch_state_dict, save_torch, to_torch_state_dict
-from avit_jax.gate_start import start_gate
-from avit_jax.model import AViT, AViTOutput, create
-from avit_jax.packed import PackedModel, compile_packed
-from avit_jax.plan import PackedPlan, plan_packed
-from avit_jax.preprocessing import preprocess
+from avit_jax.checkpoints.convert import from_torch_state_dict, save_torch, to_torch_state_dict
+from avit_jax.checkpoints.model_folder import load, save
+from avit_jax.data.preprocessing import preprocess
+from avit_jax.execution.packed import PackedModel, compile_packed
+from avit_jax.execution.plan import PackedPlan, plan_packed
+from avit_jax.model.config import PRESETS, AViTConfig, Preprocessing
+from avit_jax.model.vit import AViT, AViTOutput, create
+from avit_jax.train.gate_start import start_gate
 
 if TYPE_CHECKING:
-    from avit_jax.experiment import train_model
+    from avit_jax.commands.run import train_model
 
 __version__ = "0.1.0"  # pyproject.toml reads it here
 
@@ -42,7 +42,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     """Training is imported when it is asked for: it brings the data pipeline and matplotlib."""
     if name == "train_model":
-        from avit_jax.experiment import train_model
+        from avit_jax.commands.run import train_model
 
         return train_model
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -29,9 +29,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import numpy as np
 from tqdm import tqdm
 
-from avit_jax.config import nearest
-from avit_jax.distributed import LOST
-from avit_jax.mesh import available_cores
+from avit_jax.model.config import nearest
+from avit_jax.runtime.mesh import available_cores
+from avit_jax.runtime.processes import LOST
 from benchmarks.real_run import PATIENCE, Failed, Job, check_same
 from benchmarks.results import save_results
 

@@ -40,8 +40,8 @@ from avit_jax.data.open import open_dataset
 from avit_jax.data.pipeline import evaluation_batches, training_batches
 from avit_jax.data.randaugment import RandAugment
 from avit_jax.data.settings import DataSettings
-from avit_jax.files import write_json
-from avit_jax.mesh import available_cores
+from avit_jax.runtime.files import write_json
+from avit_jax.runtime.mesh import available_cores
 
 PARTS = ("speed", "stages", "memory", "start")
 FILES, CLASSES, BATCH = {"train": 2000, "val": 1000}, 4, 50

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from avit_jax import AViTConfig
-from avit_jax.mesh import available_cores
+from avit_jax.runtime.mesh import available_cores
 
 
 def peers(config: AViTConfig, images: np.ndarray) -> Iterator[tuple[str, Callable[[], Any], float]]:

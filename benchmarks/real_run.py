@@ -15,11 +15,11 @@ import numpy as np
 import orbax.checkpoint as ocp
 from ml_collections import ConfigDict
 
-from avit_jax.checkpoint import checkpoint_steps, restore_tree
+from avit_jax.checkpoints.model_folder import checkpoint_steps, restore_tree
 from avit_jax.data.sources import load_dataset
-from avit_jax.files import read_json
-from avit_jax.logs import read_metrics
-from avit_jax.speed import TIMES
+from avit_jax.runtime.files import read_json
+from avit_jax.train.clock import TIMES
+from avit_jax.train.logs import read_metrics
 from configs import npz_avit
 
 ROOT = Path(__file__).parents[1]

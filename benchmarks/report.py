@@ -29,10 +29,10 @@ from PIL import Image
 from avit_jax import AViT, AViTConfig, Preprocessing
 from avit_jax.data.settings import DataSettings
 from avit_jax.data.sources import Images, Split
-from avit_jax.evaluation import evaluate
-from avit_jax.mesh import data_mesh, use_all_cores
+from avit_jax.evaluate.figures import evaluate
 from avit_jax.report.speed import environment
 from avit_jax.report.writer import Subject, write_report
+from avit_jax.runtime.mesh import data_mesh, use_all_cores
 from benchmarks.results import save_results
 
 SIZES = ((28, 2_000), (28, 10_000), (224, 2_000), (224, 6_000))

@@ -6,8 +6,8 @@ from typing import Any
 
 import jax
 
-from avit_jax.files import write_json
-from avit_jax.mesh import available_cores
+from avit_jax.runtime.files import write_json
+from avit_jax.runtime.mesh import available_cores
 
 
 def machine() -> str:

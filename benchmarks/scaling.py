@@ -26,7 +26,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from avit_jax.mesh import available_cores
+from avit_jax.runtime.mesh import available_cores
 from benchmarks.results import save_results
 
 ROOT = Path(__file__).parents[1]
@@ -88,11 +88,11 @@ def _answer(worker: subprocess.Popen[str]) -> str:
 def trained(checkpoint_every: int, steps: int) -> dict[str, float]:
     """The default job's first steps: seconds of the loop after the first log line, and shares of them spent waiting."""
     from avit_jax import load
+    from avit_jax.commands.run import initial_model
     from avit_jax.data.open import open_dataset
     from avit_jax.data.settings import DataSettings
-    from avit_jax.experiment import initial_model
-    from avit_jax.logs import read_metrics
-    from avit_jax.training import train
+    from avit_jax.train.logs import read_metrics
+    from avit_jax.train.loop import train
     from configs import mnist_avit
 
     config = mnist_avit.get_config()
@@ -122,7 +122,7 @@ def checkpoints(rounds: int, steps: int) -> dict[str, list[dict[str, float]]]:
     """Runs with checkpoints and without, in turn, in this process."""
     import jax
 
-    from avit_jax.mesh import use_all_cores
+    from avit_jax.runtime.mesh import use_all_cores
 
     use_all_cores()
     jax.config.update("jax_compilation_cache_dir", tempfile.mkdtemp())  # each run builds its step anew

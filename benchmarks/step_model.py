@@ -3,8 +3,8 @@
     python benchmarks/step_model.py                             the tables of docs/scaling.md, and docs/scaling.png
 
 step = work + update + sums, one after the other: nothing is assumed to hide behind anything else.
-- work: 4 forward passes' multiply-adds (1 forward, 2 backward, 1 again for remat) of avit_jax.flops, 2 flops each, at
-  40 % of the peak bfloat16 matmul rate. An A-ViT trains masked: it costs what its DeiT costs.
+- work: 4 forward passes' multiply-adds (1 forward, 2 backward, 1 again for remat) of avit_jax.execution.work, 2 flops
+  each, at 40 % of the peak bfloat16 matmul rate. An A-ViT trains masked: it costs what its DeiT costs.
 - update: AdamW and the moving average read and write 36 bytes a parameter at the memory's stated rate.
 - sums: 26 sums of gradients in a step, as the compiled program has (benchmarks/tpu_compile.py), of 2 bytes a parameter
   of the blocks and 4 of the others; a ring moves 2 (n - 1) / n of that through every device, at 80 % of its links'
@@ -25,8 +25,8 @@ import jax
 from flax import nnx
 
 from avit_jax import AViT
-from avit_jax.config import config_from
-from avit_jax.evaluation import whole_gmacs
+from avit_jax.evaluate.figures import whole_gmacs
+from avit_jax.model.config import config_from
 from benchmarks.results import save_results
 
 PASSES, MATMUL_SHARE, LINK_SHARE = 4, 0.4, 0.8

@@ -30,10 +30,10 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from avit_jax import PRESETS, AViT, AViTConfig, compile_packed
-from avit_jax.evaluation import config_gmacs, whole_gmacs
-from avit_jax.layers import Block
-from avit_jax.mesh import batch_sharding, data_mesh, replicated, use_all_cores
-from avit_jax.plan import plan_packed
+from avit_jax.evaluate.figures import config_gmacs, whole_gmacs
+from avit_jax.execution.plan import plan_packed
+from avit_jax.model.layers import Block
+from avit_jax.runtime.mesh import batch_sharding, data_mesh, replicated, use_all_cores
 from benchmarks.drawn import dense_parts, drawn_depths, drawn_images, drawn_model, in_bfloat16
 from benchmarks.peers import peers
 from benchmarks.results import machine, save_results

@@ -39,14 +39,14 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from avit_jax import AViT
-from avit_jax.config import AViTConfig, config_from
-from avit_jax.files import write_json
-from avit_jax.mesh import batch_sharding, replicated, state_shardings
-from avit_jax.model_settings import given_fields
-from avit_jax.optim import learning_rate_schedule, make_optimizer
-from avit_jax.packed import packed_program
-from avit_jax.plan import default_plan
-from avit_jax.train_step import TrainState, build_train_step
+from avit_jax.execution.packed import packed_program
+from avit_jax.execution.plan import default_plan
+from avit_jax.model.config import AViTConfig, config_from
+from avit_jax.model.settings import given_fields
+from avit_jax.runtime.files import write_json
+from avit_jax.runtime.mesh import batch_sharding, replicated, state_shardings
+from avit_jax.train.optim import learning_rate_schedule, make_optimizer
+from avit_jax.train.step import TrainState, build_train_step
 from benchmarks.collectives import collectives, said, what_crosses
 from configs import imagenet_avit
 

@@ -24,10 +24,10 @@ import numpy as np
 from flax import nnx
 
 from avit_jax import PRESETS, AViT, AViTConfig
-from avit_jax.config import config_from, nearest
-from avit_jax.mesh import available_cores, global_batch, training_mesh, use_all_cores
-from avit_jax.optim import learning_rate_schedule, make_optimizer
-from avit_jax.train_step import initial_state, make_train_step
+from avit_jax.model.config import config_from, nearest
+from avit_jax.runtime.mesh import available_cores, global_batch, training_mesh, use_all_cores
+from avit_jax.train.optim import learning_rate_schedule, make_optimizer
+from avit_jax.train.step import initial_state, make_train_step
 from benchmarks.results import machine, save_results
 from configs import mnist_avit
 

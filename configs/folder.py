@@ -23,7 +23,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from avit_jax.model_settings import model_settings
+from avit_jax.model.settings import model_settings
 from configs import mnist_dense
 
 

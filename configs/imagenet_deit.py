@@ -19,7 +19,7 @@ v5e-256 a batch of 1024 leaves 4 images to a chip; sums of gradients then take m
 
 from ml_collections import ConfigDict
 
-from avit_jax.model_settings import model_settings
+from avit_jax.model.settings import model_settings
 from configs import mnist_dense
 
 LEARNING_RATES = {"tiny": 5e-4, "small": 5e-4, "base": 5e-4}  # for a batch of 512

@@ -10,7 +10,7 @@ import dataclasses
 from ml_collections import ConfigDict
 
 from avit_jax.data.settings import AugmentSettings, DataSettings
-from avit_jax.model_settings import model_settings
+from avit_jax.model.settings import model_settings
 
 
 def get_config(arg: str = "") -> ConfigDict:

@@ -15,7 +15,7 @@ import jax
 import pytest
 
 from avit_jax import AViT, AViTConfig
-from tests.builders import small_config, spread_gate
+from tests.harness.builders import small_config, spread_gate
 
 
 @pytest.fixture

@@ -12,9 +12,9 @@ from flax import nnx
 
 import avit_jax
 from avit_jax import AViT, Preprocessing
-from avit_jax.checkpoint import checkpoint_steps
-from avit_jax.run_checkpoints import RunCheckpoints
-from tests.builders import small_config, spread_gate
+from avit_jax.checkpoints.model_folder import checkpoint_steps
+from avit_jax.checkpoints.run_checkpoints import RunCheckpoints
+from tests.harness.builders import small_config, spread_gate
 
 
 @pytest.fixture

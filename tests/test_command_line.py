@@ -9,16 +9,16 @@ from absl import flags
 from ml_collections import ConfigDict
 
 import avit_jax
-from avit_jax import dry_run as dry_run_module
-from avit_jax import memory
-from avit_jax.cli import check_keys, check_options, with_config
-from avit_jax.command_help import help_text
-from avit_jax.config_files import SHIPPED, load_config, shipped_configs
+from avit_jax.commands import dry_run as dry_run_module
+from avit_jax.commands.command_line import check_keys, check_options, with_config
+from avit_jax.commands.config_files import SHIPPED, load_config, shipped_configs
+from avit_jax.commands.dry_run import dry_run
+from avit_jax.commands.help import help_text
 from avit_jax.data.settings import DataSettings
-from avit_jax.dry_run import dry_run
-from avit_jax.memory import device_memory, host_memory
-from avit_jax.mesh import training_mesh
-from tests.builders import tiny_experiment
+from avit_jax.runtime import memory
+from avit_jax.runtime.memory import device_memory, host_memory
+from avit_jax.runtime.mesh import training_mesh
+from tests.harness.builders import tiny_experiment
 
 
 def check(argv: list[str], own: list[str]) -> None:

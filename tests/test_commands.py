@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import avit_jax
-from tests.builders import quick_start, toy_arrays
+from tests.harness.builders import quick_start, toy_arrays
 
 ROOT = Path(__file__).parents[1]
 
@@ -163,8 +163,8 @@ def test_the_installed_package_has_all_its_parts(installed: Path) -> None:
 @pytest.mark.parametrize(
     ("module", "arguments", "sentence"),
     [
-        ("avit_jax.train", ["--config=configs/mnist_avit.py"], "there is no checkpoint at checkpoints/mnist_dense (config.init_from): it comes with the repository"),
-        ("avit_jax.eval", ["--config=folder:dense,none"], "there is no checkpoint at runs/none_dense"),
+        ("avit_jax.commands.train", ["--config=configs/mnist_avit.py"], "there is no checkpoint at checkpoints/mnist_dense (config.init_from): it comes with the repository"),
+        ("avit_jax.commands.eval", ["--config=folder:dense,none"], "there is no checkpoint at runs/none_dense"),
     ],
 )  # fmt: skip
 def test_the_installed_commands_run_anywhere(

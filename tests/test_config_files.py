@@ -16,17 +16,17 @@ from PIL import Image
 
 import avit_jax
 from avit_jax import AViTConfig
-from avit_jax.checkpoint_evaluation import evaluate_checkpoint
-from avit_jax.checks import check_starts, check_values, resolved
-from avit_jax.config_files import SHIPPED, find_config, load_config, shipped_configs
+from avit_jax.commands.checks import check_starts, check_values, resolved
+from avit_jax.commands.config_files import SHIPPED, find_config, load_config, shipped_configs
+from avit_jax.commands.evaluate_checkpoint import evaluate_checkpoint
+from avit_jax.commands.run import format_summary, initial_model, model_config
+from avit_jax.commands.run_config import config_of_checkpoint, get_config
 from avit_jax.data.open import open_dataset
 from avit_jax.data.settings import DataSettings
-from avit_jax.evaluation import evaluate
-from avit_jax.experiment import format_summary, initial_model, model_config
-from avit_jax.files import write_json
-from avit_jax.model_settings import given_fields
-from avit_jax.run_config import config_of_checkpoint, get_config
-from tests.builders import small_config, spread_gate, tiny_experiment
+from avit_jax.evaluate.figures import evaluate
+from avit_jax.model.settings import given_fields
+from avit_jax.runtime.files import write_json
+from tests.harness.builders import small_config, spread_gate, tiny_experiment
 
 SPECS = [
     "mnist_dense",
@@ -68,7 +68,7 @@ def test_every_field_can_be_set_on_the_command_line(spec: str) -> None:
     values |= {"num_classes": 7, "drop_path_rate": 0.35}
     config = parsed(spec, *(f"--config.model.{name}={value}" for name, value in values.items()))
     preset, fields = given_fields(config.model)
-    model = avit_jax.config.config_from(preset, **fields)
+    model = avit_jax.model.config.config_from(preset, **fields)
     assert {name: getattr(model, name) for name in values} == values
 
 
@@ -84,7 +84,7 @@ def test_an_image_size_may_have_two_sides() -> None:
 
 def test_what_a_config_leaves_open_is_the_presets() -> None:
     preset, fields = given_fields(load_config("imagenet_avit:tiny").model)
-    assert avit_jax.config.config_from(preset, **fields).embed_dim == 192
+    assert avit_jax.model.config.config_from(preset, **fields).embed_dim == 192
     assert "embed_dim" not in fields
 
 

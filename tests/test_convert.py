@@ -7,12 +7,12 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from avit_jax.checkpoints.convert.__main__ import main
 from flax import nnx
 
 import avit_jax
-from avit_jax.convert.__main__ import main
-from avit_jax.convert.positions import resize_positions
-from tests.builders import small_config, spread_gate
+from avit_jax.checkpoints.convert.positions import resize_positions
+from tests.harness.builders import small_config, spread_gate
 
 DATA = Path(__file__).parent / "data"
 State = dict[str, np.ndarray]

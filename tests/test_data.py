@@ -12,7 +12,7 @@ from avit_jax.data.augment import affine
 from avit_jax.data.device import DeviceBatches
 from avit_jax.data.pipeline import evaluation_batches, training_batches
 from avit_jax.data.sources import Dataset, Split, load_dataset
-from tests.builders import small_config, toy_arrays
+from tests.harness.builders import small_config, toy_arrays
 
 PLAIN = {"rotate": 0.0, "scale": 0.0, "shear": 0.0, "translate": 0.0}
 

@@ -6,12 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from avit_jax.data.account import check_data, data_account
 from avit_jax.data.folder import load_folder
 from avit_jax.data.settings import DataSettings
 from avit_jax.data.sources import load_dataset
-from avit_jax.data_account import check_data, data_account
-from avit_jax.files import write_json
-from tests.builders import toy_arrays
+from avit_jax.runtime.files import write_json
+from tests.harness.builders import toy_arrays
 
 
 def begun(workdir: Path, account: dict[str, object]) -> Path:

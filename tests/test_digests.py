@@ -14,10 +14,10 @@ import pytest
 from flax import nnx
 
 import avit_jax
-from avit_jax.checkpoint import add_digests
-from avit_jax.digests import check_digests, json_digest, tree_digests
-from avit_jax.run_checkpoints import RunCheckpoints
-from tests.builders import small_config, spread_gate
+from avit_jax.checkpoints.digests import check_digests, json_digest, tree_digests
+from avit_jax.checkpoints.model_folder import add_digests
+from avit_jax.checkpoints.run_checkpoints import RunCheckpoints
+from tests.harness.builders import small_config, spread_gate
 from tests.test_checkpoint import ITEMS, write_steps
 
 

@@ -12,16 +12,17 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from avit_jax import cli, training
-from avit_jax.checkpoint import checkpoint_steps
-from avit_jax.checks import check_values
-from avit_jax.experiment import run
-from avit_jax.interruption import FolderLock
-from avit_jax.logs import read_metrics
-from avit_jax.mesh import state_shardings, training_mesh
-from avit_jax.training import Stopped
+from avit_jax.checkpoints.model_folder import checkpoint_steps
+from avit_jax.commands import command_line as cli
+from avit_jax.commands.checks import check_values
+from avit_jax.commands.run import run
+from avit_jax.runtime.mesh import state_shardings, training_mesh
+from avit_jax.runtime.signals import FolderLock
+from avit_jax.train import loop as training
+from avit_jax.train.logs import read_metrics
+from avit_jax.train.loop import Stopped
 from configs import mnist_avit
-from tests.builders import tiny_experiment
+from tests.harness.builders import tiny_experiment
 from tests.test_training import leaves, lines_without_times
 
 

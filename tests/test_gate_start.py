@@ -15,8 +15,8 @@ from PIL import Image
 
 import avit_jax
 from avit_jax import PRESETS, AViT, AViTConfig
-from avit_jax.gate_start import free_channel_0, start_gate
-from tests.builders import small_config, spread_gate
+from avit_jax.train.gate_start import free_channel_0, start_gate
+from tests.harness.builders import small_config, spread_gate
 
 
 def static_model(**fields: object) -> AViT:

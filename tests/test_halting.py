@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from avit_jax import halting
+from avit_jax.halting import avit as halting
 
 GATE = {"gate_scale": 3.0, "gate_center": 1.0, "halt_epsilon": 0.01}
 BATCH, TOKENS, WIDTH, LAYERS = 4, 9, 6, 7

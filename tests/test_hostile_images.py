@@ -16,15 +16,16 @@ import pytest
 from flax import nnx
 from PIL import Image, ImageFile
 
-from avit_jax import AViT, AViTConfig, Preprocessing, predict_images, preprocess, preprocessing
+from avit_jax import AViT, AViTConfig, Preprocessing, preprocess
+from avit_jax.commands import predict_images
+from avit_jax.commands.predict_images import picture_path, predict_files
 from avit_jax.data import decode as decode_module
-from avit_jax.data import elements
+from avit_jax.data import elements, preprocessing
 from avit_jax.data.crop import RandomResizedCrop
 from avit_jax.data.decode import BadImage, decode
 from avit_jax.data.pipeline import evaluation_batches, training_batches
-from avit_jax.predict_images import picture_path, predict_files
-from avit_jax.preprocessing import LARGEST_RESIZED, RESAMPLING, resize_and_crop
-from tests.builders import small_config
+from avit_jax.data.preprocessing import LARGEST_RESIZED, RESAMPLING, resize_and_crop
+from tests.harness.builders import small_config
 from tests.test_image_files import MODEL, image_folder, opened, own_cache, photograph
 
 __all__ = ["own_cache"]  # a fixture: every test here has a cache of its own

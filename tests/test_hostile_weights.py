@@ -21,12 +21,12 @@ from hypothesis import strategies as st
 
 import avit_jax
 from avit_jax import AViTConfig
-from avit_jax.convert.weight_files import read_weight_file
+from avit_jax.checkpoints.convert.weight_files import read_weight_file
 from avit_jax.data.sources import load_dataset
-from avit_jax.files import read_json, shown, shown_value
-from tests.builders import small_config
-from tests.hostile_files import FLOAT, ONE, npy, npz, strange_files, tensors_file
-from tests.hostile_pickles import (
+from avit_jax.runtime.files import read_json, shown, shown_value
+from tests.harness.builders import small_config
+from tests.harness.hostile_files import FLOAT, ONE, npy, npz, strange_files, tensors_file
+from tests.harness.hostile_pickles import (
     ORDERED,
     START,
     doubled,

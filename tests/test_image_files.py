@@ -15,10 +15,10 @@ from avit_jax.data import folder as folder_module
 from avit_jax.data.decode import BadImage, decode
 from avit_jax.data.open import open_dataset
 from avit_jax.data.pipeline import RepeatedRows, TrainingBatches, evaluation_batches, training_batches
+from avit_jax.data.preprocessing import normalize
 from avit_jax.data.settings import AugmentSettings, DataSettings
 from avit_jax.data.sources import Dataset
-from avit_jax.evaluation import evaluate
-from avit_jax.preprocessing import normalize
+from avit_jax.evaluate.figures import evaluate
 
 MODEL = AViTConfig(image_size=16, patch_size=8, num_classes=3)
 FULL = {"crop_scale": (0.08, 1.0), "flip": 0.5, "randaugment": "rand-m9-mstd0.5-inc1"}

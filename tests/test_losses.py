@@ -7,8 +7,8 @@ import pytest
 import scipy.special
 import scipy.stats
 
-from avit_jax import losses
-from tests.builders import small_config, spread_gate
+from avit_jax.train import losses
+from tests.harness.builders import small_config, spread_gate
 
 H = np.array([0.02, 0.001, 0.1, 0.3, 0.2, 0.15, 0.02, 0.3, 0.25, 0.4, 0.1, 0.05], np.float32)
 

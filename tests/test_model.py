@@ -10,9 +10,11 @@ import scipy.stats
 from flax import nnx
 
 import avit_jax
-from avit_jax import AViT, AViTConfig, halting, layers
-from avit_jax.layers import Block, drop_path
-from tests.builders import small_config, spread_gate
+from avit_jax import AViT, AViTConfig
+from avit_jax.halting import avit as halting
+from avit_jax.model import layers
+from avit_jax.model.layers import Block, drop_path
+from tests.harness.builders import small_config, spread_gate
 
 PARAMETERS = {
     "tiny": 5_717_416,

@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 
 import avit_jax
 from avit_jax import AViT, AViTConfig, PackedPlan, compile_packed, plan_packed
+from avit_jax.data.preprocessing import normalize
 from avit_jax.data.sources import load_dataset
-from avit_jax.gate_start import start_gate
-from avit_jax.plan import default_plan
-from avit_jax.preprocessing import normalize
-from tests.builders import small_config, spread_gate
+from avit_jax.execution.plan import default_plan
+from avit_jax.train.gate_start import start_gate
+from tests.harness.builders import small_config, spread_gate
 
 DATA = Path(__file__).parent / "data"
 PLANS = [(1, (7,)), (2, (2, 4, 7)), (3, (1, 3, 6, 7)), (5, (7,)), (8, (5, 7))]
@@ -258,7 +258,7 @@ def test_a_planned_model_gives_the_same_answers(model: AViT) -> None:
 def test_eight_devices_pack_their_own_images() -> None:
     """In a process of its own, because the number of devices is fixed when JAX starts."""
     environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
-    script = Path(__file__).with_name("packed_on_devices.py")
+    script = Path(__file__).with_name("harness") / "packed_on_devices.py"
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
     assert "8 devices agree" in done.stdout

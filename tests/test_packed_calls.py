@@ -16,7 +16,7 @@ from flax import nnx
 
 import avit_jax
 from avit_jax import AViT, AViTOutput, PackedModel, PackedPlan, compile_packed
-from tests.builders import small_config, spread_gate
+from tests.harness.builders import small_config, spread_gate
 
 IMAGES = np.random.default_rng(3).normal(size=(3, 12, 8, 2)).astype(np.float32)
 

@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 import avit_jax
-from avit_jax import losses
+from avit_jax.train import losses
 
 DATA = Path(__file__).parent / "data"
 NAMES = ("micro-10-30", "micro-5-50", "micro-distilled-10-75")
@@ -47,7 +47,7 @@ def objective(output: avit_jax.AViTOutput, labels: np.ndarray, meta: dict[str, A
 @pytest.mark.parametrize("name", NAMES)
 def test_outputs_and_losses(name: str, remat: bool) -> None:
     model, recorded, meta = golden(name)
-    model.config = avit_jax.config.config_from(None, **(vars(model.config) | {"remat": remat}))
+    model.config = avit_jax.model.config.config_from(None, **(vars(model.config) | {"remat": remat}))
     output = jax.jit(lambda images: model(images))(jnp.asarray(recorded["images"]))
     np.testing.assert_allclose(output.logits, recorded["logits"], atol=1e-5)
     np.testing.assert_array_equal(output.token_depth, recorded["token_depth"])

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 import avit_jax
-from avit_jax.convert.positions import resize_positions
-from avit_jax.convert.weight_files import read_weight_file
-from tests.builders import small_config, spread_gate
-from tests.peers import import_peer
+from avit_jax.checkpoints.convert.positions import resize_positions
+from avit_jax.checkpoints.convert.weight_files import read_weight_file
+from tests.harness.builders import small_config, spread_gate
+from tests.harness.peers import import_peer
 
 torch = pytest.importorskip("torch")
 transformers = import_peer("transformers")

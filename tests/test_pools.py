@@ -10,7 +10,7 @@ import scipy.special
 from flax import nnx
 
 from avit_jax import AViT, AViTConfig, AViTOutput, PackedPlan, compile_packed
-from tests.builders import small_config, spread_gate
+from tests.harness.builders import small_config, spread_gate
 
 NO_GATE = {"gate_scale": None, "gate_center": None}
 PACKED: list[dict[str, object]] = [  # each also executed packed

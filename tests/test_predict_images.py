@@ -9,12 +9,12 @@ from PIL import Image
 
 import avit_jax
 from avit_jax import Preprocessing
+from avit_jax.commands.predict_images import find_images, predict_checkpoint, predict_files, read_class_names
 from avit_jax.data.decode import BadImage, decode
-from avit_jax.evaluation import predict
-from avit_jax.files import writable_folder
-from avit_jax.predict_images import find_images, predict_checkpoint, predict_files, read_class_names
-from avit_jax.preprocessing import denormalize, normalize
-from tests.builders import small_config, spread_gate
+from avit_jax.data.preprocessing import denormalize, normalize
+from avit_jax.evaluate.figures import predict
+from avit_jax.runtime.files import writable_folder
+from tests.harness.builders import small_config, spread_gate
 
 CONFIG = small_config(
     in_channels=1, class_names=("a", "b", "c", "d", "e"), preprocessing=Preprocessing((0.5,), (0.2,), crop_fraction=1.0)

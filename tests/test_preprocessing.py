@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from avit_jax import AViTConfig, Preprocessing, preprocess
-from avit_jax.preprocessing import RESAMPLING, resize_and_crop
+from avit_jax.data.preprocessing import RESAMPLING, resize_and_crop
 
 RGB = AViTConfig(image_size=32, patch_size=16)
 GREY = AViTConfig(

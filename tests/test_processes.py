@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 from jax._src.clusters import cloud_tpu_cluster
 
-from avit_jax import distributed
-from avit_jax.distributed import LOST, start_distributed
-from avit_jax.experiment import run
-from avit_jax.logs import read_metrics
+from avit_jax.commands.run import run
+from avit_jax.runtime import processes as distributed
+from avit_jax.runtime.processes import LOST, start_distributed
+from avit_jax.train.logs import read_metrics
 from benchmarks.faults import toy_data
 from benchmarks.real_run import Job
-from tests.builders import quick_start
+from tests.harness.builders import quick_start
 
 # Every launch compiles anew: of several processes JAX's cache of programs serves the first alone.
 QUICK_TO_COMPILE = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"

@@ -9,15 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 import safetensors.numpy
+from avit_jax.checkpoints.convert.__main__ import main
 from PIL import Image
 
 import avit_jax
-from avit_jax import checkpoint_evaluation
-from avit_jax.config_files import load_config
-from avit_jax.convert import convert
-from avit_jax.convert.__main__ import main
-from tests.peers import import_peer
-from tests.published_names import NAMES, images, published_state
+from avit_jax.checkpoints.convert import convert
+from avit_jax.commands import evaluate_checkpoint as checkpoint_evaluation
+from avit_jax.commands.config_files import load_config
+from tests.harness.peers import import_peer
+from tests.harness.published_names import NAMES, images, published_state
 from tests.test_convert import augreg_logits
 
 IMAGENET, HALF = (0.485, 0.456, 0.406), (0.5, 0.5, 0.5)

@@ -9,11 +9,11 @@ from pathlib import Path
 import jax
 import pytest
 
-from avit_jax.experiment import run
-from avit_jax.files import CannotWrite
+from avit_jax.commands.run import run
+from avit_jax.runtime.files import CannotWrite
 from benchmarks.faults import killed_saving, read_only_folder, small_disk, stopped_twice, toy_data
 from benchmarks.real_run import Job, check_same
-from tests.builders import quick_start
+from tests.harness.builders import quick_start
 
 pytestmark = pytest.mark.slow
 

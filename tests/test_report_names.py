@@ -13,18 +13,18 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 from avit_jax import AViT, Preprocessing
-from avit_jax.checkpoint_evaluation import format_evaluation
-from avit_jax.config import AViTConfig
+from avit_jax.commands.evaluate_checkpoint import format_evaluation
+from avit_jax.data.preprocessing import normalize
 from avit_jax.data.sources import Split
-from avit_jax.evaluation import evaluate, predict
-from avit_jax.files import CannotWrite
-from avit_jax.preprocessing import normalize
+from avit_jax.evaluate.figures import evaluate, predict
+from avit_jax.model.config import AViTConfig
 from avit_jax.report import draw_depth_histogram, draw_depth_maps, pictures
 from avit_jax.report.depth_colours import coloured, legend, scale
 from avit_jax.report.gallery import map_uri
 from avit_jax.report.names import class_names, printable, verdict
 from avit_jax.report.page import write_page
-from tests.builders import small_config, spread_gate
+from avit_jax.runtime.files import CannotWrite
+from tests.harness.builders import small_config, spread_gate
 
 HOSTILE = ("$x_{$", r"\frac{\$", "\x1b[31m_\n", "a\ud800\u202eb", "x" * 10_000)
 CONFIG = small_config(in_channels=1, class_names=HOSTILE, preprocessing=Preprocessing((0.5,), (0.2,)))

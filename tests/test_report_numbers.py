@@ -14,14 +14,14 @@ from scipy import stats
 from sklearn.metrics import top_k_accuracy_score
 
 from avit_jax import AViTConfig, Preprocessing
-from avit_jax.calibration import reliability
+from avit_jax.data.preprocessing import normalize
 from avit_jax.data.sources import Split
-from avit_jax.evaluation import ImageFigures, evaluate, figures, predict, totals
-from avit_jax.intervals import bootstrap_difference, bootstrap_means, share
-from avit_jax.preprocessing import normalize
+from avit_jax.evaluate.calibration import reliability
+from avit_jax.evaluate.figures import ImageFigures, evaluate, figures, predict, totals
+from avit_jax.evaluate.intervals import bootstrap_difference, bootstrap_means, share
+from avit_jax.evaluate.sweep import Sweep, parse_sweep, unbeaten, with_gate
 from avit_jax.report.numbers import _right_and_wrong, as_json, by_class, by_depth, disagreements, evaluation_numbers
-from avit_jax.sweep import Sweep, parse_sweep, unbeaten, with_gate
-from tests.builders import small_config, spread_gate
+from tests.harness.builders import small_config, spread_gate
 
 TWO_CHANNELS = Preprocessing((0.5, 0.4), (0.2, 0.3))
 CONFIG = small_config(num_classes=7, preprocessing=TWO_CHANNELS)
@@ -92,7 +92,7 @@ def test_parts_of_the_data_add_up_to_the_whole(execution: str) -> None:
 
 def test_eight_devices_have_one_devices_totals() -> None:
     environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, str(Path(__file__).with_name("evaluate_on_devices.py"))]
+    command = [sys.executable, str(Path(__file__).with_name("harness") / "evaluate_on_devices.py")]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "8 devices agree" in done.stdout

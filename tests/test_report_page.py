@@ -18,15 +18,15 @@ from PIL import Image
 
 import avit_jax
 from avit_jax import AViT, Preprocessing
+from avit_jax.data.preprocessing import normalize
 from avit_jax.data.sources import Split
-from avit_jax.evaluation import config_gmacs, evaluate, predict
-from avit_jax.files import read_json
-from avit_jax.preprocessing import normalize
+from avit_jax.evaluate.figures import config_gmacs, evaluate, predict
+from avit_jax.evaluate.sweep import Sweep
 from avit_jax.report import gallery, speed, writer
 from avit_jax.report.page import interval, percent, render
 from avit_jax.report.writer import Subject, write_report
-from avit_jax.sweep import Sweep
-from tests.builders import small_config, spread_gate
+from avit_jax.runtime.files import read_json
+from tests.harness.builders import small_config, spread_gate
 
 EVIL = "<script>alert('x')</script>"
 NAMES = (EVIL, 'cat & "dog"', "$x_{\ud800\x1b", "7", "é")
@@ -267,7 +267,7 @@ def test_the_one_bright_patch_shows_up_in_its_own_place(distilled: bool) -> None
     """Channel 0 is minus the patch's brightness: bright patches go on to layer 3, dark ones stop at layer 2."""
     gate = {"gate_scale": 1.0, "gate_center": 0.0}
     config = dataclasses.replace(CONFIG, distilled=distilled, preprocessing=Preprocessing((0.0,), (1.0,)), **gate)
-    model = AViT(config, rngs=avit_jax.model.nnx.Rngs(0))
+    model = AViT(config, rngs=avit_jax.model.vit.nnx.Rngs(0))
     for linear in (model.blocks.attn.proj, model.blocks.mlp.fc2):
         linear.kernel[...] = jnp.zeros_like(linear.kernel[...])
     kernel = jnp.zeros_like(model.patch_embed.proj.kernel[...])

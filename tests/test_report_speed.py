@@ -9,12 +9,13 @@ from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
 
-from avit_jax import AViT, progress
+from avit_jax import AViT
 from avit_jax.data.sources import Split
-from avit_jax.progress import Steps, counted
 from avit_jax.report import speed
 from avit_jax.report.speed import _Timed, batch_sizes, measure_speeds
-from tests.builders import small_config
+from avit_jax.runtime import bars as progress
+from avit_jax.runtime.bars import Steps, counted
+from tests.harness.builders import small_config
 
 RATES = {  # images/s by batch size: packed is best at 40, dense at 10
     "dense": {5: 90.0, 10: 100.0, 20: 70.0, 40: 50.0},

@@ -11,16 +11,16 @@ import pytest
 from flax import nnx
 
 from avit_jax import AViT
-from avit_jax.mesh import training_mesh
-from avit_jax.optim import learning_rate_schedule, make_optimizer
-from avit_jax.packed import packed_program
-from avit_jax.plan import default_plan
-from avit_jax.train_step import TrainState, build_train_step
+from avit_jax.execution.packed import packed_program
+from avit_jax.execution.plan import default_plan
+from avit_jax.runtime.mesh import training_mesh
+from avit_jax.train.optim import learning_rate_schedule, make_optimizer
+from avit_jax.train.step import TrainState, build_train_step
 from benchmarks.collectives import Collective, collectives, what_crosses
 from configs import npz_avit
-from tests.builders import small_config
+from tests.harness.builders import small_config
 
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).parent / "harness"
 
 
 def run_script(name: str, **environment: str) -> str:

@@ -16,18 +16,18 @@ import pytest
 from flax import nnx
 from ml_collections import ConfigDict
 
-from avit_jax import training
-from avit_jax.checkpoint import checkpoint_steps
-from avit_jax.checks import check_folder, resolved
+from avit_jax.checkpoints.model_folder import checkpoint_steps
+from avit_jax.commands.checks import check_folder, resolved
+from avit_jax.commands.run import initial_model
 from avit_jax.data.open import open_dataset
 from avit_jax.data.settings import DataSettings
-from avit_jax.display import Display
-from avit_jax.experiment import initial_model
-from avit_jax.files import write_json
-from avit_jax.interruption import StopRequest
-from avit_jax.logs import read_metrics
-from avit_jax.training import Stopped
-from tests.builders import tiny_experiment
+from avit_jax.runtime.files import write_json
+from avit_jax.runtime.signals import StopRequest
+from avit_jax.train import loop as training
+from avit_jax.train.display import Display
+from avit_jax.train.logs import read_metrics
+from avit_jax.train.loop import Stopped
+from tests.harness.builders import tiny_experiment
 from tests.test_training import Killed, leaves, lines_without_times
 
 

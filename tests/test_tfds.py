@@ -10,11 +10,11 @@ import pytest
 from PIL import Image
 
 from avit_jax import AViTConfig
+from avit_jax.commands.run import model_config
 from avit_jax.data.open import open_dataset
 from avit_jax.data.pipeline import evaluation_batches, evaluation_images, training_batches
 from avit_jax.data.settings import DataSettings
 from avit_jax.data.sources import Dataset
-from avit_jax.experiment import model_config
 from configs import mnist_dense
 
 MODEL = AViTConfig(image_size=16, patch_size=8, num_classes=3)

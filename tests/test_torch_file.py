@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 
 import avit_jax
-from avit_jax.convert.torch_file import read_torch_file
-from avit_jax.convert.weight_files import read_config, read_weight_file
+from avit_jax.checkpoints.convert.torch_file import read_torch_file
+from avit_jax.checkpoints.convert.weight_files import read_config, read_weight_file
 
 DATA = Path(__file__).parent / "data"
 FORMATS = ("torch_zip", "torch_legacy", "torch_protocol4")

@@ -16,20 +16,21 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 import avit_jax
-from avit_jax import losses, training
-from avit_jax.checkpoint_evaluation import evaluate_checkpoint
-from avit_jax.config_files import load_config
+from avit_jax.commands.config_files import load_config
+from avit_jax.commands.dry_run import dry_run
+from avit_jax.commands.evaluate_checkpoint import evaluate_checkpoint
+from avit_jax.commands.run import format_summary, initial_model, run
 from avit_jax.data.settings import AugmentSettings, DataSettings
 from avit_jax.data.sources import load_dataset
-from avit_jax.dry_run import dry_run
-from avit_jax.experiment import format_summary, initial_model, run
-from avit_jax.logs import read_metrics
-from avit_jax.mesh import training_mesh
-from avit_jax.optim import learning_rate_schedule, make_optimizer, update_average, weight_decay_mask
-from avit_jax.speed import TIMES
-from avit_jax.train_step import initial_state, make_train_step
+from avit_jax.runtime.mesh import training_mesh
+from avit_jax.train import loop as training
+from avit_jax.train import losses
+from avit_jax.train.clock import TIMES
+from avit_jax.train.logs import read_metrics
+from avit_jax.train.optim import learning_rate_schedule, make_optimizer, update_average, weight_decay_mask
+from avit_jax.train.step import initial_state, make_train_step
 from configs import imagenet_avit, imagenet_deit
-from tests.builders import small_config, tiny_experiment, toy_arrays
+from tests.harness.builders import small_config, tiny_experiment, toy_arrays
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Integer, UInt8
 
-from avit_jax.files import shown
+from avit_jax.runtime.files import shown
 
 MAX_CLASSES = 100_000
 # What an archive may unpack to: so many bytes, or so many times its own size. Pictures of digits reach a tenth.

@@ -8,7 +8,7 @@ import grain
 import numpy as np
 from PIL import Image
 
-from avit_jax.preprocessing import RESAMPLING
+from avit_jax.data.preprocessing import RESAMPLING
 
 ATTEMPTS = 10  # crops that are drawn before the middle is taken, as in torchvision
 

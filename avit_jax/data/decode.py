@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import ExifTags, Image, ImageFile
 
-from avit_jax.files import shown
+from avit_jax.runtime.files import shown
 
 # Pillow only warns of pictures above 89 megapixels, and goes on to decode them: here that is an error.
 warnings.simplefilter("error", Image.DecompressionBombWarning)

@@ -9,12 +9,12 @@ import grain
 import numpy as np
 from PIL import Image
 
-from avit_jax.config import AViTConfig
 from avit_jax.data.crop import RandomResizedCrop
 from avit_jax.data.decode import BadData, BadImage, decode
+from avit_jax.data.preprocessing import resize_and_crop
 from avit_jax.data.sources import Images
-from avit_jax.files import shown
-from avit_jax.preprocessing import resize_and_crop
+from avit_jax.model.config import AViTConfig
+from avit_jax.runtime.files import shown
 
 
 @dataclasses.dataclass(frozen=True)

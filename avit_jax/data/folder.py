@@ -12,7 +12,7 @@ from avit_jax.data.folder_index import EXTENSIONS, cache_file, read_index, write
 from avit_jax.data.folder_index import list_files as _list_files
 from avit_jax.data.settings import DataSettings
 from avit_jax.data.sources import Dataset
-from avit_jax.files import expanded, shown
+from avit_jax.runtime.files import expanded, shown
 
 PURPOSES = ("train", "training", "val", "valid", "validation", "test", "testing")
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from avit_jax.files import shown
+from avit_jax.runtime.files import shown
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif")
 

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt8
 
-from avit_jax.config import AViTConfig
+from avit_jax.data.preprocessing import normalize
 from avit_jax.data.settings import AugmentSettings
-from avit_jax.preprocessing import normalize
+from avit_jax.model.config import AViTConfig
 
 ERASED_AREA = (0.02, 1 / 3)  # least and most of the image (arXiv 1708.04896, with timm's upper limit)
 ERASED_RATIO = (0.3, 1 / 0.3)  # height / width

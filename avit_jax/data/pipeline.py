@@ -9,7 +9,6 @@ import numpy as np
 from absl import flags, logging
 from jaxtyping import UInt8
 
-from avit_jax.config import AViTConfig
 from avit_jax.data.augment import RandomAffine
 from avit_jax.data.crop import RandomFlip, RandomResizedCrop
 from avit_jax.data.decode import BadData, BadImage, decode
@@ -23,13 +22,14 @@ from avit_jax.data.elements import (
     TrainingCrop,
     as_array,
 )
+from avit_jax.data.preprocessing import normalize
 from avit_jax.data.randaugment import ColorJitter, RandAugment
 from avit_jax.data.settings import AugmentSettings, DataSettings
 from avit_jax.data.sources import Images, Split
 from avit_jax.data.workers import end_with_parent
-from avit_jax.files import shown
-from avit_jax.mesh import available_cores
-from avit_jax.preprocessing import normalize
+from avit_jax.model.config import AViTConfig
+from avit_jax.runtime.files import shown
+from avit_jax.runtime.mesh import available_cores
 
 Batch = dict[str, Any]
 BAD_LIMIT = 0.01  # share of a split's images that on_bad_image = "skip" puts up with

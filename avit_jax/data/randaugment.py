@@ -13,8 +13,8 @@ import grain
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
-from avit_jax.config import nearest
-from avit_jax.preprocessing import RESAMPLING
+from avit_jax.data.preprocessing import RESAMPLING
+from avit_jax.model.config import nearest
 
 FULL = 10.0  # the magnitude at which an operation is at its strongest
 PROBABILITY = 0.5  # of each chosen operation

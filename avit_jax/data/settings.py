@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from avit_jax.config import INTERPOLATIONS, MIN_CROP_FRACTION, nearest
+from avit_jax.model.config import INTERPOLATIONS, MIN_CROP_FRACTION, nearest
 
 SOURCES = ("mnist", "npz", "idx", "folder", "tfds")
 ON_BAD_IMAGE = ("raise", "skip")

@@ -9,10 +9,10 @@ from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 import numpy as np
 from jaxtyping import Int, UInt8
 
-from avit_jax.config import nearest
 from avit_jax.data.arrays import check_labels, named_classes, read_idx, read_npz
 from avit_jax.data.settings import DataSettings
-from avit_jax.files import shown
+from avit_jax.model.config import nearest
+from avit_jax.runtime.files import shown
 
 
 @runtime_checkable

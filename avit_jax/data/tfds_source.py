@@ -7,7 +7,7 @@ from typing import Any
 
 from avit_jax.data.settings import DataSettings
 from avit_jax.data.sources import Dataset
-from avit_jax.files import expanded
+from avit_jax.runtime.files import expanded
 
 HELD_OUT = 5  # percent of train that become val where a data set has no validation split
 

@@ -2,7 +2,7 @@
 
 import unicodedata
 
-from avit_jax.config import AViTConfig
+from avit_jax.model.config import AViTConfig
 
 LONGEST = 80  # characters of a class name in the page and in report.json
 _JOINERS = "\u200c\u200d"  # invisible, and part of how some scripts and emoji are written

@@ -9,7 +9,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from avit_jax.files import replace_text
+from avit_jax.runtime.files import replace_text
 
 _MISSING = "\N{EN DASH}"
 

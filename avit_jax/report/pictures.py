@@ -12,16 +12,16 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from avit_jax.config import AViTConfig
 from avit_jax.data.pipeline import evaluation_images
+from avit_jax.data.preprocessing import normalize
 from avit_jax.data.sources import Images
-from avit_jax.evaluation import Evaluation, predict
-from avit_jax.files import replacing, writing
-from avit_jax.model import AViT
-from avit_jax.preprocessing import normalize
+from avit_jax.evaluate.figures import Evaluation, predict
+from avit_jax.model.config import AViTConfig
+from avit_jax.model.vit import AViT
 from avit_jax.report.depth_colours import COLOURS, scale, ticks
 from avit_jax.report.names import class_names, verdict
 from avit_jax.report.numbers import only_layer
+from avit_jax.runtime.files import replacing, writing
 
 _TITLE = 16  # characters of a class name that fit over a picture
 # Names are text: "$x$" is no formula, and no LaTeX is run on it.

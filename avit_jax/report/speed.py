@@ -17,13 +17,13 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from avit_jax.data.pipeline import evaluation_images
+from avit_jax.data.preprocessing import normalize
 from avit_jax.data.sources import Images
-from avit_jax.evaluation import masked_program
-from avit_jax.mesh import available_cores, batch_sharding, data_mesh
-from avit_jax.model import AViT
-from avit_jax.packed import compile_packed
-from avit_jax.preprocessing import normalize
-from avit_jax.progress import Steps
+from avit_jax.evaluate.figures import masked_program
+from avit_jax.execution.packed import compile_packed
+from avit_jax.model.vit import AViT
+from avit_jax.runtime.bars import Steps
+from avit_jax.runtime.mesh import available_cores, batch_sharding, data_mesh
 
 ROUNDS = 5
 FACTORS = (1 / 4, 1 / 2, 1, 2)  # batch sizes that are tried, in those of the evaluation

@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 
 from avit_jax.data.sources import Images
-from avit_jax.evaluation import evaluate
-from avit_jax.mesh import data_mesh
-from avit_jax.model import AViT
-from avit_jax.progress import Steps
+from avit_jax.evaluate.figures import evaluate
+from avit_jax.evaluate.sweep import Sweep, unbeaten, with_gate
+from avit_jax.model.vit import AViT
 from avit_jax.report import charts
-from avit_jax.sweep import Sweep, unbeaten, with_gate
+from avit_jax.runtime.bars import Steps
+from avit_jax.runtime.mesh import data_mesh
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,12 +11,11 @@ import jax
 import numpy as np
 from flax import nnx
 
-from avit_jax.config import AViTConfig
 from avit_jax.data.sources import Images
-from avit_jax.evaluation import Evaluation, whole_gmacs
-from avit_jax.files import writable_folder, write_json
-from avit_jax.model import AViT
-from avit_jax.progress import Steps
+from avit_jax.evaluate.figures import Evaluation, whole_gmacs
+from avit_jax.evaluate.sweep import Sweep, with_gate
+from avit_jax.model.config import AViTConfig
+from avit_jax.model.vit import AViT
 from avit_jax.report import charts, gallery
 from avit_jax.report.depth_colours import legend
 from avit_jax.report.names import class_names, verdict
@@ -24,7 +23,8 @@ from avit_jax.report.numbers import as_json, disagreements, evaluation_numbers, 
 from avit_jax.report.page import render, write_page
 from avit_jax.report.speed import ROUNDS, Variants, batch_sizes, environment, measure_at, measure_speeds
 from avit_jax.report.sweep_part import Setting, evaluate_settings, setting_name, sweep_charts, sweep_numbers
-from avit_jax.sweep import Sweep, with_gate
+from avit_jax.runtime.bars import Steps
+from avit_jax.runtime.files import writable_folder, write_json
 
 # Seconds of each kind of step for a small model on two CPU cores, until the first one tells.
 _GUESSES = {"evaluation": 10.0, "batch": 10.0, "setting": 5.0, "round": 5.0, "page": 5.0}

@@ -1,0 +1,156 @@
+"""Files of weights, told by their content: .pth (torch.save, both formats), .safetensors, .npz; in and out."""
+
+import dataclasses
+import json
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.numpy
+
+from avit_jax.checkpoints.convert.archive import Archive
+from avit_jax.checkpoints.convert.array_files import (
+    KEY,
+    looks_like_safetensors,
+    metadata_of,
+    own_config,
+    read_npz,
+    read_safetensors,
+    read_safetensors_config,
+)
+from avit_jax.checkpoints.convert.limits import check_names
+from avit_jax.checkpoints.convert.torch_file import TorchMapping, TorchTensor, read_torch_file
+from avit_jax.model.config import AViTConfig
+from avit_jax.runtime.files import shown
+
+_RAW = ("model", "state_dict", "model_state_dict", "model_state", "teacher", "student")  # DINO: its teacher is used
+_EMA = ("model_ema", "state_dict_ema", "ema", "ema_state_dict", "model_ema_state_dict")
+_FOREIGN = {
+    b"version https://git-lfs": "it is a Git LFS pointer, not the file itself: run `git lfs pull`",
+    b"<": "it is a web page, not a checkpoint: download the file itself",
+    b"\x89HDF": "it is HDF5 (Keras): export its arrays as .npz",
+    b"\x1f\x8b": "it is compressed with gzip: unpack it first",
+}
+
+
+@dataclasses.dataclass
+class WeightFile:
+    """The tensors of a file, by the file's own names."""
+
+    state: dict[str, np.ndarray]
+    config: AViTConfig | None  # of a file that save_torch wrote
+    notes: list[str]
+
+
+def read_weight_file(path: Path, *, ema: bool = False) -> WeightFile:
+    """The state dict in a file: of a training checkpoint the model's, or with ema its moving average's.
+
+    No code of the file is run. Raises ValueError, one sentence with the path, for a file that cannot be read, is
+    damaged, or holds no state dict.
+    """
+    try:
+        return _read(path, ema)
+    except Exception as error:  # damaged files raise nearly anything, from zip, NumPy, safetensors and the pickle
+        reason = shown(str(error) or type(error).__name__, 500)
+        raise ValueError(f"{shown(path, 300)} cannot be read as a checkpoint: {reason}") from error
+
+
+def read_config(path: Path) -> AViTConfig | None:
+    """The configuration in a file that save_torch wrote; None for any other file, readable or not."""
+    try:
+        if _kind(path) == "safetensors":
+            return read_safetensors_config(path)
+        return _carried_config(read_torch_file(path)) if _kind(path) == "torch" else None
+    except Exception:  # whoever reads the weights next says what is wrong
+        return None
+
+
+def _kind(path: Path) -> str:
+    """safetensors, npz or torch, by content; ValueError, with what it looks like, for anything else."""
+    if path.exists() and not path.is_file():
+        raise ValueError("it is not a regular file")
+    with path.open("rb") as stream:
+        start = stream.read(64)
+    size = path.stat().st_size
+    if not size:
+        raise ValueError("it is empty")
+    if looks_like_safetensors(start, size):  # before the rest: the length of a header may look like any of them
+        return "safetensors"
+    for magic, what in _FOREIGN.items():
+        if start.startswith(magic):
+            raise ValueError(what)
+    if zipfile.is_zipfile(path):
+        with Archive(path) as archive:
+            return "npz" if any(name.endswith(".npy") for name in archive.names) else "torch"
+    if not start.startswith(b"\x80"):
+        raise ValueError("it is neither a zip file, nor a pickle, nor safetensors; or it is cut short")
+    return "torch"
+
+
+def _read(path: Path, ema: bool) -> WeightFile:
+    kind = _kind(path)
+    if kind == "torch":
+        state, notes = _state_dict(read_torch_file(path), ema)
+        return WeightFile({name: tensor.read() for name, tensor in state.items()}, _carried_config(state), notes)
+    if ema:
+        raise ValueError("it holds one set of weights and no moving average: leave ema out")
+    if kind == "safetensors":
+        return WeightFile(*read_safetensors(path), [])
+    return WeightFile(read_npz(path), None, [])
+
+
+def _carried_config(state: Any) -> AViTConfig | None:
+    attributes = state.attributes if isinstance(state, TorchMapping) else None
+    metadata = attributes.get("_metadata") if isinstance(attributes, dict) else None
+    return own_config(metadata[KEY]) if isinstance(metadata, dict) and KEY in metadata else None
+
+
+def _state_dict(content: Any, ema: bool) -> tuple[dict[str, TorchTensor], list[str]]:
+    """The mapping of names to tensors inside a checkpoint's wrappers."""
+    notes: list[str] = []
+    chosen = False
+    for _ in range(5):  # no checkpoint is wrapped deeper; a cyclic one ends here
+        if not isinstance(content, dict):
+            raise ValueError(f"it holds a {type(content).__name__}: a checkpoint is a mapping of names to tensors")
+        raw = [name for name in _RAW if isinstance(content.get(name), dict)]
+        average = [name for name in _EMA if isinstance(content.get(name), dict)]
+        if not raw and not average:
+            break
+        wanted = average if ema and not chosen else raw or average
+        if not wanted:
+            raise ValueError(f"it has {', '.join(raw)} and no moving average: leave ema out")
+        if not raw and not ema:
+            notes.append(f"it has the moving average alone ({wanted[0]}): that is read")
+        chosen = chosen or bool(average)
+        content = content[wanted[0]]
+    if ema and not chosen:
+        raise ValueError("it holds one set of weights and no moving average: leave ema out")
+    for name, value in content.items():
+        if not (isinstance(name, str) and isinstance(value, TorchTensor)):
+            names = ", ".join(shown(name, 40) for name in list(content)[:5])
+            raise ValueError(f"it holds no state dict but {names}: {shown(name, 40)} is a {type(value).__name__}")
+    if not content:
+        raise ValueError("its state dict is empty")
+    check_names(content)
+    return content, notes
+
+
+def write_safetensors(state: Mapping[str, np.ndarray], config: AViTConfig, path: Path) -> None:
+    """With the configuration and a checksum as metadata."""
+    arrays = {name: np.ascontiguousarray(array) for name, array in state.items()}
+    safetensors.numpy.save_file(arrays, path, metadata_of(state, config))
+
+
+def write_pth(state: Mapping[str, np.ndarray], config: AViTConfig, path: Path) -> None:
+    """A state dict as torch.save writes it, the configuration among its metadata. Raises ValueError without torch."""
+    try:
+        import torch
+    except ImportError:
+        raise ValueError(f"{path}: PyTorch writes its own format: pip install torch, or give a .safetensors") from None
+    from collections import OrderedDict
+
+    tensors: Any = OrderedDict((name, torch.from_numpy(np.array(array))) for name, array in state.items())
+    tensors._metadata = OrderedDict({KEY: {"version": 1, "config": json.dumps(config.to_json())}})
+    torch.save(tensors, path)

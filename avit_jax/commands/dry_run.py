@@ -1,0 +1,155 @@
+"""What a run would be: model, work, memory, steps, schedule, data; and two steps on made-up data."""
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from ml_collections import ConfigDict
+
+from avit_jax.commands.checks import check_starts, check_values
+from avit_jax.commands.run import model_config
+from avit_jax.data.open import open_dataset
+from avit_jax.data.settings import DataSettings
+from avit_jax.evaluate.figures import whole_gmacs
+from avit_jax.model.config import AViTConfig, Preprocessing, config_from
+from avit_jax.model.settings import given_fields
+from avit_jax.model.vit import AViT
+from avit_jax.runtime.files import expanded
+from avit_jax.runtime.memory import device_memory
+from avit_jax.runtime.mesh import batch_sharding, global_batch, place, replicated, state_shardings, training_mesh
+from avit_jax.train.optim import learning_rate_schedule, make_optimizer, peak_learning_rate
+from avit_jax.train.step import TrainState, build_train_step, initial_state
+
+IMAGENET_IMAGES = 1_281_167
+
+
+def dry_run(config: ConfigDict) -> Iterator[str]:
+    """The lines that train.py --dry_run prints; the account of memory comes before anything uses that memory.
+
+    Data that are not there are forgiven, and made up. Raises ValueError for settings that the run refuses; after the
+    account where it needs more memory than the machine has, and where init_from or teacher is not there.
+    """
+    check_values(config)
+    wanted, images, data = _data(config)
+    mesh = training_mesh(config.mesh.data, config.mesh.fsdp, config.batch_size, config.accumulation)
+    steps = max(1, round(config.epochs * images / config.batch_size))
+    schedule = learning_rate_schedule(config.optim, steps, epochs=config.epochs, batch_size=config.batch_size)
+    optimizer = make_optimizer(config.optim, schedule)
+
+    # Shapes alone: the program is compiled before there is anything in memory.
+    graphdef, params = nnx.split(nnx.eval_shape(lambda: AViT(wanted, rngs=nnx.Rngs(config.seed))), nnx.Param)
+    state = TrainState(
+        step=jax.ShapeDtypeStruct((), np.int32),
+        params=params,
+        ema=params if config.optim.ema_decay else None,
+        optimizer=jax.eval_shape(optimizer.init, params),
+    )
+    teacher_graphdef, teacher = (graphdef, params) if config.teacher else (None, None)
+    layout = state_shardings(mesh, state)
+    step = jax.jit(
+        build_train_step(graphdef, optimizer, config, mesh, teacher_graphdef),
+        donate_argnums=0,
+        in_shardings=(layout, batch_sharding(mesh), replicated(mesh)),
+        out_shardings=(layout, replicated(mesh)),
+    )
+    yield f"data      {data}"
+    yield from _model_lines(wanted, params, config)
+    began = time.perf_counter()
+    program = step.lower(state, _batch_shapes(wanted, config.batch_size), teacher).compile()
+    compiled = time.perf_counter() - began
+    yield (
+        f"devices   {mesh.size} {mesh.devices.flat[0].device_kind}: data {mesh.shape['data']}, fsdp "
+        f"{mesh.shape['fsdp']}; {config.batch_size // mesh.size} images each"
+        + (f" in {config.accumulation} parts" if config.accumulation > 1 else "")
+    )
+    memory: Any = program.memory_analysis()
+    needed = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    limit = device_memory(mesh)
+    yield (
+        f"memory    {needed / 1e9:.2f} GB a device"
+        + (f" of {limit / 1e9:.2f} that are free" if limit else "")
+        + f": {memory.argument_size_in_bytes / 1e9:.2f} state and batch, {memory.temp_size_in_bytes / 1e9:.2f} for the "
+        "step (the compiler's account)"
+    )
+    yield f"steps     {steps} of {config.batch_size} images: {config.epochs:g} epochs"
+    yield (
+        f"schedule  peak {peak_learning_rate(config.optim, config.batch_size):.3g}; at 0, 5, 50, 95 and 100 %: "
+        + ", ".join(f"{float(schedule(round(share * (steps - 1)))):.3g}" for share in (0, 0.05, 0.5, 0.95, 1))
+    )
+    yield f"compiled  in {compiled:.0f} s"
+    if limit and needed > limit:
+        raise ValueError(
+            f"a step needs {needed / 1e9:.2f} GB a device and {limit / 1e9:.2f} GB are free: lower config.batch_size, "
+            "raise config.accumulation, or set config.model.remat=True"
+        )
+    model = AViT(wanted, rngs=nnx.Rngs(config.seed))
+    start = initial_state(model, optimizer, config.optim.ema_decay, mesh)
+    weights = place(nnx.state(model, nnx.Param), replicated(mesh)) if config.teacher else None
+    batch = global_batch(made_up_batch(wanted, config.batch_size // jax.process_count()), mesh)
+    yield from _two_steps(program, start, batch, weights)
+    check_starts(config)
+
+
+def _data(config: ConfigDict) -> tuple[AViTConfig, int, str]:
+    """The model that the data want, the number of training images, and a line about them."""
+    settings = DataSettings.from_config(dict(config.data))
+    try:
+        dataset = open_dataset(settings)
+    except ValueError as error:
+        if not _may_be_missing(settings):
+            raise
+        preset, fields = given_fields(config.model)
+        line = f"not to be read here ({error}); steps are counted for ImageNet's {IMAGENET_IMAGES} images"
+        channels = fields.get("in_channels", 3)
+        stand_in = Preprocessing((0.5,) * channels, (0.5,) * channels)  # made-up images are normalised by any numbers
+        return config_from(preset, **fields, preprocessing=stand_in), IMAGENET_IMAGES, line
+    images = len(dataset.train)
+    line = f"{images} training, {len(dataset.val)} validation, {len(dataset.test)} test images"
+    return model_config(config, dataset), images, line
+
+
+def _may_be_missing(settings: DataSettings) -> bool:
+    """Whether there is nothing at all where the config says the data are; a dry run forgives that, and nothing else."""
+    if settings.source == "tfds":
+        root = expanded(settings.path or "~/tensorflow_datasets")
+        return bool(settings.name) and not (root / settings.name.partition(":")[0]).exists()
+    return settings.source != "mnist" and bool(settings.path) and not expanded(settings.path).exists()
+
+
+def _two_steps(program: Any, state: TrainState, batch: Any, teacher: Any) -> Iterator[str]:
+    for number in (1, 2):
+        began = time.perf_counter()
+        state, metrics = program(state, batch, teacher)
+        loss = float(metrics["loss"])
+        yield f"step {number}    loss {loss:.4f}, {time.perf_counter() - began:.1f} s"
+    depth = float(metrics["mean_depth"])
+    yield f"          mean depth {depth:.2f}; of random weights and made-up images it means nothing"
+
+
+def _batch_shapes(model: AViTConfig, count: int) -> dict[str, jax.ShapeDtypeStruct]:
+    images = jax.ShapeDtypeStruct((count, *model.image_shape, model.in_channels), np.uint8)
+    return {"image": images, "label": jax.ShapeDtypeStruct((count,), np.int32)}
+
+
+def made_up_batch(model: AViTConfig, count: int) -> dict[str, np.ndarray]:
+    """Noise for images, every class in turn for labels."""
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (count, *model.image_shape, model.in_channels), dtype=np.uint8)
+    return {"image": images, "label": (np.arange(count) % model.num_classes).astype(np.int32)}
+
+
+def _model_lines(model: AViTConfig, params: nnx.State, config: ConfigDict) -> Iterator[str]:
+    count = sum(leaf.size for leaf in jax.tree.leaves(params))
+    gate = f"gate {model.gate_scale:g} / {model.gate_center:g}" if model.halts else "never halts"
+    height, width = model.image_shape
+    yield (
+        f"model     {config.model.get('preset') or 'of its own'}: {model.depth} layers of width {model.embed_dim}, "
+        f"{height}x{width} images in patches of {model.patch_size}, {model.num_classes} classes, {gate}, {model.dtype}"
+    )
+    yield (
+        f"          {count:,} parameters, {whole_gmacs(model):.3g} GMACs an image with all layers; starts from "
+        f"{config.init_from or 'random weights'}"
+    )

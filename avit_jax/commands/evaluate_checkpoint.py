@@ -1,0 +1,170 @@
+"""What eval.py does: any checkpoint on a data set, as a table and as a page."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from avit_jax.checkpoints.model_folder import is_foreign, load
+from avit_jax.commands.checks import check_values
+from avit_jax.commands.predict_images import read_class_names
+from avit_jax.commands.run import fields_for_foreign, stated_preprocessing
+from avit_jax.data.open import open_dataset
+from avit_jax.data.settings import DataSettings
+from avit_jax.data.sources import Dataset, Split
+from avit_jax.evaluate.figures import Evaluation, evaluate
+from avit_jax.evaluate.sweep import parse_sweep
+from avit_jax.model.config import AViTConfig
+from avit_jax.model.vit import AViT
+from avit_jax.report.numbers import only_layer
+from avit_jax.report.writer import Subject, write_report
+from avit_jax.runtime.files import shown, writable_folder
+from avit_jax.runtime.mesh import data_mesh
+
+
+def evaluate_checkpoint(
+    config: ConfigDict,
+    path: str | Path,
+    *,
+    ema: bool = False,
+    execution: str = "packed",
+    report: str | Path | None = None,
+    baseline: str | Path | None = None,
+    sweep: str | None = None,
+    class_names: str | Path | None = None,
+    model: Mapping[str, Any] | None = None,
+) -> str:
+    """Any checkpoint on the test images of config.data. Returns the table, after a line for what is odd.
+
+    A checkpoint that carries its configuration keeps it, gate and preprocessing included; a foreign file takes
+    config.model. model: fields of AViTConfig that the user asked for. report: a folder for report.html and report.json;
+    baseline: a checkpoint to compare with in it; sweep: gate settings to try, as sweep.parse_sweep takes them;
+    class_names: a file, one name a line. Raises ValueError where the checkpoint and the data differ in shape or number
+    of classes, for a baseline of other classes, and for a folder that is not writable.
+    """
+    check_values(config)
+    if (baseline or sweep) and not report:
+        raise ValueError(f"--{'sweep' if sweep else 'baseline'} is shown in the report: give --report=FOLDER too")
+    settings = parse_sweep(sweep) if sweep else None
+    for checkpoint in (path, baseline):
+        if checkpoint and not Path(checkpoint).exists():
+            raise ValueError(f"there is no checkpoint at {checkpoint}: nothing of that name is there")
+    folder = writable_folder(report) if report else None
+    dataset = open_dataset(DataSettings.from_config(dict(config.data)))
+    mesh = data_mesh(config.eval_batch_size)
+    model_fields = dict(model or {})
+
+    def loaded(path: str | Path, ema: bool) -> AViT:
+        found = _evaluable(path, config, dataset, ema, model_fields)
+        if class_names:
+            found.config = dataclasses.replace(found.config, class_names=read_class_names(class_names, found.config))
+        return found
+
+    def subject(path: str | Path, found: AViT) -> Subject:
+        result = evaluate(found, dataset.test, config.eval_batch_size, execution, mesh)
+        return Subject(Path(path).name, found, result)
+
+    ours = loaded(path, ema)
+    other = loaded(baseline, False) if baseline else None
+    doubt = None if class_names else _compare_names(path, ours.config, baseline, other, dataset.class_names)
+    for found in (ours, other):
+        if found is not None and found.config.class_names is None:
+            found.config = dataclasses.replace(found.config, class_names=dataset.class_names)
+    if settings and not ours.config.halts:
+        raise ValueError(f"--sweep moves a gate and {path} has none: it never halts; leave --sweep out")
+    evaluated = subject(path, ours)
+    lines = [f"warning: {doubt}"] if doubt else []
+    lines.append(format_evaluation(evaluated.result, ours.config))
+    if folder:
+        page = write_report(
+            folder,
+            evaluated,
+            dataset.test,
+            data=f"the test set of {Path(config.data.path).name or config.data.source}"
+            + (f"; {doubt}" if doubt else ""),
+            batch_size=config.eval_batch_size,
+            baseline=subject(baseline, other) if baseline and other else None,
+            sweep=settings,
+        )
+        lines.append(f"report: {page}")
+    return "\n".join(lines)
+
+
+def _compare_names(
+    path: str | Path, ours: AViTConfig, baseline: str | Path | None, other: AViT | None, of_data: tuple[str, ...]
+) -> str | None:
+    """A sentence where the checkpoint names its classes otherwise than the data, else None.
+
+    A checkpoint without names says nothing. Raises ValueError where the baseline's classes are others.
+    """
+    named = ours.class_names or of_data
+    theirs = None if other is None else other.config.class_names
+    if theirs is not None and tuple(theirs) != tuple(named):
+        raise ValueError(
+            f"the baseline {baseline} has the classes {_listed(theirs)} and {path} {_listed(named)}: compare models of "
+            "the same classes, or give --class_names=FILE if they are the same"
+        )
+    if tuple(named) == tuple(of_data):
+        return None
+    if sorted(named) == sorted(of_data):
+        return f"{path} has the data's classes in another order ({_listed(named)}): its figures mean nothing here"
+    return (
+        f"{path} was trained for the classes {_listed(named)} and the data have {_listed(of_data)}: the figures mean "
+        "something only if these are the same classes in the same order"
+    )
+
+
+def _listed(names: Sequence[str], most: int = 3) -> str:
+    return ", ".join(shown(name, 50) for name in names[:most]) + (", ..." if len(names) > most else "")
+
+
+def _evaluable(path: str | Path, config: ConfigDict, dataset: Dataset, ema: bool, asked: dict[str, Any]) -> AViT:
+    """The checkpoint, checked against the data; asked: fields of AViTConfig that it must have."""
+    if Path(path).is_file() and is_foreign(path):  # it knows nothing but weights
+        preset, fields = fields_for_foreign(config, dataset)
+    else:
+        fields = dict(asked)
+        preset = fields.pop("preset", None)  # load says that a checkpoint of ours has its own
+        if is_foreign(path) and (stated := stated_preprocessing(config)):
+            fields["preprocessing"] = stated
+        if isinstance(dataset.train, Split):  # images from disk are made what the model takes
+            _, height, width, channels = dataset.train.images.shape
+            fields |= {"image_size": height if height == width else (height, width), "in_channels": channels}
+    # Not the classes: asking for them would make a new head where the checkpoint has other ones.
+    own = ("num_classes", "class_names")
+    found = load(path, preset, ema=ema, **{name: value for name, value in fields.items() if name not in own})
+    if found.config.num_classes != len(dataset.class_names):
+        raise ValueError(
+            f"the checkpoint {path} has {found.config.num_classes} classes and the data {len(dataset.class_names)}: "
+            "evaluate it on the data it was trained for, or train a new head with config.init_from"
+        )
+    return found
+
+
+def format_evaluation(result: Evaluation, config: AViTConfig) -> str:
+    """The table that eval.py prints."""
+    lines = [f"images             {result.images}"]
+    if result.labelled:
+        lines += [
+            f"top-1              {result.top1:.2%}",
+            f"top-5              {result.top5:.2%}",
+            f"loss               {result.loss:.4f} nats",
+        ]
+    else:
+        lines.append("no labels          no accuracy, no loss")
+    lines += [
+        f"mean depth         {result.mean_depth:.2f} of {config.depth} layers ({result.depth_fraction:.0%})",
+        f"  deviation        {result.depth_std_tokens:.2f} between tokens, {result.depth_std_images:.2f} of images",
+        *([f"class token depth  {result.class_token_depth:.2f}"] if config.class_token else []),
+        f"GMACs per image    {result.gmacs:.4f}",
+        f"  executed         {result.executed_gmacs:.4f}, mean depth {result.executed_depth:.2f}",
+    ]
+    if layer := only_layer(result.depth_histogram):
+        return "\n".join([*lines, f"all tokens stop at layer {layer}"])
+    lines.append("depth  tokens")
+    most = max(result.depth_histogram)
+    for layer, share in enumerate(result.depth_histogram, start=1):
+        lines.append(f"{layer:5}  {share:6.1%}  {'#' * round(40 * share / most)}")
+    return "\n".join(lines)

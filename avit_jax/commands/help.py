@@ -1,0 +1,60 @@
+"""What --help prints: the options, the configs there are, and how a key of a config is set."""
+
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from absl import flags
+
+from avit_jax.commands.config_files import DEFAULT_CONFIG, SHIPPED, shipped_configs
+
+HELP = ("--help", "-help", "-h", "--helpshort", "--helpfull", "-?")
+
+
+def program() -> str:
+    """How this command is started: python train.py, or python -m avit_jax.train."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return f"python -m {spec.name}" if spec else f"python {sys.argv[0]}"
+
+
+def command_line() -> str:
+    """The command of this process, to be typed again."""
+    return " ".join([program(), *map(shlex.quote, sys.argv[1:])])
+
+
+def help_text(about: str, options: Sequence[flags.FlagHolder]) -> str:
+    """The page of --help; options: the command's own flags."""
+    configs = shipped_configs()
+    width = max(map(len, configs))
+    lines = [
+        about,
+        "",
+        f"usage: {program()} [--config=NAME] [--config.KEY=VALUE ...] [--OPTION=VALUE ...]",
+        "",
+        f"--config=NAME or FILE.py; NAME:ARGUMENT where a config takes one; by default {DEFAULT_CONFIG}.",
+        f"  The configs there are, from {_nearby(SHIPPED)}:",
+        *(f"    {name:{width}}  {what}" for name, what in configs.items()),
+        "--config.KEY=VALUE sets a key of the config, for instance",
+        "    --config.epochs=3 --config.optim.learning_rate=1e-4 --config.model.depth=6 --config.data.path=FOLDER",
+        f"  Every key with its default is in {_nearby(SHIPPED / 'mnist_dense.py')}.",
+        "",
+        "options:",
+    ]
+    for option in options:
+        flag = flags.FLAGS[option.name]
+        value = f"--[no]{flag.name}" if flag.boolean else f"--{flag.name}={_value(flag)}"
+        default = "" if flag.default in (None, False) else f" (by default {flag.default})"
+        lines.append(f"  {value:24} {flag.help}{default}")
+    return "\n".join(lines)
+
+
+def _value(flag: flags.Flag) -> str:
+    values = getattr(flag.parser, "enum_values", None)
+    return "|".join(values) if values else flag.flag_type().upper()[:6].replace("STRING", "VALUE").replace("INT", "N")
+
+
+def _nearby(path: Path) -> Path:
+    """Told from the current folder where the path lies in it."""
+    here = Path.cwd()
+    return path.relative_to(here) if here in path.parents else path

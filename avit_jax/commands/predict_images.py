@@ -1,0 +1,166 @@
+"""A person's own pictures: what the model says of each, how sure it is, and where its layers went."""
+
+import dataclasses
+import hashlib
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from avit_jax.checkpoints.model_folder import load
+from avit_jax.data.decode import BadImage, decode
+from avit_jax.data.preprocessing import denormalize, normalize, preprocess
+from avit_jax.evaluate.figures import masked_program
+from avit_jax.execution.packed import compile_packed
+from avit_jax.model.config import AViTConfig
+from avit_jax.model.vit import AViT
+from avit_jax.report.gallery import side_by_side
+from avit_jax.runtime.files import shown, writable_folder
+
+_BATCH = 32
+_WIDEST = 60  # characters of the column of file names; longer names push their line to the right
+_SUFFIX = ".depth.png"
+_LONGEST, _KEPT = 255, 200  # bytes of a file name that file systems take, and those that are kept of a longer one
+
+
+def predict_checkpoint(
+    checkpoint: str | Path,
+    images: str | Path,
+    *,
+    folder: str | Path | None = None,
+    class_names: str | Path | None = None,
+    ema: bool = False,
+    execution: str = "packed",
+    baseline: str | None = None,
+    sweep: str | None = None,
+) -> Iterator[str]:
+    """Lines to print: one for each image (file, class, probability, mean depth), the unreadable ones, and a sum.
+
+    images: a file or a folder, with what lies in its folders. Each picture with its depths beside it goes to `folder`,
+    runs/<name of the checkpoint>/images by default; a model that never halts has none. Raises ValueError where there
+    is no image, and for baseline and sweep, which need a data set.
+    """
+    if baseline or sweep:
+        raise ValueError(f"--{'sweep' if sweep else 'baseline'} compares models on a data set: leave --images out")
+    files, root = find_images(Path(images))
+    model = load(checkpoint, ema=ema)
+    if model.config.in_channels not in (1, 3):
+        raise ValueError(f"the model takes {model.config.in_channels} channels and picture files have 1 or 3")
+    if class_names:
+        model.config = dataclasses.replace(model.config, class_names=read_class_names(class_names, model.config))
+    out = writable_folder(folder or Path("runs", Path(checkpoint).name, "images")) if model.config.halts else None
+    yield from predict_files(model, files, root, out, execution)
+
+
+def predict_files(model: AViT, files: list[Path], root: Path, out: Path | None, execution: str) -> Iterator[str]:
+    """The lines of predict_checkpoint; pictures are read, run and forgotten a batch at a time."""
+    config = model.config
+    normalize(np.zeros((0, *config.image_shape, config.in_channels), np.uint8), config)  # its error is no file's
+    run = _program(model, min(_BATCH, len(files)), execution)
+    names = model.config.class_names or tuple(map(str, range(model.config.num_classes)))
+    shown_names = {file: shown(file.relative_to(root)) for file in files}
+    width = min(max(map(len, shown_names.values())), _WIDEST)
+    unreadable = []
+    for start in range(0, len(files), _BATCH):
+        read = {}
+        for file in files[start : start + _BATCH]:
+            try:
+                read[file] = _read(file, shown_names[file], model.config)
+            except BadImage as error:
+                unreadable.append(shown_names[file])
+                yield f"unreadable: {error}"
+        if not read:
+            continue
+        logits, depths = run(np.stack(list(read.values())))
+        probabilities = np.asarray(jax.nn.softmax(logits))
+        for (file, image), p, depth in zip(read.items(), probabilities, depths, strict=True):
+            name, answer = shown_names[file], shown(names[int(p.argmax())])
+            yield f"{name:{width}}  {answer}  {p.max():.1%}  depth {depth.mean():.2f} of {model.config.depth}"
+            if out is not None:
+                path = picture_path(out, file.relative_to(root))
+                path.parent.mkdir(parents=True, exist_ok=True)
+                side_by_side(denormalize(image[None], model.config)[0], depth, model.config).save(path)
+    count = len(files) - len(unreadable)
+    if not count:
+        raise ValueError(f"none of the {len(files)} files is an image that can be read: {', '.join(unreadable[:10])}")
+    yield f"{count} {'image' if count == 1 else 'images'}, no labels: no accuracy" + (
+        f"; {len(unreadable)} unreadable: {', '.join(unreadable)}" if unreadable else ""
+    )
+    yield f"pictures with their depths: {out}" if out else "the model never halts: there are no depths to draw"
+
+
+def _read(file: Path, name: str, config: AViTConfig) -> np.ndarray:
+    """The model's view of a file. Raises BadImage, whatever the file does to the libraries that read it."""
+    try:
+        # Upright, as the camera says: a person's pictures are not a data set's.
+        return preprocess(decode(file, name, upright=True), config)[0]
+    except BadImage:
+        raise
+    except Exception as error:
+        reason = shown(str(error).strip()) or type(error).__name__
+        raise BadImage(f"{name} cannot be resized ({reason}): replace the file") from error
+
+
+def picture_path(out: Path, name: Path) -> Path:
+    """Where the picture with the depths of an image goes: `<name>.depth.png` below out.
+
+    A part of the name that cannot be printed, or that is too long for a file system, is escaped and cut, with a digest.
+    """
+    parts = [*name.parts[:-1], name.name + _SUFFIX]
+    if len(os.fsencode(name)) > 4 * _LONGEST:  # the whole path has a limit too
+        parts = ["_".join(parts)]
+    return out.joinpath(*(_safe(part, _SUFFIX * (i == len(parts) - 1)) for i, part in enumerate(parts)))
+
+
+def _safe(part: str, suffix: str) -> str:
+    if part.isprintable() and len(os.fsencode(part)) <= _LONGEST:
+        return part
+    digest = hashlib.sha256(os.fsencode(part)).hexdigest()[:12]
+    kept = shown(part.removesuffix(suffix)).replace("\\", "_").encode()[:_KEPT].decode(errors="ignore")
+    return f"{kept}-{digest}{suffix}"
+
+
+def _program(model: AViT, batch_size: int, execution: str) -> Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]:
+    """Logits and token depths, which are the rule's, of up to batch_size images."""
+    packed = execution == "packed" and model.config.halts
+    program = compile_packed(model, batch_size, image_exit=False) if packed else masked_program(model)
+
+    def run(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        count = len(images)
+        output = program(np.pad(images, ((0, batch_size - count), (0, 0), (0, 0), (0, 0))))
+        return np.asarray(output.logits)[:count], np.asarray(output.token_depth)[:count]
+
+    return run
+
+
+def find_images(path: Path) -> tuple[list[Path], Path]:
+    """The files to read, sorted, and the folder that their names are told from; hidden ones are left out.
+
+    Raises ValueError where there is nothing at `path`, or no file in it.
+    """
+    if path.is_file():
+        return [path], path.parent
+    if not path.is_dir():
+        raise ValueError(f"--images={path}: there is neither a file nor a folder of that name")
+    files = sorted(
+        file
+        for file in path.rglob("*")
+        # Pipes and dangling links too: they are read, refused and counted as other unreadable files are.
+        if not file.is_dir() and not any(part.startswith(".") for part in file.relative_to(path).parts)
+    )
+    if not files:
+        raise ValueError(f"--images={path}: the folder is empty")
+    return files, path
+
+
+def read_class_names(path: str | Path, config: AViTConfig) -> tuple[str, ...]:
+    """One name a line, as many as the model has classes. Raises ValueError for another number, or no such file."""
+    try:
+        names = tuple(line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip())
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--class_names={path} cannot be read: {error}") from error
+    if len(names) != config.num_classes:
+        raise ValueError(f"--class_names={path} has {len(names)} names and the model {config.num_classes} classes")
+    return names

@@ -1,0 +1,316 @@
+"""What a model is worth: accuracy, depth, work, and speed, each image counted once."""
+
+import dataclasses
+import functools
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int
+
+from avit_jax.data.pipeline import evaluation_batches
+from avit_jax.data.preprocessing import normalize
+from avit_jax.data.sources import Images
+from avit_jax.execution.packed import compile_packed
+from avit_jax.execution.plan import executed_gmacs, layer_loads
+from avit_jax.execution.work import image_gmacs
+from avit_jax.model.config import AViTConfig
+from avit_jax.model.vit import AViT, AViTOutput
+from avit_jax.runtime.bars import counted
+from avit_jax.runtime.mesh import batch_sharding, replicated
+from avit_jax.runtime.processes import gathered
+
+EXECUTIONS = ("masked", "packed")
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageFigures:
+    """A few numbers of each image, in the data's order: all that is kept of it, 44 bytes."""
+
+    index: Int[np.ndarray, " n"]  # in the data; bad images that were skipped are not here
+    label: Int[np.ndarray, " n"]  # -1: the data have none
+    prediction: Int[np.ndarray, " n"]
+    confidence: Float[np.ndarray, " n"]  # softmax of the predicted class, 0..1; NaN where the logits are
+    rank: Int[np.ndarray, " n"]  # of the label among the logits: 1 is top-1; ties and NaN count against the model
+    loss: Float[np.ndarray, " n"]  # cross entropy of the mean logits, nats
+    mean_depth: Float[np.ndarray, " n"]  # over all tokens, layers
+    depth_std: Float[np.ndarray, " n"]  # deviation between the tokens of the image
+    class_token_depth: Int[np.ndarray, " n"]  # 0 where the model has no class token
+    gmacs: Float[np.ndarray, " n"]  # 10^9 multiply-adds, from the depths
+
+
+@dataclasses.dataclass(frozen=True)
+class Totals:
+    """What a part of a data set adds up to. Parts are added with +; sums of depths are whole numbers, so exact."""
+
+    images: ImageFigures
+    depth_histogram: Int[np.ndarray, " l"]  # tokens that stopped at layer 1..L
+    depth_by_token: Int[np.ndarray, " n"]  # sum over images, special tokens first
+    executed_slots: int  # tokens times layers that were computed, padding to capacities left out
+    executed_gmacs: float  # 10^9 multiply-adds performed, padding included
+
+    def __add__(self, other: "Totals") -> "Totals":
+        images = {
+            field.name: np.concatenate([getattr(self.images, field.name), getattr(other.images, field.name)])
+            for field in dataclasses.fields(ImageFigures)
+        }
+        sums = {
+            field.name: getattr(self, field.name) + getattr(other, field.name)
+            for field in dataclasses.fields(Totals)
+            if field.name != "images"
+        }
+        return Totals(images=ImageFigures(**images), **sums)
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """Figures over a data set; depths in layers, over all tokens, special ones included.
+
+    Where the data have no labels top1, top5 and loss are NaN.
+    """
+
+    images: int
+    top1: float  # 0..1
+    top5: float
+    loss: float  # cross entropy of the mean logits, nats
+    mean_depth: float
+    depth_fraction: float  # mean depth / number of layers
+    depth_std_tokens: float  # mean over images of the deviation within the image
+    depth_std_images: float  # deviation of the images' means
+    depth_histogram: tuple[float, ...]  # fraction of tokens that stopped at layer 1..L
+    depth_by_token: tuple[float, ...]  # mean over images of each token's depth, special tokens first
+    class_token_depth: float
+    gmacs: float  # 10^9 multiply-adds per image, from the depths
+    # What this execution costs (packed: as compile_packed has it by default, images that end are dropped).
+    executed_depth: float  # layers computed for a token on average
+    executed_gmacs: float  # 10^9 multiply-adds per image, padding included
+    per_image: ImageFigures
+
+    @property
+    def labelled(self) -> bool:
+        """Whether the data have labels."""
+        return bool((self.per_image.label >= 0).all())
+
+    @property
+    def image_depths(self) -> Float[np.ndarray, " n"]:
+        """Mean depth of each image, in the data's order."""
+        return self.per_image.mean_depth
+
+
+def config_gmacs(token_depth: Int[Array, "b n"], config: AViTConfig) -> Float[Array, " b"]:
+    """10^9 multiply-adds of each image for this architecture (flops.image_gmacs)."""
+    return image_gmacs(
+        token_depth,
+        depth=config.depth,
+        embed_dim=config.embed_dim,
+        mlp_dim=config.mlp_dim,
+        patch_values=config.patch_size**2 * config.in_channels,
+        num_special=config.num_special,
+        head_macs=config.head_macs,
+    )
+
+
+_normalized = jax.jit(normalize, static_argnums=1)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _of_images(config: AViTConfig, output: AViTOutput, label: Int[Array, " b"]) -> dict[str, Array]:
+    """ImageFigures of a batch."""
+    logits, depth = output.logits, output.token_depth.astype(jnp.float32)
+    own = jnp.take_along_axis(logits, jnp.maximum(label, 0)[:, None], axis=1)
+    return {
+        "prediction": logits.argmax(-1),
+        "confidence": jax.nn.softmax(logits).max(-1),
+        # Ties and NaN count against the model: a constant or broken one scores nothing.
+        "rank": logits.shape[-1] - (logits < own).sum(-1),
+        "loss": optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(label, 0)),
+        "mean_depth": depth.mean(1),
+        "depth_std": depth.std(1),
+        "class_token_depth": output.token_depth[:, 0] if config.class_token else jnp.zeros(len(label), jnp.int32),
+        "gmacs": config_gmacs(output.token_depth, config),
+    }
+
+
+def evaluate(
+    model: AViT,
+    split: Images,
+    batch_size: int,
+    execution: str = "masked",
+    mesh: Mesh | None = None,
+    *,
+    before_batch: Callable[[], None] | None = None,
+) -> Evaluation:
+    """The model over a data set, jit-compiled; the short last batch is padded, the padding weighs nothing.
+
+    execution: "masked" or "packed"; the figures are the rule's and the same for both, except for the executed ones.
+    Packed runs without image exit here, since only so are all depths seen; what is executed is counted with it, as
+    compile_packed does by default. A model that never halts is always executed whole.
+    Labels of -1 throughout: the data have none. mesh: devices that the batches are split over; one without it.
+    before_batch: called before every batch; it may raise, to break the evaluation off.
+    Raises ValueError where a label lies outside the model's classes, and for another execution.
+    """
+    share = totals(model, split, batch_size, execution, mesh, before_batch=before_batch)
+    return figures(share if jax.process_count() == 1 else _of_all_processes(share), model.config)
+
+
+def _of_all_processes(share: Totals) -> Totals:
+    """The sum of the processes' totals, images in the data's order."""
+    images = {field.name: gathered(getattr(share.images, field.name)) for field in dataclasses.fields(ImageFigures)}
+    order = np.argsort(images["index"], kind="stable")
+
+    def total(value: Any) -> Any:
+        return gathered(np.asarray(value)[None]).sum(0)
+
+    return Totals(
+        ImageFigures(**{name: values[order] for name, values in images.items()}),
+        total(share.depth_histogram),
+        total(share.depth_by_token),
+        int(total(share.executed_slots)),
+        float(total(share.executed_gmacs)),
+    )
+
+
+def totals(
+    model: AViT,
+    split: Images,
+    batch_size: int,
+    execution: str = "masked",
+    mesh: Mesh | None = None,
+    *,
+    before_batch: Callable[[], None] | None = None,
+) -> Totals:
+    """What evaluate is computed from; the totals of parts of a data set, + between them, are those of the whole.
+
+    With several processes: of this one's share, a part of every batch.
+    """
+    process, processes = jax.process_index(), jax.process_count()
+    own = batch_size // processes
+    if execution not in EXECUTIONS:
+        raise ValueError(f"execution {execution!r} is unknown: choose one of {', '.join(EXECUTIONS)}")
+    config = model.config
+    if not config.num_classes:
+        raise ValueError("the model has no head (num_classes 0), so there is nothing to evaluate: load one with a head")
+    if split.labels is not None:  # else they are looked at as they come
+        _check_labels(split.labels, config)
+    packed = None
+    if execution == "packed" and config.halts:
+        packed = compile_packed(model, own, image_exit=False, mesh=mesh)
+    program = packed or masked_program(model, mesh)
+    images: list[dict[str, np.ndarray]] = []
+    histogram, by_token = np.zeros(config.depth, np.int64), np.zeros(config.num_tokens, np.int64)
+    slots, performed = 0, 0.0
+    batches = evaluation_batches(split, config, batch_size, process_index=process, process_count=processes)
+    count = -(-len(split) // batch_size)
+    told = counted(batches, "evaluating", count, "batches") if process == 0 else batches  # by one process of several
+    for number, batch in enumerate(told):
+        if before_batch is not None:
+            before_batch()
+        real = np.asarray(batch["weight"]) > 0
+        _check_labels(batch["label"][real], config)
+        pixels = jax.device_put(batch["image"], batch_sharding(mesh)) if mesh else batch["image"]
+        output = program(_normalized(pixels, config) if pixels.dtype == np.uint8 else pixels)
+        found = jax.device_get(_of_images(config, output, batch["label"]))
+        found |= {"label": batch["label"], "index": number * batch_size + process * own + np.arange(own)}
+        images.append({name: values[real] for name, values in found.items()})
+        depth = np.where(real[:, None], output.token_depth, 0)
+        histogram += np.bincount(depth.ravel(), minlength=config.depth + 1)[1:]
+        by_token += depth.sum(0)
+        if packed and real.any():  # of the last batch a process may have none
+            loads = layer_loads(depth, config, image_exit=True)
+            slots += int(loads.sum())
+            # Each device packs its own images. Padding images are empty: the mean is over real ones.
+            by_device = np.stack(np.split(loads, 1 if mesh is None else mesh.shape["data"], axis=1))
+            performed += executed_gmacs(by_device, packed.plan, config, int(real.sum())) * int(real.sum())
+    columns = {name: np.concatenate([part[name] for part in images]) for name in images[0]}
+    if not packed:
+        count = len(columns["index"])
+        slots, performed = count * config.depth * config.num_tokens, count * whole_gmacs(config)
+    return Totals(ImageFigures(**columns), histogram, by_token, slots, performed)
+
+
+def _check_labels(labels: Int[np.ndarray, " n"], config: AViTConfig) -> None:
+    low, high = labels.min(initial=config.num_classes), labels.max(initial=-1)
+    if high >= config.num_classes or (low < 0 and not low == high == -1):
+        raise ValueError(
+            f"labels run from {low} to {high}, the model has {config.num_classes} classes: 0..num_classes - 1 is "
+            "allowed, or -1 throughout where there are none"
+        )
+
+
+def whole_gmacs(config: AViTConfig) -> float:
+    """10^9 multiply-adds of an image whose tokens all run through every layer."""
+    return float(config_gmacs(jnp.full((1, config.num_tokens), config.depth, jnp.int32), config)[0])
+
+
+def figures(found: Totals, config: AViTConfig) -> Evaluation:
+    """The figures of a data set from its totals."""
+    images = found.images
+    count = len(images.label)
+
+    def mean(values: np.ndarray) -> float:
+        return float(values.mean(dtype=np.float64))
+
+    labelled = bool((images.label >= 0).all())
+    mean_depth = float(found.depth_by_token.sum() / (count * config.num_tokens))
+    return Evaluation(
+        images=count,
+        top1=mean(images.rank <= 1) if labelled else math.nan,
+        top5=mean(images.rank <= 5) if labelled else math.nan,
+        loss=mean(images.loss) if labelled else math.nan,
+        mean_depth=mean_depth,
+        depth_fraction=mean_depth / config.depth,
+        depth_std_tokens=mean(images.depth_std),
+        depth_std_images=float(images.mean_depth.std(dtype=np.float64)),
+        depth_histogram=tuple((found.depth_histogram / found.depth_histogram.sum()).tolist()),
+        depth_by_token=tuple((found.depth_by_token / count).tolist()),
+        class_token_depth=mean(images.class_token_depth),
+        gmacs=mean(images.gmacs),
+        executed_depth=found.executed_slots / (count * config.num_tokens),
+        executed_gmacs=found.executed_gmacs / count,
+        per_image=images,
+    )
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _forward(graphdef: nnx.GraphDef, params: nnx.State, images: Array) -> AViTOutput:
+    return nnx.merge(graphdef, params)(images)
+
+
+def masked_program(model: AViT, mesh: Mesh | None = None) -> Callable[[Array | np.ndarray], AViTOutput]:
+    """The model as it stands, jit-compiled; masked execution, on all devices of the mesh where one is given."""
+    graphdef, params = nnx.split(model)
+    return functools.partial(_forward, graphdef, jax.device_put(params, replicated(mesh)) if mesh else params)
+
+
+def predict(model: AViT, images: Float[np.ndarray, "b h w c"]) -> AViTOutput:
+    """The model's output, jit-compiled; masked execution."""
+    return masked_program(model)(images)
+
+
+def images_per_second(
+    programs: Sequence[Callable[[Array | np.ndarray], AViTOutput]],
+    images: Float[np.ndarray, "b h w c"],
+    mesh: Mesh,
+    rounds: int = 7,
+) -> list[float]:
+    """Throughput of each program on the same batch: median of `rounds` (at least 5) warm runs, the programs in turn.
+
+    The batch lies on the mesh's devices, split over them; outputs are awaited.
+    """
+    batch = jax.device_put(images, batch_sharding(mesh))
+    times: list[list[float]] = [[] for _ in programs]
+    for timed in [False] + [True] * max(rounds, 5):
+        for program, seconds in zip(programs, times, strict=True):
+            began = time.perf_counter()
+            jax.block_until_ready(program(batch))
+            if timed:
+                seconds.append(time.perf_counter() - began)
+    return [len(images) / statistics.median(seconds) for seconds in times]

@@ -1,0 +1,64 @@
+"""One checkpoint at several gate settings, without training: what each costs, and which nothing beats."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from flax import nnx
+from jaxtyping import Bool
+
+from avit_jax.model.config import nearest
+from avit_jax.model.vit import AViT
+
+FIELDS = ("gate_center", "gate_scale")
+SYNTAX = "FIELD:VALUE,VALUE,... or FIELD:FIRST:LAST:COUNT, FIELD being gate_center or gate_scale"
+MOST = 40  # settings; each is a program to compile
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+    """Gate settings to try: a field of AViTConfig and its values."""
+
+    field: str
+    values: tuple[float, ...]
+
+
+def parse_sweep(text: str) -> Sweep:
+    """Sweep("gate_center", (8.0, 10.0)) from "gate_center:8,10"; "gate_center:8:12:5" is five values, evenly spaced.
+
+    Raises ValueError for anything else, naming the syntax.
+    """
+    field, _, values = text.partition(":")
+    if field not in FIELDS:
+        raise ValueError(f"--sweep={text}: there is no gate setting {field!r}: {nearest(field, FIELDS)}")
+    parts = values.split(":") if ":" in values else values.split(",")
+    try:
+        numbers = [float(part) for part in parts]
+    except ValueError:
+        raise ValueError(f"--sweep={text}: {values!r} is no list of numbers: write {SYNTAX}") from None
+    if ":" in values:
+        if len(parts) != 3 or not numbers[2].is_integer() or numbers[2] < 2:
+            raise ValueError(f"--sweep={text}: a range has a first value, a last and a count from 2: write {SYNTAX}")
+        numbers = np.linspace(numbers[0], numbers[1], int(min(numbers[2], MOST + 1))).tolist()
+    if not np.isfinite(numbers).all():
+        raise ValueError(f"--sweep={text}: every value must be finite")
+    settings = tuple(sorted(set(numbers)))
+    if len(settings) > MOST:
+        raise ValueError(f"--sweep={text} has more than {MOST} settings, each a program to compile: give fewer")
+    return Sweep(field, settings)
+
+
+def with_gate(model: AViT, **gate: Any) -> AViT:
+    """The same weights under another gate; gate_scale=None, gate_center=None: no token ever halts."""
+    other = nnx.merge(*nnx.split(model))
+    other.config = dataclasses.replace(model.config, **gate)
+    return other
+
+
+def unbeaten(gain: Sequence[float], cost: Sequence[float]) -> Bool[np.ndarray, " n"]:
+    """Pareto-optimal settings: no other one gains at least as much for at most the cost, and is better in one."""
+    g, c = np.asarray(gain, np.float64), np.asarray(cost, np.float64)
+    no_worse = (g[:, None] >= g) & (c[:, None] <= c)
+    better = (g[:, None] > g) | (c[:, None] < c)
+    return ~np.any(no_worse & better, axis=0)

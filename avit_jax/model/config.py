@@ -1,0 +1,261 @@
+"""What a model is: its architecture, its gate, and the preprocessing and class names that travel with it."""
+
+import dataclasses
+import difflib
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from avit_jax.runtime.json_fields import typed_fields
+
+# At least this part of the resized image is cropped: 384 pixels of 3840. Published models use 0.8 to 1.
+MIN_CROP_FRACTION = 0.1
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic")
+POOLS = ("token", "mean_norm", "norm_mean", "token_and_mean")
+
+
+@dataclasses.dataclass(frozen=True)
+class Preprocessing:
+    """How an image becomes what the model takes; values per channel, in units of 0..1 pixels."""
+
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    crop_fraction: float = 0.875  # the model sees this part of the resized image (224 of 256)
+    interpolation: str = "bicubic"
+
+    def __post_init__(self) -> None:
+        if len(self.mean) != len(self.std):
+            raise ValueError(f"mean has {len(self.mean)} channels and std {len(self.std)}: give both the same number")
+        if not self.std or min(self.std) <= 0:
+            raise ValueError(f"std is {self.std}: give a number above 0 for every channel")
+        if not MIN_CROP_FRACTION <= self.crop_fraction <= 1:
+            raise ValueError(
+                f"crop_fraction is {self.crop_fraction}: it must be at least {MIN_CROP_FRACTION} and at most 1"
+            )
+        if self.interpolation not in INTERPOLATIONS:
+            raise ValueError(f"interpolation {self.interpolation!r} is unknown: choose one of {INTERPOLATIONS}")
+
+
+@dataclasses.dataclass(frozen=True)
+class AViTConfig:
+    """Architecture and gate of a model; hashable, and written as JSON beside every checkpoint.
+
+    gate_scale None is a plain ViT: no token ever halts. Raises ValueError where the numbers do not fit together.
+
+    pool says what the head reads: "token" the class token after the final LayerNorm; "mean_norm" the mean of the
+    patches, then LayerNorm (timm's fc_norm, MAE); "norm_mean" LayerNorm, then the mean of the patches (AugReg's GAP);
+    "token_and_mean" LayerNorm, then the class token beside the mean of the patches (DINOv2's classifier). The value of
+    a token is its weighted sum over layers, and the mean is over all patches. num_registers tokens come after the class
+    (and distillation) token and before the patches. With num_classes 0 there is no head: logits are what it would read.
+    """
+
+    image_size: int | Sequence[int] = 224  # one side, or (height, width)
+    patch_size: int = 16
+    in_channels: int = 3
+    num_classes: int = 1000
+    embed_dim: int = 192
+    depth: int = 12
+    num_heads: int = 3
+    mlp_ratio: float = 4.0
+    qkv_bias: bool = True
+    distilled: bool = False
+    class_token: bool = True
+    num_registers: int = 0
+    pool: str = "token"
+    norm_epsilon: float = 1e-6  # of every LayerNorm
+    gate_scale: float | None = None
+    gate_center: float | None = None
+    halt_epsilon: float = 0.01
+    drop_rate: float = 0.0
+    drop_path_rate: float = 0.0
+    dtype: str = "float32"
+    remat: bool = False
+    preprocessing: Preprocessing = Preprocessing()
+    class_names: Sequence[str] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("image_size", "class_names"):
+            if isinstance(getattr(self, name), list):  # from JSON or a config file; a tuple can be hashed
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+        if not isinstance(self.image_size, int) and len(self.image_size) != 2:
+            raise ValueError(f"image_size has {len(self.image_size)} numbers: give one side, or height and width")
+        for name in ("patch_size", "in_channels", "embed_dim", "depth", "num_heads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        for name in ("num_classes", "num_registers"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 0")
+        for side, size in zip(("height", "width"), self.image_shape, strict=True):
+            if size < self.patch_size or size % self.patch_size:
+                raise ValueError(
+                    f"image {side} {size} is not divisible by patch_size {self.patch_size}: change one of them"
+                )
+        if self.embed_dim % self.num_heads:
+            raise ValueError(
+                f"embed_dim {self.embed_dim} is not divisible by num_heads {self.num_heads}: change one of them"
+            )
+        if self.pool not in POOLS:
+            raise ValueError(f"pool {self.pool!r} is unknown: choose one of {', '.join(POOLS)}")
+        if self.distilled and (self.pool != "token" or not self.class_token):
+            raise ValueError(
+                "a distilled model has a head on its class token and one on its distillation token: "
+                "give class_token=True and pool='token'"
+            )
+        if not self.class_token and self.pool in ("token", "token_and_mean"):
+            raise ValueError(
+                f"pool {self.pool!r} reads the class token and class_token is False: "
+                "choose pool 'mean_norm' or 'norm_mean'"
+            )
+        if not 0 < self.norm_epsilon < 1:
+            raise ValueError(f"norm_epsilon is {self.norm_epsilon}: it must lie between 0 and 1")
+        if (self.gate_scale is None) != (self.gate_center is None):
+            raise ValueError(
+                f"gate_scale is {self.gate_scale} and gate_center {self.gate_center}: give both, or None for both"
+            )
+        if self.mlp_dim < 1:
+            raise ValueError(f"mlp_ratio is {self.mlp_ratio}: the MLP needs at least one hidden value")
+        if not 0 < self.halt_epsilon < 1:
+            raise ValueError(f"halt_epsilon is {self.halt_epsilon}: it must lie between 0 and 1")
+        for name in ("drop_rate", "drop_path_rate"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 0 and below 1")
+        if self.dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"dtype {self.dtype!r} is unknown: choose float32 or bfloat16")
+        if self.class_names is not None and len(self.class_names) != self.num_classes:
+            raise ValueError(
+                f"{len(self.class_names)} class_names for num_classes {self.num_classes}: give one for each"
+            )
+
+    @property
+    def image_shape(self) -> tuple[int, int]:
+        """(height, width) in pixels."""
+        if isinstance(self.image_size, int):
+            return self.image_size, self.image_size
+        height, width = self.image_size
+        return height, width
+
+    @property
+    def patch_grid(self) -> tuple[int, int]:
+        """(rows, columns) of patches."""
+        height, width = self.image_shape
+        return height // self.patch_size, width // self.patch_size
+
+    @property
+    def num_special(self) -> int:
+        """Tokens before the patches: class, distillation and registers, as far as there are any."""
+        return self.class_token + self.distilled + self.num_registers
+
+    @property
+    def num_outputs(self) -> int:
+        """Tokens whose weighted sums over layers are kept, the first ones: for a mean over patches all of them."""
+        return 1 + self.distilled if self.pool == "token" else self.num_tokens
+
+    @property
+    def tokens_read(self) -> tuple[bool, ...]:
+        """For each token whether the logits depend on its value; an image is finished when these have halted."""
+        patches = self.num_tokens - self.num_special
+        special = [self.pool in ("token", "token_and_mean")] * (self.class_token + self.distilled)
+        return (*special, *[False] * self.num_registers, *[self.pool != "token"] * patches)
+
+    @property
+    def head_inputs(self) -> int:
+        """Features that a head reads."""
+        return (2 if self.pool == "token_and_mean" else 1) * self.embed_dim
+
+    @property
+    def head_macs(self) -> int:
+        """Multiply-adds of the heads for one image."""
+        return (1 + self.distilled) * self.head_inputs * self.num_classes
+
+    @property
+    def num_tokens(self) -> int:
+        """Special tokens and patches."""
+        return self.num_special + self.patch_grid[0] * self.patch_grid[1]
+
+    @property
+    def mlp_dim(self) -> int:
+        """Width of the hidden layer of a block's MLP."""
+        return int(self.embed_dim * self.mlp_ratio)
+
+    @property
+    def halts(self) -> bool:
+        """Whether there is a gate at all."""
+        return self.gate_scale is not None
+
+    @property
+    def gate(self) -> dict[str, float]:
+        """The gate's numbers, as halting.advance takes them. Raises ValueError for a model that never halts."""
+        if self.gate_scale is None or self.gate_center is None:
+            raise ValueError("this model never halts: give gate_scale and gate_center")
+        return {"gate_scale": self.gate_scale, "gate_center": self.gate_center, "halt_epsilon": self.halt_epsilon}
+
+    def to_json(self) -> dict[str, Any]:
+        """Three parts, all plain JSON: model, preprocessing, class_names."""
+        model = dataclasses.asdict(self)
+        return {"preprocessing": model.pop("preprocessing"), "class_names": model.pop("class_names"), "model": model}
+
+    @classmethod
+    def from_json(cls, parts: Any) -> "AViTConfig":
+        """The inverse of to_json. Anyone may have written the parts: ValueError names the field that is wrong."""
+        if not isinstance(parts, dict) or parts.keys() != {"model", "preprocessing", "class_names"}:
+            raise ValueError("a model's configuration has three parts: model, preprocessing and class_names")
+        preprocessing = typed_fields(Preprocessing, parts["preprocessing"], "preprocessing", _PREPROCESSING)
+        model = typed_fields(AViTConfig, parts["model"], "model", _NEEDED)
+        names = typed_fields(AViTConfig, {"class_names": parts["class_names"]}, "the configuration", ())
+        return AViTConfig(**{**model, **names, "preprocessing": Preprocessing(**preprocessing)})
+
+
+# Fields without which a configuration would silently mean another model; others may be missing in an old file.
+_NEEDED = (
+    "image_size",
+    "patch_size",
+    "embed_dim",
+    "depth",
+    "num_heads",
+    "gate_scale",
+    "gate_center",
+    "halt_epsilon",
+)
+_PREPROCESSING = tuple(field.name for field in dataclasses.fields(Preprocessing))
+
+# DeiT's sizes (arXiv 2012.12877); the gates are those of the published recipe (base: our choice, as small).
+_SIZES: dict[str, dict[str, Any]] = {
+    "tiny": {"embed_dim": 192, "num_heads": 3},
+    "small": {"embed_dim": 384, "num_heads": 6},
+    "base": {"embed_dim": 768, "num_heads": 12},
+}
+_GATES = {"tiny": (10.0, 30.0), "small": (10.0, 75.0), "base": (10.0, 75.0)}
+
+PRESETS: dict[str, AViTConfig] = {
+    f"{family}_{size}{'_distilled' if distilled else ''}_patch16_{image_size}": AViTConfig(
+        image_size=image_size,
+        distilled=distilled,
+        gate_scale=_GATES[size][0] if family == "avit" else None,
+        gate_center=_GATES[size][1] if family == "avit" else None,
+        **_SIZES[size],
+    )
+    for family in ("avit", "deit")
+    for size in _SIZES
+    for distilled in (False, True)
+    for image_size in (224, 384)
+}
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A hint for a name that is not known: the closest one, or all of them."""
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
+
+
+def config_from(preset: str | None, **overrides: Any) -> AViTConfig:
+    """The configuration of a preset (None: AViTConfig's defaults), with fields replaced.
+
+    Raises ValueError for an unknown preset or field, naming the nearest one.
+    """
+    if preset is not None and preset not in PRESETS:
+        raise ValueError(f"there is no preset {preset!r}: {nearest(preset, PRESETS)}")
+    fields = {field.name for field in dataclasses.fields(AViTConfig)}
+    for name in overrides:
+        if name not in fields:
+            raise ValueError(f"AViTConfig has no field {name!r}: {nearest(name, fields)}")
+    return dataclasses.replace(PRESETS[preset] if preset else AViTConfig(), **overrides)

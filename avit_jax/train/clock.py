@@ -1,0 +1,92 @@
+"""Where a training step's time goes: data, device, checkpoints; images/s, MFU, memory, and traces to look at."""
+
+import contextlib
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from avit_jax.evaluate.figures import whole_gmacs
+from avit_jax.model.config import AViTConfig
+
+# The figures of a log line that differ from run to run.
+TIMES = ("images_per_second", "data_wait", "device_wait", "checkpoint_wait", "memory_gigabytes", "mfu")
+WAITS = ("data", "device", "checkpoint")
+
+
+class StepClock:
+    """Times between two log lines; with config.profile "START:STEPS" a trace of those steps in the run's profile/."""
+
+    def __init__(self, config: ConfigDict, model: AViTConfig, mesh: Mesh, workdir: Path) -> None:
+        self._batch_size = config.batch_size
+        self._first, self._steps = parse_profile(config.profile)
+        self._trace_folder, self._tracing = workdir / "profile", False
+        # Dense multiply-adds, 2 flops each; the backward pass costs twice the forward one. Remat is not counted.
+        self._step_flops = 3 * 2e9 * whole_gmacs(model) * config.batch_size
+        self._peak_flops = config.peak_tflops * 1e12 * mesh.size
+        self.start(0)
+
+    def start(self, step: int) -> None:
+        """A new line's time begins after this step."""
+        self._began, self._from = time.perf_counter(), step
+        self._waited = dict.fromkeys(WAITS, 0.0)
+        self._aside = 0.0
+
+    @contextlib.contextmanager
+    def waiting_for(self, what: str) -> Iterator[None]:
+        """Count this time as waiting for data, device or checkpoint."""
+        began = time.perf_counter()
+        yield
+        self._waited[what] += time.perf_counter() - began
+
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        """Count this time as no part of training."""
+        began = time.perf_counter()
+        yield
+        self._aside += time.perf_counter() - began
+
+    def figures(self, step: int) -> dict[str, float]:
+        """images/s without evaluation and checkpoints; waits as shares of all the time but evaluation's."""
+        elapsed = time.perf_counter() - self._began - self._aside
+        training = elapsed - self._waited["checkpoint"]
+        found = {"images_per_second": (step - self._from) * self._batch_size / training}
+        found |= {f"{what}_wait": waited / elapsed for what, waited in self._waited.items()}
+        found["memory_gigabytes"] = peak_memory() / 1e9
+        if self._peak_flops:
+            found["mfu"] = (step - self._from) * self._step_flops / training / self._peak_flops
+        return found
+
+    def trace(self, step: int) -> None:
+        """Called before each step: starts and ends the trace; a run that goes on in the middle of it has none."""
+        if self._steps and step == self._first and not self._tracing:
+            # Python's own tracer hooks every thread, and crashed beside the threads that write a checkpoint.
+            options = jax.profiler.ProfileOptions()
+            options.python_tracer_level = 0
+            jax.profiler.start_trace(str(self._trace_folder), create_perfetto_trace=True, profiler_options=options)
+            self._tracing = True
+        if self._tracing and step == self._first + self._steps:
+            jax.profiler.stop_trace()
+            self._tracing = False
+            print(f"trace of steps {self._first} to {step - 1}: {self._trace_folder}", file=sys.stderr)
+
+
+def peak_memory() -> int:
+    """Bytes: the fullest device's high-water mark; on a CPU, which keeps none, that of this process."""
+    found = [stats["peak_bytes_in_use"] for device in jax.local_devices() if (stats := device.memory_stats())]
+    return max(found) if found else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def parse_profile(text: str) -> tuple[int, int]:
+    """ "START:STEPS" as numbers; "" is no trace. Raises ValueError for anything else."""
+    if not text:
+        return 0, 0
+    first, _, steps = text.partition(":")
+    if not (first.isdigit() and steps.isdigit() and int(first) >= 1 and int(steps) >= 1):
+        raise ValueError(f"--profile or config.profile {text!r} is not START:STEPS: give two numbers from 1, as 20:5")
+    return int(first), int(steps)

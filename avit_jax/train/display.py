@@ -1,0 +1,79 @@
+"""What a user sees while a run trains: a bar on a terminal, a line per log step elsewhere; process 0 alone speaks."""
+
+import sys
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import jax
+from tqdm import tqdm
+
+from avit_jax.evaluate.figures import Evaluation
+from avit_jax.model.config import AViTConfig
+
+
+class Display:
+    """Progress of a run of `steps` steps of `batch_size` images. The bar goes to stderr, lines to stdout."""
+
+    def __init__(self, steps: int, batch_size: int) -> None:
+        self._steps, self._batch_size = steps, batch_size
+        self._speaks = jax.process_index() == 0
+        self._terminal = sys.stderr.isatty()
+
+    def __enter__(self) -> "Display":
+        self._bar = tqdm(
+            total=self._steps,
+            unit="step",
+            desc="training",
+            mininterval=1,
+            dynamic_ncols=True,
+            disable=not (self._speaks and self._terminal),
+        )
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        self._bar.close()
+
+    def say(self, line: str) -> None:
+        """Print a line, above the bar where there is one."""
+        if self._speaks:
+            tqdm.write(line, file=sys.stdout)
+            sys.stdout.flush()
+
+    def begin(self, model: AViTConfig, parameters: int, data: str, workdir: Path) -> None:
+        """Say what is trained on what, and where it is written."""
+        gate = "A-ViT" if model.halts else "dense ViT"
+        self.say(
+            f"training {gate}: {model.depth} layers of width {model.embed_dim}, {parameters:,} parameters; {data}; "
+            f"{self._steps} steps of {self._batch_size} images; writes to {workdir}"
+        )
+
+    def start(self, step: int) -> None:
+        """Go on from this step."""
+        self._bar.initial = self._bar.n = step
+        self._bar.refresh()
+
+    def at(self, step: int) -> None:
+        """Show that this step is done."""
+        self._bar.update(step - self._bar.n)
+
+    def means(self, step: int, means: dict[str, Any]) -> None:
+        """Show the means over the steps since the last line."""
+        loss, accuracy = f"{means['loss']:.3f}", f"{means['accuracy']:.3f}"
+        depth, speed = f"{means['mean_depth']:.2f}", means["images_per_second"]
+        if self._terminal:
+            self._bar.set_postfix(loss=loss, accuracy=accuracy, depth=depth, images_s=f"{speed:.0f}")
+            return
+        left = (self._steps - step) * self._batch_size / speed
+        self.say(
+            f"step {step} of {self._steps}: loss {loss}, accuracy {accuracy}, mean depth {depth}, "
+            f"{speed:.0f} images/s, {tqdm.format_interval(left)} left"
+        )
+
+    def validation(self, step: int, result: Evaluation, depth: int, raw: Evaluation | None) -> None:
+        """Say what an evaluation found; raw: of the raw weights, where `result` is of the moving average."""
+        beside = "" if raw is None else f" (raw weights {raw.top1:.2%})"
+        self.say(
+            f"step {step} of {self._steps}: validation top-1 {result.top1:.2%}{beside}, mean depth "
+            f"{result.mean_depth:.2f} of {depth} layers"
+        )

@@ -1,0 +1,177 @@
+"""The training state and the jitted step: forward, the three loss terms, backward, update, on any mesh."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import Array
+from ml_collections import ConfigDict
+
+from avit_jax.data.mix import augment_on_device
+from avit_jax.data.settings import AugmentSettings
+from avit_jax.model.vit import AViT
+from avit_jax.runtime.mesh import batch_sharding, place, replicated, state_shardings
+from avit_jax.train import losses
+from avit_jax.train.optim import update_average
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """Everything that a step changes; randomness comes from the seed and the step.
+
+    Types are not checked: shapes and layouts come in the same tree.
+    """
+
+    step: Any  # int32 scalar
+    params: Any  # nnx.State
+    ema: Any  # nnx.State, or None
+    optimizer: Any  # optax.OptState
+
+
+def initial_state(model: AViT, optimizer: optax.GradientTransformation, ema_decay: float, mesh: Mesh) -> TrainState:
+    """The state before step 1, laid out over the mesh; it owns copies, because the step donates its buffers."""
+    params = jax.tree.map(jnp.copy, nnx.state(model, nnx.Param))
+    ema = jax.tree.map(jnp.copy, params) if ema_decay else None
+    state = TrainState(jnp.zeros((), jnp.int32), params, ema, optimizer.init(params))
+    return place(state, state_shardings(mesh, state))
+
+
+def make_train_step(
+    graphdef: nnx.GraphDef,
+    optimizer: optax.GradientTransformation,
+    config: ConfigDict,
+    mesh: Mesh,
+    teacher: AViT | None = None,
+) -> Callable[[TrainState, dict[str, Array]], tuple[TrainState, dict[str, Array]]]:
+    """One jitted function (state, batch) -> (state, metrics); the old state's buffers are donated.
+
+    The batch is split over the mesh, means are over the whole of it; with config.accumulation above 1 it is worked on
+    in as many parts, and the prior, which is no mean, is the mean of the parts' own. Images whose batch["weight"] is 0
+    count for nothing.
+    """
+    teacher_graphdef, teacher_state = (None, None) if teacher is None else nnx.split(teacher)
+    if teacher is not None:
+        teacher_state = place(teacher_state, replicated(mesh))
+    step = build_train_step(graphdef, optimizer, config, mesh, teacher_graphdef)
+    jitted: list[Any] = []  # made at the first call, when the state's structure is known
+
+    def run(state: TrainState, batch: dict[str, Array]) -> tuple[TrainState, dict[str, Array]]:
+        if not jitted:
+            layout = state_shardings(mesh, state)
+            everywhere = replicated(mesh)
+            jitted.append(
+                jax.jit(
+                    step,
+                    donate_argnums=0,
+                    in_shardings=(layout, batch_sharding(mesh), everywhere),
+                    out_shardings=(layout, everywhere),
+                )
+            )
+        return jitted[0](state, batch, teacher_state)
+
+    return run
+
+
+def build_train_step(
+    graphdef: nnx.GraphDef,
+    optimizer: optax.GradientTransformation,
+    config: ConfigDict,
+    mesh: Mesh,
+    teacher_graphdef: nnx.GraphDef | None,
+) -> Callable[[TrainState, dict[str, Array], Any], tuple[TrainState, dict[str, Array]]]:
+    """What make_train_step compiles: (state, batch, the teacher's weights) -> (state, metrics)."""
+    loss_config, parts = config.loss, config.accumulation
+    augment = AugmentSettings.from_config(dict(config.augment))
+
+    def loss_function(params: nnx.State, batch: dict[str, Array], key: Array, teacher_state: Any) -> Any:
+        model = nnx.merge(graphdef, params)
+        output = model(batch["image"], deterministic=False, rngs=nnx.Rngs(dropout=key))
+        teacher_logits = None
+        if teacher_graphdef is not None:
+            teacher_logits = jax.lax.stop_gradient(nnx.merge(teacher_graphdef, teacher_state)(batch["image"]).logits)
+        weight = batch.get("weight")
+        classification = losses.distillation_loss(
+            output.head_logits,
+            batch["target"],
+            teacher_logits,
+            kind=loss_config.distillation,
+            weight=loss_config.distillation_weight,
+            temperature=loss_config.distillation_temperature,
+            image_weight=weight,
+        )
+        ponder = prior = jnp.zeros(())
+        if model.config.halts:
+            ponder, prior = losses.halting_losses(
+                output.halting_scores,
+                output.ponder_cost,
+                ponder_weight=loss_config.ponder_weight,
+                prior_weight=loss_config.prior_weight,
+                prior=loss_config.prior,
+                prior_target_depth=loss_config.prior_target_depth,
+                prior_deviation=loss_config.prior_deviation,
+                image_weight=weight,
+            )
+        terms = losses.LossTerms(classification, ponder, prior)
+        right = (output.logits.argmax(-1) == batch["label"]).astype(jnp.float32)
+        metrics = {
+            "loss": terms.total,
+            "classification": classification,
+            "ponder": ponder,
+            "prior": prior,
+            "accuracy": losses.image_mean(right, weight),
+            "mean_depth": losses.image_mean(output.token_depth.astype(jnp.float32), weight),
+            "halting_by_layer": jax.vmap(losses.image_mean, (0, None))(output.halting_scores, weight),
+        }
+        return terms.total, metrics
+
+    gradient = jax.grad(loss_function, has_aux=True)
+
+    def gradients(params: nnx.State, batch: dict[str, Array], key: Array, teacher_state: Any) -> Any:
+        if parts == 1:
+            return gradient(params, batch, key, teacher_state)
+
+        def part(index: Array) -> dict[str, Array]:
+            # Every parts-th image, so that each part lies on all devices as the batch does.
+            return jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:])[:, index], batch)
+
+        def add(total: Any, index: Array) -> tuple[Any, None]:
+            found = gradient(params, part(index), jax.random.fold_in(key, index), teacher_state)
+            return jax.tree.map(jnp.add, total, found), None
+
+        shapes = jax.eval_shape(gradient, params, part(jnp.zeros((), int)), key, teacher_state)
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+        total, _ = jax.lax.scan(add, zeros, jnp.arange(parts))
+        return jax.tree.map(lambda x: x / parts, total)
+
+    def train_step(
+        state: TrainState, batch: dict[str, Array], teacher_state: Any
+    ) -> tuple[TrainState, dict[str, Array]]:
+        key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+        model_config = nnx.merge(graphdef, state.params).config
+        images, targets = augment_on_device(
+            jax.random.fold_in(key, 1),
+            batch["image"],
+            batch["label"],
+            augment,
+            model_config,
+            label_smoothing=loss_config.label_smoothing,
+            weight=batch.get("weight"),
+        )
+        batch = batch | {"image": images, "target": targets}
+        # Gathered once where fsdp splits them: left alone, the compiler may move activations instead.
+        whole = jax.lax.with_sharding_constraint(state.params, replicated(mesh))
+        grads, metrics = gradients(whole, batch, key, teacher_state)
+        grads = jax.lax.with_sharding_constraint(grads, state_shardings(mesh, grads))
+        updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
+        params = optax.apply_updates(state.params, updates)
+        ema = None if state.ema is None else update_average(state.ema, params, config.optim.ema_decay)
+        metrics["gradient_norm"] = optax.tree.norm(grads)
+        return TrainState(state.step + 1, params, ema, optimizer_state), metrics
+
+    return train_step

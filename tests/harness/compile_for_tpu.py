@@ -1,0 +1,44 @@
+"""Run by test_scaling with libtpu: a small train step and packed evaluation, compiled for eight chips of a TPU v5e."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+import jax
+from flax import nnx
+
+from avit_jax import AViT
+from benchmarks.collectives import said
+from benchmarks.tpu_compile import (
+    bytes_needed,
+    check_crossing,
+    compile_packed_evaluation,
+    compile_train_step,
+    model_of,
+    topology_mesh,
+)
+from configs import imagenet_avit
+
+config = imagenet_avit.get_config("tiny")
+config.batch_size = 64
+config.augment.update({"mixup": 0.0, "cutmix": 0.0, "erasing": 0.0})  # half of the compile time
+config.model.update({"image_size": 32, "depth": 2, "embed_dim": 64, "num_heads": 2, "num_classes": 10})
+model = model_of(config)
+_, params = nnx.split(nnx.eval_shape(lambda: AViT(model, rngs=nnx.Rngs(0))), nnx.Param)
+state = 4 * 4 * sum(leaf.size for leaf in jax.tree.leaves(params))  # weights, average, two moments, float32
+
+step = compile_train_step(config, topology_mesh("v5e:2x4", fsdp=2))
+crossing = check_crossing(step, model, {"gradients", "parameters", "scalars", "statistics"}, fsdp=2)
+print(said(crossing), f"{bytes_needed(step) / 1e6:.1f} MB, state {state / 1e6:.1f} MB")
+assert crossing["statistics"] == {"count": 1, "bytes": 4 * 2}
+# Each parameter is gathered once, kernels as bfloat16, and its gradient summed once.
+assert state / 16 * 2 <= crossing["parameters"]["bytes"] <= state / 16 * 4
+assert state / 16 * 2 <= crossing["gradients"]["bytes"] <= state / 16 * 4
+# A half of the state on each chip, but for what is too short to split and is padded to tiles.
+arguments = step.memory_analysis().argument_size_in_bytes
+assert state / 2 <= arguments <= state, arguments
+
+packed = compile_packed_evaluation(model, 16, topology_mesh("v5e:2x4"))
+assert not check_crossing(packed, model, set(), fsdp=1)
+print("as promised")
