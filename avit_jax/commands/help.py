@@ -15,7 +15,7 @@ HELP = ("--help", "-help", "-h", "--helpshort", "--helpfull", "-?")
 def program() -> str:
     """How this command is started: python train.py, or python -m avit_jax.train."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
-    return f"python -m {spec.name}" if spec else f"python {sys.argv[0]}"
+    return f"python -m {spec.name.removesuffix('.__main__')}" if spec else f"python {sys.argv[0]}"
 
 
 def command_line() -> str:

@@ -1,4 +1,4 @@
-"""The layers of a vision transformer: patch embedding, attention that leaves halted tokens out, MLP, block."""
+"""The layers of a vision transformer: patch embedding, attention with a mass for every key, MLP, block."""
 
 import dataclasses
 from typing import Any
@@ -9,6 +9,10 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from avit_jax.model.config import AViTConfig
+from avit_jax.model.seen import Facts
+
+# The weight of each key in attention: which tokens are there (bool) or how much they count; None: all the same.
+Mass = Bool[Array, "b n"] | Float[Array, "b n"] | None
 
 # timm's trunc_normal_(std=0.02) cuts at +-2, not at +-2 deviations.
 INIT = nnx.initializers.truncated_normal(0.02, lower=-100.0, upper=100.0)
@@ -120,10 +124,15 @@ class PatchEmbed(nnx.Module):
 
 
 class Attention(nnx.Module):
-    """Multi-head self-attention in which halted tokens are no keys."""
+    """Multi-head self-attention in which every key has a mass.
+
+    Query i gives key n the weight mass[n] * exp(score[i, n]) / sum_m mass[m] * exp(score[i, m]). A boolean mass leaves
+    keys out: halted tokens. A float mass is the number of patches a token stands for, or a probability that it is kept.
+    """
 
     def __init__(self, config: AViTConfig, *, rngs: nnx.Rngs) -> None:
         self.num_heads = config.num_heads
+        self.class_rows = config.class_token + config.distilled
         self.qkv = linear(config.embed_dim, 3 * config.embed_dim, config.dtype, rngs, use_bias=config.qkv_bias)
         self.proj = linear(config.embed_dim, config.embed_dim, config.dtype, rngs)
 
@@ -135,12 +144,16 @@ class Attention(nnx.Module):
         query, key, value = (y.reshape(shape).transpose(0, 2, 1, 3) for y in jnp.split(mixed, 3, axis=-1))
         return query, key, value
 
-    def __call__(self, x: Float[Array, "b n d"], active: Bool[Array, "b n"] | None) -> Array:
-        """Attention over the active tokens; None: over all."""
-        return self._mixed(*self.query_key_value(x), active)
+    def __call__(
+        self, x: Float[Array, "b n d"], mass: Mass = None, reads: frozenset[str] = frozenset()
+    ) -> tuple[Float[Array, "b n d"], Facts]:
+        """What every token gets, and the facts that `reads` names (Seen); mass None: every key weighs the same."""
+        query, key, value = self.query_key_value(x)
+        weights, total = _attention_weights(query, key, mass)
+        return self._projected(weights, total, value), self._facts(weights, total, key, value, reads)
 
-    def read(self, x: Float[Array, "b n d"], active: Bool[Array, "b n"], queries: int) -> Float[Array, "b q d"]:
-        """What the first `queries` tokens get; of the others no more than key and value is computed."""
+    def read(self, x: Float[Array, "b n d"], mass: Mass, queries: int) -> Float[Array, "b q d"]:
+        """What the first `queries` tokens get; for the others no more than key and value is computed."""
         batch, _, dim = x.shape
         kernel, bias = self.qkv.kernel[...], self.qkv.bias[...] if self.qkv.bias is not None else None
         x = x.astype(self.qkv.dtype)
@@ -153,18 +166,43 @@ class Attention(nnx.Module):
 
         (query,) = heads(x[:, :queries], slice(dim), 1)
         key, value = heads(x, slice(dim, None), 2)
-        return self._mixed(query, key, value, active)
+        return self._projected(*_attention_weights(query, key, mass), value)
 
-    def _mixed(self, query: Array, key: Array, value: Array, active: Bool[Array, "b n"] | None) -> Array:
-        scores = jnp.matmul(query * query.shape[-1] ** -0.5, key.swapaxes(-1, -2), preferred_element_type=jnp.float32)
-        if active is not None:
-            # Finite, so that an image without any active token gives no NaN.
-            scores = jnp.where(active[:, None, None, :], scores, jnp.finfo(jnp.float32).min)
-        weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
-        total = weights.sum(-1, keepdims=True)
+    def _projected(self, weights: Array, total: Array, value: Array) -> Array:
         mixed = jnp.matmul(weights.astype(value.dtype), value, preferred_element_type=jnp.float32) / total
         batch, heads, queries, width = mixed.shape
         return self.proj(mixed.transpose(0, 2, 1, 3).reshape(batch, queries, heads * width))
+
+    def _facts(self, weights: Array, total: Array, key: Array, value: Array, reads: frozenset[str]) -> Facts:
+        facts: Facts = {}
+        if "class_attention" in reads:
+            rows = slice(self.class_rows)
+            facts["class_attention"] = (weights[:, :, rows] / total[:, :, rows]).mean((1, 2))
+        if "attention_received" in reads:
+            facts["attention_received"] = (weights / total).mean((1, 2))
+        if "key_mean" in reads:
+            facts["key_mean"] = key.astype(jnp.float32).mean(1)
+        if "value_norm" in reads:
+            facts["value_norm"] = jnp.sqrt(jnp.square(value.astype(jnp.float32)).sum((1, 3)))
+        return facts
+
+
+def _has_mass(mass: Bool[Array, "b n"] | Float[Array, "b n"]) -> Bool[Array, "b n"]:
+    return mass if mass.dtype == bool else mass > 0
+
+
+def _attention_weights(query: Array, key: Array, mass: Mass) -> tuple[Array, Array]:
+    """mass * exp(score - maximum) for every query and key, and its sum over the keys; [B, H, Q, N] and [B, H, Q, 1]."""
+    scores = jnp.matmul(query * query.shape[-1] ** -0.5, key.swapaxes(-1, -2), preferred_element_type=jnp.float32)
+    if mass is not None:
+        # Finite, so that an image without any active token gives no NaN.
+        scores = jnp.where(_has_mass(mass)[:, None, None, :], scores, jnp.finfo(jnp.float32).min)
+    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
+    if mass is not None and mass.dtype != bool:
+        weights = weights * mass[:, None, None, :]
+        # Where no key has any mass the weights and their sum are 0.
+        return weights, jnp.maximum(weights.sum(-1, keepdims=True), jnp.finfo(jnp.float32).tiny)
+    return weights, weights.sum(-1, keepdims=True)
 
 
 class Mlp(nnx.Module):
@@ -200,23 +238,51 @@ class Block(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "b n d"],
-        active: Bool[Array, "b n"] | None = None,
+        mass: Mass = None,
         drop_path_rate: Float[Array, ""] | None = None,
         key: PRNGKeyArray | None = None,
     ) -> Float[Array, "b n d"]:
-        """One layer; active None: no token is masked. Without a key nothing is dropped."""
+        """One layer; mass None: every key weighs the same. Without a key nothing is dropped."""
+        y, _ = self.attend(x, mass, drop_path_rate, key)
+        return self.transform(y, drop_path_rate, key)
+
+    def attend(
+        self,
+        x: Float[Array, "b n d"],
+        mass: Mass = None,
+        drop_path_rate: Float[Array, ""] | None = None,
+        key: PRNGKeyArray | None = None,
+        reads: frozenset[str] = frozenset(),
+    ) -> tuple[Float[Array, "b n d"], Facts]:
+        """The attention half of the layer: y = x + attention(LN(x)), and the facts that `reads` names (Seen)."""
         keys = [None] * 5 if key is None else list(jax.random.split(key, 5))
+        branch, facts = self.attn(self.norm1(x), mass, reads)
+        return x + self._regularised(branch.astype(x.dtype), drop_path_rate, keys[0], keys[1]), facts
 
-        def regularise(branch: Array, drop_key: PRNGKeyArray | None, path_key: PRNGKeyArray | None) -> Array:
-            if drop_key is None or path_key is None:
-                return branch
-            branch = self.drop(branch, deterministic=False, rngs=drop_key)
-            return branch if drop_path_rate is None else drop_path(branch, drop_path_rate, path_key)
+    def transform(
+        self,
+        y: Float[Array, "b n d"],
+        drop_path_rate: Float[Array, ""] | None = None,
+        key: PRNGKeyArray | None = None,
+    ) -> Float[Array, "b n d"]:
+        """The MLP half of the layer: y + MLP(LN(y))."""
+        keys = [None] * 5 if key is None else list(jax.random.split(key, 5))
+        branch = self.mlp(self.norm2(y), keys[2]).astype(y.dtype)
+        return y + self._regularised(branch, drop_path_rate, keys[3], keys[4])
 
-        x = x + regularise(self.attn(self.norm1(x), active).astype(x.dtype), keys[0], keys[1])
-        return x + regularise(self.mlp(self.norm2(x), keys[2]).astype(x.dtype), keys[3], keys[4])
+    def _regularised(
+        self,
+        branch: Array,
+        drop_path_rate: Float[Array, ""] | None,
+        drop_key: PRNGKeyArray | None,
+        path_key: PRNGKeyArray | None,
+    ) -> Array:
+        if drop_key is None or path_key is None:
+            return branch
+        branch = self.drop(branch, deterministic=False, rngs=drop_key)
+        return branch if drop_path_rate is None else drop_path(branch, drop_path_rate, path_key)
 
-    def read(self, x: Float[Array, "b n d"], active: Bool[Array, "b n"], queries: int) -> Float[Array, "b q d"]:
+    def read(self, x: Float[Array, "b n d"], mass: Mass, queries: int) -> Float[Array, "b q d"]:
         """The first `queries` tokens after this layer, nothing dropped; the others are keys and values alone."""
-        first = x[:, :queries] + self.attn.read(self.norm1(x), active, queries).astype(x.dtype)
+        first = x[:, :queries] + self.attn.read(self.norm1(x), mass, queries).astype(x.dtype)
         return first + self.mlp(self.norm2(first), None).astype(x.dtype)
