@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import numpy as np
 from tqdm import tqdm
 
-from avit_jax.model.config import nearest
+from avit_jax.runtime.hints import nearest
 from avit_jax.runtime.mesh import available_cores
 from avit_jax.runtime.processes import LOST
 from benchmarks.real_run import PATIENCE, Failed, Job, check_same

@@ -24,7 +24,8 @@ import numpy as np
 from flax import nnx
 
 from avit_jax import PRESETS, AViT, AViTConfig
-from avit_jax.model.config import config_from, nearest
+from avit_jax.model.config import config_from
+from avit_jax.runtime.hints import nearest
 from avit_jax.runtime.mesh import available_cores, global_batch, training_mesh, use_all_cores
 from avit_jax.train.optim import learning_rate_schedule, make_optimizer
 from avit_jax.train.step import initial_state, make_train_step

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict, config_flags
 
 from avit_jax.commands.config_files import DEFAULT_CONFIG, find_config, load_config
 from avit_jax.commands.help import HELP, help_text
-from avit_jax.model.config import nearest
+from avit_jax.runtime.hints import nearest
 from avit_jax.runtime.mesh import use_all_cores
 from avit_jax.runtime.processes import LOST, end_now, leave, lost_a_process
 

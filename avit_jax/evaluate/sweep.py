@@ -8,7 +8,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Bool
 
-from avit_jax.model.config import nearest
+from avit_jax.runtime.hints import nearest
 from avit_jax.model.vit import AViT
 
 FIELDS = ("gate_center", "gate_scale")

@@ -7,8 +7,47 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
+from avit_jax.runtime.settings import Settings, setting
+
 PRIORS = ("official", "kl")
 DISTILLATIONS = ("none", "hard", "soft")
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassificationLoss(Settings):
+    """The part of config.loss that any model has. Raises ValueError for values that cannot be."""
+
+    section = "loss"
+
+    label_smoothing: float = setting(
+        0.0, "The part of each target that is spread evenly over all classes.", least=0, below=1
+    )
+    distillation: str = setting(
+        "none", "How the teacher is followed: its decision (hard), its distribution (soft).", choices=DISTILLATIONS
+    )
+    distillation_weight: float = setting(
+        0.5, "The teacher's part of the classification loss; the labels have the rest.", least=0, most=1
+    )
+    distillation_temperature: float = setting(
+        1.0, "With soft, logits of teacher and student are divided by it.", above=0
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class AViTLoss(Settings):
+    """The part of config.loss that A-ViT adds. Raises ValueError for values that cannot be."""
+
+    section = "loss"
+
+    ponder_weight: float = setting(0.0, "Weight of the mean ponder cost, which is in layers.", least=0)
+    prior_weight: float = setting(0.0, "Weight of the prior over the layers where tokens halt.", least=0)
+    prior: str = setting(
+        "kl",
+        "kl: the paper's Kullback-Leibler divergence; official: the published code's, always about layer 9.",
+        choices=PRIORS,
+    )
+    prior_target_depth: float = setting(9.0, "The layer about which the prior of kl lies.")
+    prior_deviation: float = setting(1.0, "Standard deviation of the prior of kl, in layers.", above=0)
 
 
 @jax.tree_util.register_dataclass
