@@ -36,16 +36,16 @@ import numpy as np
 from flax import nnx
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from ml_collections import ConfigDict
 
 from avit_jax import AViT
 from avit_jax.commands.dry_run import IMAGENET_IMAGES
+from avit_jax.commands.typed_config import parse
 from avit_jax.execution.packed import packed_program
 from avit_jax.execution.plan import default_plan
 from avit_jax.model.config import AViTConfig, config_from
-from avit_jax.model.settings import given_fields
 from avit_jax.runtime.files import write_json
 from avit_jax.runtime.mesh import batch_sharding, replicated, state_shardings
+from avit_jax.train.settings import TrainSettings
 from avit_jax.train.setup import prepare
 from benchmarks.collectives import collectives, said, what_crosses
 from configs import imagenet_avit
@@ -64,30 +64,29 @@ def topology_mesh(name: str, fsdp: int = 1) -> Mesh:
     return Mesh(np.asarray(devices).reshape(-1, fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto, AxisType.Auto))
 
 
-def experiment(size: str, topology: str) -> ConfigDict:
+def experiment(size: str, topology: str) -> TrainSettings:
     """configs/imagenet_avit.py at a sensible batch, in parts where a chip would have more images than it should."""
     config = imagenet_avit.get_config(size)
     config.batch_size = GLOBAL_BATCH[topology]
     config.accumulation = max(1, config.batch_size // (topology_mesh(topology).size * IMAGES_AT_ONCE[size]))
-    return config
+    return parse(config)
 
 
-def model_of(config: ConfigDict) -> AViTConfig:
+def model_of(settings: TrainSettings) -> AViTConfig:
     """The architecture of config.model."""
-    preset, fields = given_fields(config.model)
-    return config_from(preset, **fields)
+    return config_from(settings.model.preset, **settings.model.given)
 
 
-def compile_train_step(config: ConfigDict, mesh: Mesh) -> Any:
+def compile_train_step(settings: TrainSettings, mesh: Mesh) -> Any:
     """The compiled train step of an experiment, built as training builds it."""
-    model = model_of(config)
+    model = model_of(settings)
     shapes = nnx.eval_shape(lambda: AViT(model, rngs=nnx.Rngs(0)))
-    setup = prepare(config, shapes, mesh, IMAGENET_IMAGES)
+    setup = prepare(settings, shapes, mesh, IMAGENET_IMAGES)
     layout = state_shardings(mesh, setup.state)
     state = jax.tree.map(
         lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), setup.state, layout
     )
-    shape = (config.batch_size, *model.image_shape, model.in_channels)
+    shape = (settings.batch_size, *model.image_shape, model.in_channels)
     batch = {
         "image": jax.ShapeDtypeStruct(shape, jnp.uint8, sharding=batch_sharding(mesh)),
         "label": jax.ShapeDtypeStruct(shape[:1], jnp.int32, sharding=batch_sharding(mesh)),
@@ -138,10 +137,10 @@ def compiled_row(program: str, size: str, topology: str) -> dict[str, Any]:
         images, parts, allowed = IMAGES_AT_ONCE[size], 1, set[str]()
         compiled = compile_packed_evaluation(model, images, mesh)
     else:
-        config = experiment(size, topology)
-        model, images, parts = model_of(config), config.batch_size // mesh.size, config.accumulation
+        settings = experiment(size, topology)
+        model, images, parts = model_of(settings), settings.batch_size // mesh.size, settings.accumulation
         allowed = {"gradients", "scalars", "statistics"} | ({"parameters"} if fsdp > 1 else set())
-        compiled = compile_train_step(config, mesh)
+        compiled = compile_train_step(settings, mesh)
     seconds = time.perf_counter() - began
     row = {"program": program, "model": size, "topology": topology, "images_a_chip": images, "parts": parts}
     needed = bytes_needed(compiled)

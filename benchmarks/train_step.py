@@ -24,6 +24,7 @@ import numpy as np
 from flax import nnx
 
 from avit_jax import PRESETS, AViT, AViTConfig
+from avit_jax.commands.typed_config import parse
 from avit_jax.model.config import config_from
 from avit_jax.runtime.hints import nearest
 from avit_jax.runtime.mesh import available_cores, global_batch, training_mesh, use_all_cores
@@ -41,14 +42,15 @@ def jax_step(config: AViTConfig, batch_size: int) -> Callable[[], None]:
     """A training step as train.py takes it, ready to be called."""
     experiment = mnist_avit.get_config()
     experiment.batch_size = batch_size
-    experiment.loss.distillation = "none"  # a teacher's forward pass is no part of the comparison
+    experiment.loss.distillation, experiment.teacher = "none", ""  # its forward pass is no part of the comparison
+    settings = parse(experiment)
     optimizer = make_optimizer(
-        experiment.optim, learning_rate_schedule(experiment.optim, 10_000, epochs=100.0, batch_size=batch_size)
+        settings.optim, learning_rate_schedule(settings.optim, 10_000, epochs=100.0, batch_size=batch_size)
     )
     model = AViT(config, rngs=nnx.Rngs(0))
-    mesh = training_mesh(-1, 1, batch_size)
+    mesh = training_mesh(settings.mesh, batch_size)
     state = initial_state(model, optimizer, 0.0, mesh)
-    step = make_train_step(nnx.graphdef(model), optimizer, experiment, mesh, state)
+    step = make_train_step(nnx.graphdef(model), optimizer, settings.step, mesh, state)
     images, labels = random_batch(config, batch_size)
     batch = global_batch({"image": images, "label": labels}, mesh)
 

@@ -1,7 +1,7 @@
 """Batches: an endless shuffled stream for training whose state is one number, and one exact pass for evaluation."""
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import grain
@@ -79,7 +79,7 @@ def training_batches(
     *,
     batch_size: int,
     seed: int,
-    augment: Mapping[str, Any],
+    augment: AugmentSettings,
     process_index: int = 0,
     process_count: int = 1,
 ) -> TrainingBatches:
@@ -87,7 +87,7 @@ def training_batches(
 
     Same seed, same batches, whatever the number of workers, threads and processes. "image" is normalised float32 for
     arrays in memory, uint8 for images from disk: a quarter of the bytes to the device, which normalises them (mix.py).
-    With on_bad_image "skip" there is a "weight". augment: config.augment (AugmentSettings). Raises ValueError where a
+    With on_bad_image "skip" there is a "weight". Raises ValueError where a
     batch is larger than the data or cannot be shared out; next() raises it for data that cannot be used.
     """
     settings = split.settings
@@ -97,7 +97,7 @@ def training_batches(
     dataset = grain.MapDataset.source(Numbered(split)).seed(seed).shuffle().repeat()
     if settings.repeated_augmentation > 1:
         dataset = _Reindexed(dataset, RepeatedRows(settings.repeated_augmentation, batch_size))
-    dataset = _augmented(dataset, split, model, AugmentSettings.from_config(augment))
+    dataset = _augmented(dataset, split, model, augment)
     if process_count > 1:
         dataset = _Reindexed(dataset, OwnRows(batch_size, process_index, process_count))
     finish = functools.partial(_finished, in_memory=isinstance(split, Split), model=model, settings=settings)

@@ -28,7 +28,7 @@ class DataSettings(Settings):
     name: str = setting("", "tfds: the data set, as imagenet2012 or cifar10:3.0.2.")
     class_names: tuple[str, ...] = setting((), "idx: the names of the classes, which its files do not hold.")
     mean: tuple[float, ...] = setting(
-        (), "By channel, of 0..1 pixels; (): ImageNet's for images read from disk, else measured on the training images."
+        (), "By channel, of 0..1 pixels; (): ImageNet's for images read from disk, else the training images' own."
     )
     std: tuple[float, ...] = setting((), "Standard deviation by channel, of 0..1 pixels; () as for mean.")
     crop_fraction: float = setting(

@@ -8,8 +8,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Bool
 
-from avit_jax.runtime.hints import nearest
 from avit_jax.model.vit import AViT
+from avit_jax.runtime.hints import nearest
 
 FIELDS = ("gate_center", "gate_scale")
 SYNTAX = "FIELD:VALUE,VALUE,... or FIELD:FIRST:LAST:COUNT, FIELD being gate_center or gate_scale"

@@ -17,7 +17,7 @@ import operator
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
@@ -26,6 +26,8 @@ from avit_jax.runtime.hints import nearest
 # Whether a resumed run may change a key: never; freely, because neither its steps nor its log depend on it; or with a
 # line that says so, because the log changes and the training does not.
 Resume = Literal["never", "free", "log"]
+
+Part = typing.TypeVar("Part", bound="Settings")
 
 _BOUNDS: tuple[tuple[str, Callable[[Any, Any], bool], str], ...] = (
     ("least", operator.ge, "at least"),
@@ -56,9 +58,14 @@ def setting(
         choices: The values of a text; any text where it is empty.
     """
     bounds = {"least": least, "above": above, "most": most, "below": below}
-    metadata = {"help": help, "resume": resume, "choices": tuple(choices)}
+    metadata: dict[str, Any] = {"help": help, "resume": resume, "choices": tuple(choices)}
     metadata |= {name: bound for name, bound in bounds.items() if bound is not None}
     return dataclasses.field(default=default, metadata=metadata)
+
+
+def part(kind: type[Part]) -> Part:
+    """A field that holds other settings, which have their section of the config."""
+    return dataclasses.field(default=kind())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +102,7 @@ class Settings:
         return ".".join(["config", *([cls.section] if cls.section else []), name])
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> Self:
+    def from_config(cls: type[Part], config: Mapping[str, Any]) -> Part:
         """The settings in a config, or in a section of one; keys that it leaves out have their defaults.
 
         Raises ValueError, naming the key and the fix, for a key that is unknown, for a value that is not of its

@@ -32,9 +32,7 @@ class OptimSettings(Settings):
         choices=SCHEDULES,
     )
     warmup_steps: int = setting(0, "Steps of linear warm-up from 0, with schedule step.", least=0)
-    warmup_epochs: int = setting(
-        0, "Epochs of linear warm-up from warmup_learning_rate, with schedule epoch.", least=0
-    )
+    warmup_epochs: int = setting(0, "Epochs of linear warm-up from warmup_learning_rate, with schedule epoch.", least=0)
     warmup_learning_rate: float = setting(0.0, "The learning rate of the first epoch, with schedule epoch.")
     weight_decay: float = setting(0.05, "AdamW's decay of the kernels of linear layers.", least=0)
     beta1: float = setting(0.9, "AdamW's decay of the mean gradient.", least=0, below=1)

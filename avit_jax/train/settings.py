@@ -5,7 +5,7 @@ import dataclasses
 from avit_jax.data.settings import AugmentSettings, DataSettings
 from avit_jax.model.settings import ModelSettings
 from avit_jax.runtime.mesh import MeshSettings
-from avit_jax.runtime.settings import Settings, setting
+from avit_jax.runtime.settings import Settings, part, setting
 from avit_jax.train.gate_start import GateStartSettings
 from avit_jax.train.losses import AViTLoss, ClassificationLoss
 from avit_jax.train.optim import OptimSettings
@@ -17,9 +17,9 @@ ON_NAN = ("stop", "roll back")
 class StepSettings:
     """What one training step reads of a run's settings; see TrainSettings for each."""
 
-    classification: ClassificationLoss = ClassificationLoss()
-    halting_loss: AViTLoss = AViTLoss()
-    augment: AugmentSettings = AugmentSettings()
+    classification: ClassificationLoss = part(ClassificationLoss)
+    halting_loss: AViTLoss = part(AViTLoss)
+    augment: AugmentSettings = part(AugmentSettings)
     seed: int = 0
     accumulation: int = 1
     ema_decay: float = 0.0
@@ -31,16 +31,16 @@ class TrainSettings(Settings):
 
     name: str = setting("experiment", "What the run is called; its folder is runs/NAME unless --workdir is given.")
     seed: int = setting(0, "Seed of weights, order of images, augmentation and dropout.")
-    data: DataSettings = DataSettings()
-    augment: AugmentSettings = AugmentSettings()
-    model: ModelSettings = ModelSettings()
+    data: DataSettings = part(DataSettings)
+    augment: AugmentSettings = part(AugmentSettings)
+    model: ModelSettings = part(ModelSettings)
     init_from: str = setting("", "A checkpoint to start from, which is the table's other row; empty: random weights.")
-    gate_start: GateStartSettings = GateStartSettings()
+    gate_start: GateStartSettings = part(GateStartSettings)
     teacher: str = setting("", "A checkpoint that loss.distillation follows; empty: none.")
-    classification: ClassificationLoss = ClassificationLoss()
-    halting_loss: AViTLoss = AViTLoss()
-    optim: OptimSettings = OptimSettings()
-    mesh: MeshSettings = MeshSettings()
+    classification: ClassificationLoss = part(ClassificationLoss)
+    halting_loss: AViTLoss = part(AViTLoss)
+    optim: OptimSettings = part(OptimSettings)
+    mesh: MeshSettings = part(MeshSettings)
     accumulation: int = setting(1, "Parts that a batch is worked on in, one after the other, to save memory.", least=1)
     on_nan: str = setting(
         "stop",
