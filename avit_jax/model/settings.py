@@ -5,10 +5,12 @@ import typing
 from typing import Any
 
 from avit_jax.model.config import AViTConfig
+from avit_jax.rules import parse_rule
 from avit_jax.runtime.settings import Settings, setting
 
 # These come with the data: config.data has mean, std, crop_fraction, interpolation and class_names.
 _FROM_DATA = ("preprocessing", "class_names")
+_KINDS = {"image_size": Any, "rule": str}  # a rule is text here, such as "tome(r=8)"
 # These are the data's own where images lie in memory.
 _OF_IMAGES = ("image_size", "in_channels", "num_classes")
 
@@ -39,6 +41,11 @@ class _ModelSettings(Settings):
         size = found.get("image_size")
         if isinstance(size, tuple) and len(size) == 2 and size[0] == size[1]:
             found["image_size"] = size[0]  # as the data say it
+        if "rule" in found:
+            try:
+                found["rule"] = parse_rule(found["rule"])
+            except ValueError as error:
+                raise ValueError(f"config.model.rule: {error}") from error
         return found
 
 
@@ -56,7 +63,7 @@ def _with_every_field() -> type[_ModelSettings]:
     """_ModelSettings with a key for every field of AViTConfig."""
     hints = typing.get_type_hints(AViTConfig)
     fields = [
-        (field.name, Any if field.name == "image_size" else hints[field.name] | None, setting(None, _help(field)))
+        (field.name, _KINDS.get(field.name, hints[field.name]) | None, setting(None, _help(field)))
         for field in dataclasses.fields(AViTConfig)
         if field.name not in _FROM_DATA
     ]

@@ -42,10 +42,10 @@ def setting(
     help: str,
     *,
     resume: Resume = "never",
-    least: float | None = None,
-    above: float | None = None,
-    most: float | None = None,
-    below: float | None = None,
+    least: int | float | None = None,
+    above: int | float | None = None,
+    most: int | float | None = None,
+    below: int | float | None = None,
     choices: Sequence[str] = (),
 ) -> Any:
     """A field of a Settings dataclass.

@@ -33,23 +33,6 @@ class ClassificationLoss(Settings):
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class AViTLoss(Settings):
-    """The part of config.loss that A-ViT adds. Raises ValueError for values that cannot be."""
-
-    section = "loss"
-
-    ponder_weight: float = setting(0.0, "Weight of the mean ponder cost, which is in layers.", least=0)
-    prior_weight: float = setting(0.0, "Weight of the prior over the layers where tokens halt.", least=0)
-    prior: str = setting(
-        "kl",
-        "kl: the paper's Kullback-Leibler divergence; official: the published code's, always about layer 9.",
-        choices=PRIORS,
-    )
-    prior_target_depth: float = setting(9.0, "The layer about which the prior of kl lies.")
-    prior_deviation: float = setting(1.0, "Standard deviation of the prior of kl, in layers.", above=0)
-
-
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LossTerms:
