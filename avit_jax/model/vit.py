@@ -132,7 +132,7 @@ class AViT(nnx.Module):
             if state is None:
                 return (block(x, None, rate, layer_key), None), None
             x = block(halting.drop_halted(x, state.active), state.active, rate, layer_key)
-            state, score = halting.advance(state, x, **config.gate, is_last=index == config.depth - 1)
+            state, score = halting.advance(state, x, **vars(config.halting), is_last=index == config.depth - 1)
             return (x, state), score
 
         if config.remat:

@@ -1,7 +1,7 @@
 """What a reduction rule is: it says in every layer which tokens become one, or are dropped."""
 
 import dataclasses
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import jax
 from jaxtyping import Array, Float, Int
@@ -24,11 +24,12 @@ class Groups:
     mean: bool = dataclasses.field(metadata={"static": True})
 
 
+@runtime_checkable
 class Reduction(Protocol):
     """A rule by which every image has the same number of tokens, known per layer: a frozen dataclass of settings."""
 
     name: ClassVar[str]  # in config.json
-    reads: frozenset[str]  # the fields of Seen that it wants
+    reads: ClassVar[frozenset[str]]  # the fields of Seen that it wants
     proportional: bool  # whether attention weighs a key by its size
     ahead: bool  # whether tokens are reduced before the block's values exist (MCTF)
     sweeps: ClassVar[tuple[str, ...]]  # its settings that may change at test time
