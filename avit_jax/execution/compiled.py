@@ -1,6 +1,7 @@
 """What the compiled executions share: images padded to the batch and checked, the output cut to their number."""
 
 import functools
+from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -35,16 +36,20 @@ class Program(Protocol):
         ...
 
 
+# A function of a module, so that equal models find the program that is compiled.
+Forward = Callable[[AViT, Array], AViTOutput]
+
+
 @functools.lru_cache(maxsize=128)
-def _jitted(graphdef: nnx.GraphDef) -> Any:
-    """(params, images) -> output of the model as it stands; models of the same configuration share the program."""
-    return jax.jit(lambda params, images: nnx.merge(graphdef, params)(images))
+def _jitted(graphdef: nnx.GraphDef, forward: Forward) -> Any:
+    """(params, images) -> forward(model, images); models of the same configuration share the program."""
+    return jax.jit(lambda params, images: forward(nnx.merge(graphdef, params), images))
 
 
 def predict(model: AViT, images: Float[Array | np.ndarray, "b h w c"]) -> AViTOutput:
     """model(images), jit-compiled for each number of images."""
     graphdef, params = _split(model, None)
-    return _jitted(graphdef)(params, images)
+    return _jitted(graphdef, AViT.__call__)(params, images)
 
 
 def _split(model: AViT, mesh: Mesh | None) -> tuple[nnx.GraphDef, Any]:
@@ -67,16 +72,16 @@ def first_images(output: AViTOutput, count: int) -> AViTOutput:
 
 
 class CompiledModel:
-    """The model as it stands, jit-compiled for up to `batch_size` images; with a mesh over all its devices.
+    """forward(model, images), jit-compiled for up to `batch_size` images; with a mesh over all its devices.
 
     The weights are those of this moment: later changes of the model do not reach the result.
     """
 
-    def __init__(self, model: AViT, batch_size: int, mesh: Mesh | None = None) -> None:
+    def __init__(self, model: AViT, batch_size: int, forward: Forward, mesh: Mesh | None = None) -> None:
         self.config = model.config
         self.batch_size = batch_size
         graphdef, self.params = _split(model, mesh)
-        self.jitted = _jitted(graphdef)
+        self.jitted = _jitted(graphdef, forward)
         devices = 1 if mesh is None else mesh.size
         self._images = None if mesh is None else batch_sharding(mesh)
         self._rows = -(-batch_size // devices) * devices

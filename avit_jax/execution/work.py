@@ -55,25 +55,54 @@ def head_macs(config: AViTConfig) -> int:
 
 
 def image_gmacs(config: AViTConfig, token_depth: Int[Array, "b n"]) -> Float[Array, " b"]:
-    """10^9 multiply-adds of each image by the model's rule: what would be computed without padding.
+    """10^9 multiply-adds of each image by the model's rule, without padding and with a last layer as whole as the rest.
 
     token_depth: layers that computed each token, special tokens first, as AViTOutput has them. With a halting rule
-    every block counts its active tokens; with a reduction rule all images cost the same, whatever their depths.
+    every block counts its active tokens. With a reduction rule all images cost the same, whatever their depths.
     """
-    layers = jnp.arange(1, config.depth + 1)
-    active = (token_depth[:, :, None] >= layers).sum(1).astype(jnp.float32)
-    blocks = block_macs(active, config.embed_dim, config.mlp_dim).sum(-1)
-    return (blocks + embedding_macs(config) + head_macs(config)) / 1e9
+    if config.reduction is not None:
+        return jnp.full(len(token_depth), shrinking_gmacs(config, short_last_layer=False))
+    macs = _macs_of_depths(config, token_depth)
+    if config.halting is not None:
+        macs = macs + config.halting.extra_macs(config, token_depth)
+    return macs / 1e9
 
 
 def whole_gmacs(config: AViTConfig) -> float:
-    """10^9 multiply-adds of an image whose tokens all run through every layer: the dense model's work."""
-    return float(image_gmacs(config, jnp.full((1, config.num_tokens), config.depth, jnp.int32))[0])
+    """10^9 multiply-adds of an image in the same architecture without a rule: every layer computes every token."""
+    return float((_macs_of_depths(config, _full_depth(config)) / 1e9)[0])
 
 
 def masked_gmacs(config: AViTConfig) -> float:
-    """10^9 multiply-adds of an image in masked execution, which computes every token in every layer."""
-    return whole_gmacs(config)
+    """10^9 multiply-adds of an image in masked execution: every token in every layer, and the rule's own work."""
+    return float(image_gmacs(config, _full_depth(config))[0])
+
+
+def _full_depth(config: AViTConfig) -> Int[Array, "1 n"]:
+    return jnp.full((1, config.num_tokens), config.depth, jnp.int32)
+
+
+def _macs_of_depths(config: AViTConfig, token_depth: Int[Array, "b n"]) -> Float[Array, " b"]:
+    layers = jnp.arange(1, config.depth + 1)
+    active = (token_depth[:, :, None] >= layers).sum(1).astype(jnp.float32)
+    blocks = block_macs(active, config.embed_dim, config.mlp_dim).sum(-1)
+    return blocks + embedding_macs(config) + head_macs(config)
+
+
+def shrinking_gmacs(config: AViTConfig, *, short_last_layer: bool) -> float:
+    """10^9 multiply-adds of an image under the model's reduction rule.
+
+    short_last_layer: whether the last layer computes no more than the tokens that the logits read. Raises ValueError
+    where the rule does not fit the model.
+    """
+    rule = config.reduction
+    counts = (config.num_tokens,) * config.depth if rule is None else rule.counts(config)
+    entering = (config.num_tokens, *counts[:-1])
+    d, m = config.embed_dim, config.mlp_dim
+    blocks = [reducing_block_macs(n, left, d, m) for n, left in zip(entering, counts, strict=True)]
+    if short_last_layer and config.pool == "token":
+        blocks[-1] = int(last_block_macs(np.array(entering[-1]), config.num_outputs, d, m))
+    return (sum(blocks) + embedding_macs(config) + head_macs(config)) / 1e9
 
 
 def packed_gmacs(
