@@ -7,10 +7,11 @@ from typing import Any
 from avit_jax.halting.avit import AViTGate
 from avit_jax.halting.rule import Halting
 from avit_jax.reduction.groups import Reduction
+from avit_jax.reduction.tome import ToMe
 from avit_jax.runtime.files import shown
 from avit_jax.runtime.json_fields import typed_fields
 
-RULES: dict[str, type] = {rule.name: rule for rule in (AViTGate,)}
+RULES: dict[str, type] = {rule.name: rule for rule in (AViTGate, ToMe)}
 _MOST_TEXT = 1000  # characters of a rule on the command line
 
 

@@ -105,6 +105,9 @@ class AViTGate:
         """Such as "gate 10 / 30"."""
         return f"gate {self.gate_scale:g} / {self.gate_center:g}"
 
+    def check(self, config: Any) -> None:
+        """Every model has a channel 0."""
+
     def module(self, model: Any) -> None:
         """There is none: the gate reads channel 0 of the embedding."""
 
@@ -120,7 +123,13 @@ class AViTGate:
         return dataclasses.replace(state, of_tokens=of_tokens)
 
     def advance(
-        self, state: State, seen: Seen, *, layer: Int[Array, ""] | int, is_last: Bool[Array, ""] | bool
+        self,
+        state: State,
+        seen: Seen,
+        *,
+        layer: Int[Array, ""] | int,
+        is_last: Bool[Array, ""] | bool,
+        module: Any = None,
     ) -> tuple[State, Trace]:
         """The state after a layer, and the layer's halting scores [b n] as "halting_score"."""
         assert seen.tokens is not None

@@ -55,14 +55,24 @@ class Halting(Protocol):
     """A rule by which every image keeps its own number of tokens: a frozen dataclass of settings, static under jit."""
 
     name: ClassVar[str]  # in config.json, and in front of the settings in "NAME(setting=value)"
-    reads: ClassVar[frozenset[str]]  # the fields of Seen that it wants besides tokens and active
     masks_in_training: ClassVar[bool]  # False: training computes every token in every layer
     sweeps: ClassVar[tuple[str, ...]]  # its settings that may change at test time
     loss_settings: ClassVar[type]  # a frozen dataclass: what `losses` takes as settings
-    learning_rate_factors: ClassVar[Mapping[str, float]]  # by the beginning of a parameter's path, such as "exit_heads"
+    learning_rate_factors: ClassVar[
+        Mapping[str, float]
+    ]  # by the beginning of a parameter's path, such as "rule_module"
+
+    @property
+    def reads(self) -> frozenset[str]:
+        """The fields of Seen that it wants besides tokens and active."""
+        ...
 
     def describe(self) -> str:
         """The rule and its settings in a few words, for what is printed."""
+        ...
+
+    def check(self, config: Any) -> None:
+        """Raises ValueError where a model of this configuration cannot have the rule."""
         ...
 
     def module(self, model: Any) -> Any:
@@ -77,9 +87,15 @@ class Halting(Protocol):
         ...
 
     def advance(
-        self, state: State, seen: Seen, *, layer: Int[Array, ""] | int, is_last: Bool[Array, ""] | bool
+        self,
+        state: State,
+        seen: Seen,
+        *,
+        layer: Int[Array, ""] | int,
+        is_last: Bool[Array, ""] | bool,
+        module: Any = None,
     ) -> tuple[State, Trace]:
-        """The state after a layer (from 0), and what it leaves for the losses."""
+        """The state after a layer (from 0), and what it leaves for the losses; module: the rule's own parameters."""
         ...
 
     def finish(self, state: State, images: Bool[Array, "b 1"]) -> State:
