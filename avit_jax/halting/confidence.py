@@ -125,7 +125,7 @@ class ConfidenceExit:
     def extra_macs(self, config: Any, token_depth: Int[Array, "b n"]) -> Float[Array, " b"]:
         """D * C for every head and layer in which it was asked; the one that gave the logits is counted as the head."""
         asked = jnp.maximum(token_depth[:, 0] - 1 - self.first_layer, 0)
-        return asked.astype(jnp.float32) * config.head_macs
+        return asked.astype(jnp.float32) * (1 + config.distilled) * config.head_inputs * config.num_classes
 
 
 class ExitHeads(nnx.Module):
