@@ -40,7 +40,7 @@ def evaluate_checkpoint(
 
     A checkpoint that carries its configuration keeps it, gate and preprocessing included; a foreign file takes
     config.model. model: fields of AViTConfig that the user asked for. report: a folder for report.html and report.json;
-    baseline: a checkpoint to compare with in it; sweep: gate settings to try, as sweep.parse_sweep takes them;
+    baseline: a checkpoint to compare with in it; sweep: settings of the rule to try, as sweep.parse_sweep takes them;
     class_names: a file, one name a line. Raises ValueError where the checkpoint and the data differ in shape or number
     of classes, for a baseline of other classes, and for a folder that is not writable.
     """
