@@ -16,7 +16,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Shaped
 
-from avit_jax.execution.compiled import CompiledModel
+from avit_jax.execution.compiled import CompiledForward
 from avit_jax.execution.work import Executed, shrinking_gmacs
 from avit_jax.model.layers import Block
 from avit_jax.model.seen import Seen, of_attention
@@ -200,7 +200,7 @@ class _Layers:
         return block.read(x, mass, self.config.num_outputs)
 
 
-class ShrinkingModel(CompiledModel):
+class ShrinkingModel(CompiledForward):
     """Shrinking execution of up to `batch_size` images; the last layer computes what the logits read."""
 
     def __init__(self, model: AViT, batch_size: int, mesh: Mesh | None = None) -> None:
