@@ -263,13 +263,13 @@ def test_pages_of_what_is_missing(
                 "ToMe, r 1: each layer merges or drops the same number of tokens in every image.",
                 "shrinking: merged and dropped tokens are gone",
                 "dense: rule taken out",
-                "the checkpoint’s own is 1.",
+                "own is 1.",
             ],
         ),
         (
             ConfidenceExit(0.5),
             Sweep("threshold", (0.3, 0.5)),
-            ["Rule: confidence exit above 0.5.", "packed: halted tokens are gone", "the checkpoint’s own is 0.5."],
+            ["Rule: confidence exit above 0.5.", "packed: halted tokens are gone", "own is 0.5."],
         ),
     ],
 )
