@@ -68,9 +68,9 @@ def add_digests(path: str | Path) -> None:
     write_json(path / "digests.json", _digests(config, params))
 
 
-def _shapes(config: AViTConfig) -> dict[str, Any]:
+def _shapes(model_config: AViTConfig) -> dict[str, Any]:
     """The parameters that a model of this configuration has, without their values."""
-    return nnx.to_pure_dict(nnx.state(nnx.eval_shape(lambda: AViT(config, rngs=nnx.Rngs(0)))))
+    return nnx.to_pure_dict(nnx.state(nnx.eval_shape(lambda: AViT(model_config, rngs=nnx.Rngs(0)))))
 
 
 def _alone(doing: str) -> ocp.options.MultiprocessingOptions:

@@ -68,7 +68,7 @@ class RunCheckpoints:
         items: dict[str, Any],
         progress: dict[str, Any],
         data: dict[str, Any],
-        config: AViTConfig,
+        model_config: AViTConfig,
         top1: float,
     ) -> None:
         """Write in the background; items are model, optimizer and perhaps ema, progress and data are plain JSON.
@@ -77,7 +77,7 @@ class RunCheckpoints:
         Raises ValueError where this one, or the one before it in the background, cannot be written.
         """
         # A copy: orbax writes it in the background, while the run's own lists grow.
-        plain = copy.deepcopy({"step": progress, "data": data, "config": config.to_json()})
+        plain = copy.deepcopy({"step": progress, "data": data, "config": model_config.to_json()})
         digests: dict[str, Any] = {name: tree_digests(tree) for name, tree in items.items()}
         digests |= {name: json_digest(content) for name, content in plain.items()}
         parts = ocp.args.Composite(
