@@ -13,7 +13,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from avit_jax.checkpoints.digests import NO_DIGESTS, check_digests, json_digest, read_digests, tree_digests
-from avit_jax.checkpoints.model_folder import checkpoint_steps, first_line, restore_tree
+from avit_jax.checkpoints.model_folder import cause, checkpoint_steps, restore_tree
 from avit_jax.model.config import AViTConfig
 from avit_jax.runtime.files import CannotWrite, read_json, writing
 from avit_jax.runtime.processes import in_any_process, lost_a_process
@@ -58,7 +58,7 @@ class RunCheckpoints:
             raise
         except Exception as error:  # orbax raises many kinds where its own _CHECKPOINT_METADATA is damaged
             raise ValueError(
-                f"the checkpoints in {self._folder} cannot be read: {first_line(error)}; move the damaged STEP folder, "
+                f"the checkpoints in {self._folder} cannot be read: {cause(error)}; move the damaged STEP folder, "
                 "most likely the newest, away"
             ) from error
 
@@ -96,7 +96,7 @@ class RunCheckpoints:
             raise
         except Exception as error:  # orbax raises many kinds
             raise ValueError(
-                f"a checkpoint could not be written to {self._folder}: {first_line(error)}; the ones before it are "
+                f"a checkpoint could not be written to {self._folder}: {cause(error)}; the ones before it are "
                 "whole, and the same command goes on from there"
             ) from error
 

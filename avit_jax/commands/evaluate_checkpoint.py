@@ -7,7 +7,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from avit_jax.checkpoints.model_folder import is_foreign, load
+from avit_jax.checkpoints.model_folder import is_foreign, load, no_checkpoint
 from avit_jax.commands.checks import check_values
 from avit_jax.commands.predict_images import read_class_names
 from avit_jax.data.open import open_dataset
@@ -50,7 +50,7 @@ def evaluate_checkpoint(
     settings = parse_sweep(sweep) if sweep else None
     for checkpoint in (path, baseline):
         if checkpoint and not Path(checkpoint).exists():
-            raise ValueError(f"there is no checkpoint at {checkpoint}: nothing of that name is there")
+            raise no_checkpoint(checkpoint)
     folder = writable_folder(report) if report else None
     dataset = open_dataset(DataSettings.from_config(dict(config.data)))
     mesh = data_mesh(config.eval_batch_size)
