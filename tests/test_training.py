@@ -19,9 +19,10 @@ import avit_jax
 from avit_jax.commands.config_files import load_config
 from avit_jax.commands.dry_run import dry_run
 from avit_jax.commands.evaluate_checkpoint import evaluate_checkpoint
-from avit_jax.commands.run import format_summary, run
+from avit_jax.commands.run import run
 from avit_jax.data.settings import AugmentSettings, DataSettings
 from avit_jax.data.sources import load_dataset
+from avit_jax.evaluate.compare import format_summary
 from avit_jax.runtime.mesh import training_mesh
 from avit_jax.train import loop as training
 from avit_jax.train import losses, setup
