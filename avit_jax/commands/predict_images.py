@@ -1,6 +1,5 @@
 """A person's own pictures: what the model says of each, how sure it is, and where its layers went."""
 
-import dataclasses
 import hashlib
 import os
 from collections.abc import Iterator
@@ -12,7 +11,7 @@ import numpy as np
 from avit_jax.checkpoints.model_folder import load
 from avit_jax.data.decode import BadImage, decode
 from avit_jax.data.preprocessing import denormalize, normalize, preprocess
-from avit_jax.execution.program import compile, suited_execution
+from avit_jax.execution.program import AUTO, compile, suited_execution
 from avit_jax.model.config import AViTConfig
 from avit_jax.model.vit import AViT
 from avit_jax.report.gallery import side_by_side
@@ -31,7 +30,7 @@ def predict_checkpoint(
     folder: str | Path | None = None,
     class_names: str | Path | None = None,
     ema: bool = False,
-    execution: str = "packed",
+    execution: str = AUTO,
     baseline: str | None = None,
     sweep: str | None = None,
 ) -> Iterator[str]:
@@ -48,8 +47,9 @@ def predict_checkpoint(
     if model.config.in_channels not in (1, 3):
         raise ValueError(f"the model takes {model.config.in_channels} channels and picture files have 1 or 3")
     if class_names:
-        model.config = dataclasses.replace(model.config, class_names=read_class_names(class_names, model.config))
-    out = writable_folder(folder or Path("runs", Path(checkpoint).name, "images")) if model.config.halts else None
+        model = model.with_config(class_names=read_class_names(class_names, model.config))
+    has_depths = model.config.rule_in_force is not None
+    out = writable_folder(folder or Path("runs", Path(checkpoint).name, "images")) if has_depths else None
     yield from predict_files(model, files, root, out, execution)
 
 
