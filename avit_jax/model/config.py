@@ -179,11 +179,6 @@ class AViTConfig:
         return (2 if self.pool == "token_and_mean" else 1) * self.embed_dim
 
     @property
-    def head_macs(self) -> int:
-        """Multiply-adds of the heads for one image."""
-        return (1 + self.distilled) * self.head_inputs * self.num_classes
-
-    @property
     def num_tokens(self) -> int:
         """Special tokens and patches."""
         return self.num_special + self.patch_grid[0] * self.patch_grid[1]
