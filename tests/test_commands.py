@@ -12,18 +12,20 @@ import pytest
 
 import avit_jax
 from tests.harness.builders import quick_start, toy_arrays
+from tests.harness.command_server import run_command
 
 ROOT = Path(__file__).parents[1]
 
 
-def command(script: str, *arguments: str, platform: str = "cpu") -> subprocess.CompletedProcess[str]:
+def command(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return run_command([script, *arguments], environment=os.environ | quick_start() | {"JAX_PLATFORMS": "cpu"})
+
+
+def in_a_new_process(*arguments: str, platform: str = "cpu") -> subprocess.CompletedProcess[str]:
+    """As a person starts it; a few tests are enough to know that the others' forks start as it does."""
+    environment = os.environ | quick_start() | {"JAX_PLATFORMS": platform}
     return subprocess.run(
-        [sys.executable, script, *arguments],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=os.environ | quick_start() | {"JAX_PLATFORMS": platform},
+        [sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300, env=environment
     )
 
 
@@ -180,6 +182,6 @@ def test_the_installed_commands_run_anywhere(
 
 
 def test_a_platform_that_is_not_there_is_one_sentence(tmp_path: Path) -> None:
-    done = command("train.py", f"--workdir={tmp_path / 'run'}", platform="rocket")
+    done = in_a_new_process("train.py", f"--workdir={tmp_path / 'run'}", platform="rocket")
     assert done.returncode == 1
     assert "JAX cannot use the platform 'rocket' (JAX_PLATFORMS) here" in one_sentence(done.stderr)
