@@ -88,6 +88,13 @@ def test_one_command_leaves_nothing_to_the_next(server: CommandServer, tmp_path:
     assert [server.run(["changes.py"], tmp_path, 60).stdout for _ in range(2)] == ["3\n", "3\n"]
 
 
+def test_what_jax_reads_when_it_begins_may_differ(server: CommandServer, tmp_path: Path) -> None:
+    (tmp_path / "counts.py").write_text("import jax\nprint(len(jax.devices()))")
+    for count in (5, 2):
+        late = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={count}"}
+        assert server.run(["counts.py"], tmp_path, 60, late).stdout == f"{count}\n"
+
+
 def test_commands_run_without_the_import_hook_of_the_tests(server: CommandServer, tmp_path: Path) -> None:
     """The hook has an error of its own for a preset that is not a string."""
     (tmp_path / "wrong.py").write_text(

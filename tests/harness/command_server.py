@@ -3,7 +3,8 @@
 The server never starts a JAX backend and never installs the tests' import hook; it has one thread when it forks. A
 fork runs the command to the end of the interpreter, as a new process does: sys.argv, sys.path, __main__, working
 folder, exit handlers and exit status are a new process's own. The environment is the one the server was started with,
-so that variables that libraries read when they are imported count; another environment gets another process.
+so that variables that libraries read when they are imported count; another environment gets another server. Variables
+that are read later, when a backend starts, may differ from command to command.
 """
 
 import atexit
@@ -26,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
+READ_LATE = ("XLA_FLAGS",)
 # Numpy's own threads would be there when the server forks; a command has few matrices for them.
 ONE_THREAD = {"OPENBLAS_NUM_THREADS": "1"}
 STATUS = struct.Struct("=i")
@@ -38,8 +40,9 @@ def run_command(
 
     environment: all of it, as subprocess.run takes it. Raises subprocess.TimeoutExpired after timeout seconds.
     """
-    own = {name: value for name, value in environment.items() if name != "PYTEST_CURRENT_TEST"}
-    return _server(tuple(sorted(own.items()))).run(arguments, cwd, timeout)
+    late = {name: value for name, value in environment.items() if name in READ_LATE}
+    early = {name: environment[name] for name in environment.keys() - late.keys() - {"PYTEST_CURRENT_TEST"}}
+    return _server(tuple(sorted(early.items()))).run(arguments, cwd, timeout, late)
 
 
 @functools.cache
@@ -75,9 +78,11 @@ class CommandServer:
         self._socket.close()
         self._process.wait()
 
-    def run(self, arguments: Sequence[str], cwd: Path, timeout: float) -> subprocess.CompletedProcess[str]:
-        """One command, as run_command says."""
-        request = {"arguments": list(arguments), "cwd": str(cwd), "unset": self._given}
+    def run(
+        self, arguments: Sequence[str], cwd: Path, timeout: float, late: Mapping[str, str] | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        """One command, as run_command says; late: values for variables of READ_LATE."""
+        request = {"arguments": list(arguments), "cwd": str(cwd), "unset": self._given, "late": dict(late or {})}
         with tempfile.TemporaryFile("w+") as stdout, tempfile.TemporaryFile("w+") as stderr:
             socket.send_fds(self._socket, [json.dumps(request).encode()], [stdout.fileno(), stderr.fileno()])
             self._socket.settimeout(60.0)  # the first time it imports
@@ -142,10 +147,11 @@ def serve(connection: socket.socket) -> dict[str, Any] | None:
         connection.send(STATUS.pack(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])))
 
 
-def run(arguments: list[str], cwd: str, unset: list[str]) -> None:
+def run(arguments: list[str], cwd: str, unset: list[str], late: dict[str, str]) -> None:
     """The command itself, in the fork; python's own start of it, which has happened already, made up for."""
     for name in unset:
         del os.environ[name]
+    os.environ |= late
     os.chdir(cwd)
     if arguments[0] == "-m":
         sys.path[0] = cwd
