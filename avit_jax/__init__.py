@@ -7,6 +7,7 @@ from avit_jax.checkpoints.model_folder import load, save
 from avit_jax.data.preprocessing import preprocess
 from avit_jax.execution.packed import PackedModel, compile_packed
 from avit_jax.execution.plan import PackedPlan, plan_packed
+from avit_jax.execution.program import compile
 from avit_jax.model.config import PRESETS, AViTConfig, Preprocessing
 from avit_jax.model.vit import AViT, AViTOutput, create
 from avit_jax.train.gate_start import start_gate
@@ -25,6 +26,7 @@ __all__ = [
     "PackedPlan",
     "Preprocessing",
     "__version__",
+    "compile",
     "compile_packed",
     "create",
     "from_torch_state_dict",

@@ -17,9 +17,10 @@ from avit_jax import AViTConfig, Preprocessing
 from avit_jax.data.preprocessing import normalize
 from avit_jax.data.sources import Split
 from avit_jax.evaluate.calibration import reliability
-from avit_jax.evaluate.figures import ImageFigures, evaluate, figures, predict, totals
+from avit_jax.evaluate.figures import ImageFigures, evaluate, figures, totals
 from avit_jax.evaluate.intervals import bootstrap_difference, bootstrap_means, share
 from avit_jax.evaluate.sweep import Sweep, parse_sweep, unbeaten, with_gate
+from avit_jax.execution.compiled import predict
 from avit_jax.report.numbers import _right_and_wrong, as_json, by_class, by_depth, disagreements, evaluation_numbers
 from tests.harness.builders import small_config, spread_gate
 

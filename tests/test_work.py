@@ -8,9 +8,8 @@ from flax import nnx
 
 import avit_jax
 from avit_jax import PackedPlan
-from avit_jax.evaluate.figures import config_gmacs
-from avit_jax.execution.plan import executed_gmacs, layer_loads, padded_loads
-from avit_jax.execution.work import last_block_macs
+from avit_jax.execution.plan import layer_loads, padded_loads
+from avit_jax.execution.work import image_gmacs, last_block_macs, packed_gmacs
 from tests.harness.builders import small_config
 
 
@@ -18,14 +17,14 @@ from tests.harness.builders import small_config
 def test_dense_work_is_deits(size: str, published: float) -> None:
     config = avit_jax.PRESETS[f"deit_{size}_patch16_224"]
     depth = jnp.full((2, config.num_tokens), config.depth, jnp.int32)
-    np.testing.assert_allclose(config_gmacs(depth, config), published, atol=0.05)
+    np.testing.assert_allclose(image_gmacs(config, depth), published, atol=0.05)
 
 
 def test_work_is_the_sum_over_layers_of_what_is_active() -> None:
     config = avit_jax.PRESETS["avit_tiny_distilled_patch16_224"]
     depth = np.random.default_rng(0).integers(1, 13, (3, config.num_tokens)).astype(np.int32)
     d = config.embed_dim
-    for image, found in zip(depth, config_gmacs(jnp.asarray(depth), config), strict=True):
+    for image, found in zip(depth, image_gmacs(config, jnp.asarray(depth)), strict=True):
         total = 196 * 16 * 16 * 3 * d + 2 * d * 1000
         for layer in range(1, 13):
             n = int((image >= layer).sum())
@@ -48,7 +47,7 @@ def test_xlas_own_count_of_an_unrolled_model_agrees() -> None:
 
     counted = jax.jit(forward).lower(jnp.zeros((1, 64, 64, 3))).compile().cost_analysis()["flops"] / 2e9
     depth = jnp.full((1, config.num_tokens), config.depth, jnp.int32)
-    np.testing.assert_allclose(counted, config_gmacs(depth, config)[0], rtol=0.02)
+    np.testing.assert_allclose(counted, image_gmacs(config, depth)[0], rtol=0.02)
 
 
 def test_the_last_block_counts_what_special_tokens_read() -> None:
@@ -69,7 +68,8 @@ def test_executed_work_is_the_sum_over_groups_of_their_capacities() -> None:
     first = 2 * (7 * (4 * 16**2 + 2 * 16 * 64) + 2 * 7 * 7 * 16)
     last = 2 * (4 * 2 * 16**2 + 2 * 16**2 + 2 * 16 * 64 + 2 * 4 * 16)
     rest = 6 * 4 * 4 * 2 * 16 + 16 * 5
-    assert executed_gmacs(loads, plan, config, 2) == pytest.approx(((first + last) / 2 + rest) / 1e9, rel=1e-6)
+    found = packed_gmacs(config, padded_loads(loads, plan), plan.group_size, images=2)
+    assert found == pytest.approx(((first + last) / 2 + rest) / 1e9, rel=1e-6)
 
 
 def test_loads_follow_the_exit_of_images() -> None:
@@ -106,11 +106,11 @@ def test_work_of_registers_and_of_heads_on_the_mean(
     assert config.num_tokens == tokens
     block = tokens * (4 * 16**2 + 2 * 16 * 64) + 2 * tokens**2 * 16
     embedding = 6 * 4 * 4 * 2 * 16
-    found = config_gmacs(jnp.full((1, tokens), 2, jnp.int32), config)
+    found = image_gmacs(config, jnp.full((1, tokens), 2, jnp.int32))
     np.testing.assert_allclose(found, (2 * block + embedding + heads) / 1e9, rtol=1e-6)
     last = block
     if read is not None:  # of the last block only what the heads read
         last = tokens * 2 * 16**2 + read * (2 * 16**2 + 2 * 16 * 64 + 2 * tokens * 16)
     plan = PackedPlan(tokens, 1, (tokens,))
-    executed = executed_gmacs(np.full((1, 2, 1), tokens), plan, config, 1)
+    executed = packed_gmacs(config, padded_loads(np.full((1, 2, 1), tokens), plan), 1, 1)
     assert executed == pytest.approx((block + last + embedding + heads) / 1e9, rel=1e-6)

@@ -16,7 +16,8 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from avit_jax.execution.plan import PackedPlan, default_plan
+from avit_jax.execution.plan import PackedPlan, default_plan, layer_loads, padded_loads
+from avit_jax.execution.work import Executed, packed_gmacs
 from avit_jax.halting import avit as halting
 from avit_jax.model.layers import Block
 from avit_jax.model.vit import AViT, AViTOutput, check_images
@@ -132,7 +133,7 @@ def _forward(
     def advanced(packed: _Packed, tokens: Array, last: bool) -> tuple[_Packed, Array]:
         state = packed.state
         if config.halts:
-            state, scores = halting.advance(state, tokens, **config.gate, is_last=last)
+            state, scores = halting.advance(state, tokens, **vars(config.halting), is_last=last)
             if image_exit and not last:
                 state = _exit_images(state, tokens_read[packed.index])
         else:
@@ -199,7 +200,7 @@ class PackedModel:
     def __init__(self, model: AViT, batch_size: int, plan: PackedPlan, image_exit: bool, mesh: Mesh | None) -> None:
         self.config = model.config
         self.batch_size = batch_size
-        devices = 1 if mesh is None else mesh.shape["data"]
+        self._devices = devices = 1 if mesh is None else mesh.shape["data"]
         # A group never has more images than there are: padding it would cost memory and time.
         self.plan = plan = dataclasses.replace(plan, group_size=min(plan.group_size, -(-batch_size // devices)))
         graphdef, state = nnx.split(model)
@@ -249,6 +250,17 @@ class PackedModel:
                 "packed execution saves nothing: no token of the first images halted before the last layer; "
                 "avit_jax.start_gate(model, images, target_depth=...) or fine-tuning makes tokens halt"
             )
+
+    def executed(self, token_depth: Int[np.ndarray, "b n"], images: int) -> Executed:
+        """What was done for the first `images` of a batch with these depths; the rest are padding, with depths of 0.
+
+        token_depth is the rule's, as without image exit; the exit is counted, whether this program has it or not.
+        """
+        loads = layer_loads(token_depth, self.config, image_exit=True)
+        # Each device packs its own images.
+        by_device = np.stack(np.split(loads, self._devices, axis=1))
+        gmacs = packed_gmacs(self.config, padded_loads(by_device, self.plan), self.plan.group_size, images)
+        return Executed(int(loads.sum()), gmacs)
 
     def _first(self, output: AViTOutput, count: int) -> AViTOutput:
         """The output of the first `count` images."""

@@ -15,7 +15,8 @@ from matplotlib.ticker import MaxNLocator
 from avit_jax.data.pipeline import evaluation_images
 from avit_jax.data.preprocessing import normalize
 from avit_jax.data.sources import Images
-from avit_jax.evaluate.figures import Evaluation, predict
+from avit_jax.evaluate.figures import Evaluation
+from avit_jax.execution.compiled import predict
 from avit_jax.model.config import AViTConfig
 from avit_jax.model.vit import AViT
 from avit_jax.report.depth_colours import COLOURS, scale, ticks
@@ -132,6 +133,21 @@ def draw_curves(lines: Sequence[dict[str, Any]], path: Path, depth: int) -> Path
         "Training (its loss has the weighted ponder and prior terms; validation: cross entropy alone)", fontsize=10
     )
     return _save(figure, path)
+
+
+def draw_run(
+    model: AViT, images: Images, result: Evaluation, lines: Sequence[dict[str, Any]], workdir: Path
+) -> list[Path]:
+    """The pictures of a run in its folder; a model that never halts has curves alone.
+
+    images: the test images that `result` is of; lines: of the run's metrics.jsonl. Returns the files.
+    """
+    pictures = [draw_curves(lines, workdir / "curves.png", model.config.depth)]
+    if model.config.halts:
+        pictures.append(draw_depth_maps(model, images, result.image_depths, workdir / "depth_maps.png"))
+        has_one = model.config.class_token
+        pictures.append(draw_depth_histogram(result, workdir / "depth_histogram.png", class_token=has_one))
+    return pictures
 
 
 def _save(figure: Figure, path: Path) -> Path:

@@ -12,8 +12,9 @@ import numpy as np
 from flax import nnx
 
 from avit_jax.data.sources import Images
-from avit_jax.evaluate.figures import Evaluation, whole_gmacs
+from avit_jax.evaluate.figures import Evaluation
 from avit_jax.evaluate.sweep import Sweep, with_gate
+from avit_jax.execution.work import whole_gmacs
 from avit_jax.model.config import AViTConfig
 from avit_jax.model.vit import AViT
 from avit_jax.report import charts, gallery
