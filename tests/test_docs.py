@@ -1,23 +1,21 @@
 """README and docs: code blocks run, commands have the options and keys they use, files and functions exist."""
 
 import dataclasses
+import importlib
 import json
 import re
+import shutil
 import tomllib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import safetensors.numpy
-from absl import flags
 from PIL import Image
 
 import avit_jax
 from avit_jax.commands import command_line, config_files
-from avit_jax.commands import eval as eval_command
-from avit_jax.commands import train as train_command
 from tests.harness import doc_blocks
 from tests.harness.builders import spread_gate, tiny_experiment
 from tests.harness.doc_blocks import PAGES, ROOT, page_name
@@ -34,11 +32,12 @@ def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "docs").symlink_to(ROOT / "docs")
     digits = avit_jax.AViTConfig(
         image_size=28, patch_size=4, in_channels=1, num_classes=10, embed_dim=24, depth=3, num_heads=2,
-        gate_scale=4.0, gate_center=1.0,
+        gate_scale=4.0, gate_center=1.0, preprocessing=avit_jax.Preprocessing(mean=(0.5,), std=(0.5,)),
     )  # fmt: skip
     model = spread_gate(digits)
-    for path in ("runs/mnist_avit", "checkpoints/fashion_mnist_avit", "old_model"):
-        avit_jax.save(model, folder / path)
+    avit_jax.save(model, folder / "runs/mnist_avit")
+    for path in ("checkpoints/fashion_mnist_avit", "old_model"):
+        shutil.copytree(folder / "runs/mnist_avit", folder / path)
     (folder / "old_model/digests.json").unlink()
     static = dataclasses.replace(digits, gate_scale=None, gate_center=None)
     avit_jax.save(spread_gate(static), folder / "checkpoints/fashion_mnist_dense")
@@ -74,22 +73,16 @@ def test_code_blocks_run(page: Path, stand_ins: Path, monkeypatch: pytest.Monkey
         exec(compile(block, page_name(page), "exec"), namespace)
 
 
-@pytest.fixture(scope="module")
-def options() -> Iterator[dict[str, set[str]]]:
-    """The options of train.py and eval.py, as their own code defines them."""
-    found: dict[str, set[str]] = {}
-    before = set(flags.FLAGS)
-    for name, module in (("train", train_command), ("eval", eval_command)):
-        with pytest.MonkeyPatch.context() as patch:
-            taken: list[Any] = []
-            patch.setattr(module, "run_main", lambda *arguments, taken=taken, **_: taken.extend(arguments[1]))
-            module.main()
-        booleans = {option.name for option in taken if flags.FLAGS[option.name].boolean}
-        found[name] = {option.name for option in taken} | {f"no{name}" for name in booleans}
-        found[name] |= {"config", "help", "help_config"}
-    yield found
-    for name in set(flags.FLAGS) - before:
-        delattr(flags.FLAGS, name)
+def options(command: str) -> set[str]:
+    """The options of train.py or eval.py, by their definitions."""
+    source = (ROOT / f"avit_jax/commands/{command}.py").read_text()
+    defined = re.findall(r'DEFINE_(\w+)\(\s*"(\w+)"', source)
+    return {"config", "help", "help_config", *(name for _, name in defined)} | {
+        f"no{n}" for k, n in defined if k == "bool"
+    }
+
+
+OPTIONS = {command: options(command) for command in ("train", "eval")}
 
 
 def program(command: list[str]) -> str:
@@ -111,13 +104,13 @@ def check_training_command(command: list[str], known: set[str]) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_name)
-def test_commands_exist(page: Path, options: dict[str, set[str]], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_commands_exist(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     for command in doc_blocks.commands(page.read_text()):
         name = program(command)
-        if name in options:
-            check_training_command(command, options[name])
+        if name in OPTIONS:
+            check_training_command(command, OPTIONS[name])
         elif command[0] == "pip" and "install" in command:
             for word in command[2:]:
                 if word.endswith(".txt"):
@@ -153,11 +146,17 @@ def test_the_readme_is_short_and_has_the_commands_of_the_first_minutes() -> None
     assert "pip install -r requirements-dev.txt && pytest" in text
 
 
+def test_the_page_of_settings_is_that_of_the_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    settings_page = importlib.import_module("settings_page")
+    assert settings_page.PAGE.read_text() == settings_page.page(), "run python docs/settings_page.py"
+
+
 def test_the_citation_has_the_version() -> None:
     assert f"\nversion: {avit_jax.__version__}\n" in (ROOT / "CITATION.cff").read_text()
 
 
-def test_wrong_pages_are_found(options: dict[str, set[str]]) -> None:
+def test_wrong_pages_are_found() -> None:
     """What the tests above look for, in a page that is wrong in every way."""
     page = "`avit_jax/model/vit.py:AViTT` and `tests/no_such.py`\n\n    python train.py --config.epoch=3\n"
     assert doc_blocks.mentioned_paths(page) == {("avit_jax/model/vit.py", "AViTT"), ("tests/no_such.py", "")}
@@ -165,6 +164,6 @@ def test_wrong_pages_are_found(options: dict[str, set[str]]) -> None:
     assert doc_blocks.has_name(ROOT / "avit_jax/model/vit.py", "AViT.embed")
     (command,) = doc_blocks.commands(page)
     with pytest.raises(ValueError, match="did you mean 'epochs'"):
-        check_training_command(command, options["train"])
+        check_training_command(command, OPTIONS["train"])
     with pytest.raises(AssertionError, match="no option --epochs"):
-        check_training_command(["python", "train.py", "--epochs=3"], options["train"])
+        check_training_command(["python", "train.py", "--epochs=3"], OPTIONS["train"])
