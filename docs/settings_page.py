@@ -13,11 +13,12 @@ from avit_jax.train.settings import TrainSettings
 PAGE = Path(__file__).parent / "reference" / "settings.md"
 INTRODUCTION = """# Settings
 
-Every key of a config, with its neutral default and what it means. `python train.py --config=NAME --help_config` prints the same list with the
-values of that config. `--config.KEY=VALUE` sets a key on the command line. This page is written by `python docs/settings_page.py`.
+Every key of a config, with its neutral default and what it means. `python train.py --config=NAME --help_config`
+prints the same list with the values of that config. `--config.KEY=VALUE` sets a key on the command line. This page is
+written by `python docs/settings_page.py`.
 
-A stopped run that resumes must keep its settings, with two exceptions. Keys marked *may change* may have another value then. Keys marked *log* may
-change too: the log changes from there on, the training does not.
+A stopped run that resumes must keep its settings, with two exceptions. Keys marked *may change* may have another value
+then. Keys marked *log* may change too: the log changes from there on, the training does not.
 """
 RESUME = {"never": "", "free": "may change", "log": "log"}
 

@@ -31,7 +31,7 @@ def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("docs")
     (folder / "docs").symlink_to(ROOT / "docs")
     digits = avit_jax.AViTConfig(
-        image_size=28, patch_size=4, in_channels=1, num_classes=10, embed_dim=24, depth=3, num_heads=2,
+        image_size=8, patch_size=4, in_channels=1, num_classes=10, embed_dim=16, depth=3, num_heads=2,
         gate_scale=4.0, gate_center=1.0, preprocessing=avit_jax.Preprocessing(mean=(0.5,), std=(0.5,)),
     )  # fmt: skip
     model = spread_gate(digits)
