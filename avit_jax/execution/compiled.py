@@ -12,8 +12,10 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Shaped
 
 from avit_jax.execution.work import Executed
+from avit_jax.model.check_images import check_images
 from avit_jax.model.config import AViTConfig
-from avit_jax.model.vit import AViT, AViTOutput, check_images
+from avit_jax.model.output import AViTOutput
+from avit_jax.model.vit import AViT
 from avit_jax.runtime.mesh import batch_sharding, replicated
 
 
