@@ -89,11 +89,11 @@ def _answer(worker: subprocess.Popen[str]) -> str:
 def trained(checkpoint_every: int, steps: int) -> dict[str, float]:
     """The default job's first steps: seconds of the loop after the first log line, and the shares spent waiting."""
     from avit_jax import load
-    from avit_jax.commands.run import initial_model
     from avit_jax.data.open import open_dataset
     from avit_jax.data.settings import DataSettings
     from avit_jax.train.logs import read_metrics
     from avit_jax.train.loop import train
+    from avit_jax.train.start import initial_model
     from configs import mnist_avit
 
     config = mnist_avit.get_config()
@@ -104,7 +104,7 @@ def trained(checkpoint_every: int, steps: int) -> dict[str, float]:
     model, teacher = initial_model(config, dataset), load(config.teacher)
     with tempfile.TemporaryDirectory() as folder:
         with contextlib.redirect_stderr(io.StringIO()):  # the progress bar
-            train(config, dataset, model, Path(folder), teacher, began=time.perf_counter())
+            train(config, dataset, model, Path(folder), teacher)
         lines = [line for line in read_metrics(Path(folder)) if line["split"] == "train"][1:]
     # images_per_second leaves out checkpoints, but their share is of the whole time.
     seconds = [

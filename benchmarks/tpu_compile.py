@@ -39,14 +39,14 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from avit_jax import AViT
+from avit_jax.commands.dry_run import IMAGENET_IMAGES
 from avit_jax.execution.packed import packed_program
 from avit_jax.execution.plan import default_plan
 from avit_jax.model.config import AViTConfig, config_from
 from avit_jax.model.settings import given_fields
 from avit_jax.runtime.files import write_json
 from avit_jax.runtime.mesh import batch_sharding, replicated, state_shardings
-from avit_jax.train.optim import learning_rate_schedule, make_optimizer
-from avit_jax.train.step import TrainState, build_train_step
+from avit_jax.train.setup import prepare
 from benchmarks.collectives import collectives, said, what_crosses
 from configs import imagenet_avit
 
@@ -79,30 +79,20 @@ def model_of(config: ConfigDict) -> AViTConfig:
 
 
 def compile_train_step(config: ConfigDict, mesh: Mesh) -> Any:
-    """The compiled train step of an experiment."""
+    """The compiled train step of an experiment, built as training builds it."""
     model = model_of(config)
-    graphdef, params = nnx.split(nnx.eval_shape(lambda: AViT(model, rngs=nnx.Rngs(0))), nnx.Param)
-    schedule = learning_rate_schedule(config.optim, 100_000, epochs=config.epochs, batch_size=config.batch_size)
-    optimizer = make_optimizer(config.optim, schedule)
-    state = jax.eval_shape(
-        lambda params: TrainState(jnp.zeros((), jnp.int32), params, params, optimizer.init(params)), params
-    )
-    layout = state_shardings(mesh, state)
+    shapes = nnx.eval_shape(lambda: AViT(model, rngs=nnx.Rngs(0)))
+    setup = prepare(config, shapes, mesh, IMAGENET_IMAGES)
+    layout = state_shardings(mesh, setup.state)
     state = jax.tree.map(
-        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), state, layout
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), setup.state, layout
     )
     shape = (config.batch_size, *model.image_shape, model.in_channels)
     batch = {
         "image": jax.ShapeDtypeStruct(shape, jnp.uint8, sharding=batch_sharding(mesh)),
         "label": jax.ShapeDtypeStruct(shape[:1], jnp.int32, sharding=batch_sharding(mesh)),
     }
-    step = jax.jit(
-        build_train_step(graphdef, optimizer, config, mesh, None),
-        donate_argnums=0,
-        in_shardings=(layout, batch_sharding(mesh), None),
-        out_shardings=(layout, replicated(mesh)),
-    )
-    return step.lower(state, batch, None).compile()
+    return setup.step.lower(state, batch, None).compile()
 
 
 def compile_packed_evaluation(model: AViTConfig, images_a_chip: int, mesh: Mesh) -> Any:

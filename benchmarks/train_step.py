@@ -27,7 +27,8 @@ from avit_jax import PRESETS, AViT, AViTConfig
 from avit_jax.model.config import config_from, nearest
 from avit_jax.runtime.mesh import available_cores, global_batch, training_mesh, use_all_cores
 from avit_jax.train.optim import learning_rate_schedule, make_optimizer
-from avit_jax.train.step import initial_state, make_train_step
+from avit_jax.train.state import initial_state
+from avit_jax.train.step import make_train_step
 from benchmarks.results import machine, save_results
 from configs import mnist_avit
 
@@ -46,13 +47,13 @@ def jax_step(config: AViTConfig, batch_size: int) -> Callable[[], None]:
     model = AViT(config, rngs=nnx.Rngs(0))
     mesh = training_mesh(-1, 1, batch_size)
     state = initial_state(model, optimizer, 0.0, mesh)
-    step = make_train_step(nnx.graphdef(model), optimizer, experiment, mesh)
+    step = make_train_step(nnx.graphdef(model), optimizer, experiment, mesh, state)
     images, labels = random_batch(config, batch_size)
     batch = global_batch({"image": images, "label": labels}, mesh)
 
     def run() -> None:
         nonlocal state
-        state, metrics = step(state, batch)
+        state, metrics = step(state, batch, None)
         jax.block_until_ready(metrics)
 
     return run

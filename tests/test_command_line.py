@@ -143,7 +143,7 @@ def test_a_dry_run_that_does_not_fit_says_so_before_it_takes_the_memory(
         raise AssertionError("nothing may be allocated")
 
     monkeypatch.setattr(dry_run_module, "device_memory", lambda mesh: 1000)
-    for name in ("initial_state", "made_up_batch", "place"):
+    for name in ("initial_state", "made_up_batch", "teacher_weights"):
         monkeypatch.setattr(dry_run_module, name, forbidden)
     sentence = r"a step needs .* GB a device and 0\.00 GB are free: lower config\.batch_size"
     lines = lines_until_refused(tiny_experiment(tmp_path / "toy.npz"), sentence)

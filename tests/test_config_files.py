@@ -16,16 +16,17 @@ from PIL import Image
 
 import avit_jax
 from avit_jax import AViTConfig
-from avit_jax.commands.checks import check_starts, check_values, resolved
+from avit_jax.commands.checks import check_values, resolved
 from avit_jax.commands.config_files import SHIPPED, find_config, load_config, shipped_configs
 from avit_jax.commands.evaluate_checkpoint import evaluate_checkpoint
-from avit_jax.commands.run import format_summary, initial_model, model_config
+from avit_jax.commands.run import format_summary
 from avit_jax.commands.run_config import config_of_checkpoint, get_config
 from avit_jax.data.open import open_dataset
 from avit_jax.data.settings import DataSettings
 from avit_jax.evaluate.figures import evaluate
 from avit_jax.model.settings import given_fields
 from avit_jax.runtime.files import write_json
+from avit_jax.train.start import check_starts, initial_model, resolve_model_config
 from tests.harness.builders import small_config, spread_gate, tiny_experiment
 
 SPECS = [
@@ -187,7 +188,7 @@ def finished(tmp_path: Path) -> Path:
     """A folder as a run of other sizes than any default's leaves it, without the training."""
     config = tiny_experiment(tmp_path / "toy.npz")
     folder = tmp_path / "run"
-    model = model_config(config, open_dataset(DataSettings.from_config(dict(config.data))))
+    model = resolve_model_config(config, open_dataset(DataSettings.from_config(dict(config.data))))
     avit_jax.save(spread_gate(model), folder / "model")
     write_json(folder / "train_config.json", {"config": resolved(config)})
     return folder

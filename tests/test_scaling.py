@@ -15,7 +15,8 @@ from avit_jax.execution.packed import packed_program
 from avit_jax.execution.plan import default_plan
 from avit_jax.runtime.mesh import training_mesh
 from avit_jax.train.optim import learning_rate_schedule, make_optimizer
-from avit_jax.train.step import TrainState, build_train_step
+from avit_jax.train.state import TrainState
+from avit_jax.train.step import build_train_step
 from benchmarks.collectives import Collective, collectives, what_crosses
 from configs import npz_avit
 from tests.harness.builders import small_config

@@ -5,7 +5,6 @@ import io
 import os
 import signal
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,6 @@ from ml_collections import ConfigDict
 
 from avit_jax.checkpoints.model_folder import checkpoint_steps
 from avit_jax.commands.checks import check_folder, resolved
-from avit_jax.commands.run import initial_model
 from avit_jax.data.open import open_dataset
 from avit_jax.data.settings import DataSettings
 from avit_jax.runtime.files import write_json
@@ -27,6 +25,7 @@ from avit_jax.train import loop as training
 from avit_jax.train.display import Display
 from avit_jax.train.logs import read_metrics
 from avit_jax.train.loop import Stopped
+from avit_jax.train.start import initial_model
 from tests.harness.builders import tiny_experiment
 from tests.test_training import Killed, leaves, lines_without_times
 
@@ -44,7 +43,7 @@ def train(config: ConfigDict, workdir: Path) -> list[np.ndarray]:
     """Train as train.py does, without the measurements and pictures at the end; the weights."""
     dataset = open_dataset(DataSettings.from_config(dict(config.data)))
     model = initial_model(config, dataset)
-    training.train(config, dataset, model, workdir, began=time.perf_counter())
+    training.train(config, dataset, model, workdir)
     return [np.asarray(leaf) for leaf in jax.tree.leaves(nnx.state(model, nnx.Param))]
 
 

@@ -10,11 +10,11 @@ import pytest
 from PIL import Image
 
 from avit_jax import AViTConfig
-from avit_jax.commands.run import model_config
 from avit_jax.data.open import open_dataset
 from avit_jax.data.pipeline import evaluation_batches, evaluation_images, training_batches
 from avit_jax.data.settings import DataSettings
 from avit_jax.data.sources import Dataset
+from avit_jax.train.start import resolve_model_config
 from configs import mnist_dense
 
 MODEL = AViTConfig(image_size=16, patch_size=8, num_classes=3)
@@ -100,16 +100,16 @@ def test_a_model_of_one_channel_takes_grey_images(root: Path) -> None:
     config.data.update({"source": "tfds", "path": str(root), "name": "animals"})
     config.model.update({"image_size": 16, "patch_size": 8, "in_channels": 1})
     dataset = open_dataset(DataSettings.from_config(dict(config.data)))
-    model = model_config(config, dataset)
+    model = resolve_model_config(config, dataset)
     (batch, *_) = evaluation_batches(dataset.val, model, 5)
     assert batch["image"].shape == (5, 16, 16, 1)
     np.testing.assert_array_equal(evaluation_images(dataset.val, range(5), model), batch["image"])
     config.model.in_channels = 3
     with pytest.raises(ValueError, match="config.data.mean and std have 1 values and images 3 channels"):
-        model_config(config, dataset)
+        resolve_model_config(config, dataset)
     config.model.in_channels = 2
     with pytest.raises(ValueError, match="config.model.in_channels is 2: images from disk are read as 3 or 1"):
-        model_config(config, dataset)
+        resolve_model_config(config, dataset)
 
 
 def test_worker_processes_open_the_records_themselves(root: Path) -> None:

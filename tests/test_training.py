@@ -19,16 +19,18 @@ import avit_jax
 from avit_jax.commands.config_files import load_config
 from avit_jax.commands.dry_run import dry_run
 from avit_jax.commands.evaluate_checkpoint import evaluate_checkpoint
-from avit_jax.commands.run import format_summary, initial_model, run
+from avit_jax.commands.run import format_summary, run
 from avit_jax.data.settings import AugmentSettings, DataSettings
 from avit_jax.data.sources import load_dataset
 from avit_jax.runtime.mesh import training_mesh
 from avit_jax.train import loop as training
-from avit_jax.train import losses
+from avit_jax.train import losses, setup
 from avit_jax.train.clock import TIMES
 from avit_jax.train.logs import read_metrics
 from avit_jax.train.optim import learning_rate_schedule, make_optimizer, update_average, weight_decay_mask
-from avit_jax.train.step import initial_state, make_train_step
+from avit_jax.train.start import initial_model
+from avit_jax.train.state import initial_state, teacher_weights
+from avit_jax.train.step import make_train_step
 from configs import imagenet_avit, imagenet_deit
 from tests.harness.builders import small_config, tiny_experiment, toy_arrays
 
@@ -181,18 +183,18 @@ def test_what_is_not_finite_is_named(term: str, value: float) -> None:
 def test_the_last_good_checkpoint_outlives_a_loss_that_is_not_finite(
     config: ConfigDict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    make = training.make_train_step
+    make = setup.make_train_step
 
     def poisoned(*arguments: Any) -> Any:
         step = make(*arguments)
 
-        def poisoned_step(state: Any, batch: Any) -> Any:
-            state, metrics = step(state, batch)
+        def poisoned_step(*arguments: Any) -> Any:
+            state, metrics = step(*arguments)
             return state, metrics | {"ponder": jnp.where(state.step == 6, jnp.nan, metrics["ponder"])}
 
         return poisoned_step
 
-    monkeypatch.setattr(training, "make_train_step", poisoned)
+    monkeypatch.setattr(setup, "make_train_step", poisoned)
     with pytest.raises(FloatingPointError, match="the ponder is nan at step 6"):
         run(config, tmp_path / "run")
     assert [folder.name for folder in (tmp_path / "run" / "checkpoints").iterdir()] == ["3"]
@@ -310,9 +312,10 @@ def first_step(config: ConfigDict, model: avit_jax.AViT, teacher: avit_jax.AViT 
     """The metrics of one step, and its batch."""
     optimizer, mesh = optimizer_of(config, 8), training_mesh(-1, 1, 12)
     state = initial_state(model, optimizer, config.optim.ema_decay, mesh)
-    step = make_train_step(nnx.graphdef(model), optimizer, config, mesh, teacher)
+    graphdefs = [nnx.graphdef(model), None if teacher is None else nnx.graphdef(teacher)]
+    step = make_train_step(graphdefs[0], optimizer, config, mesh, state, graphdefs[1])
     batch = {"image": jnp.ones((12, 8, 8, 1)) * jnp.arange(12)[:, None, None, None] / 12, "label": jnp.arange(12) % 3}
-    return step(state, batch)[1], batch
+    return step(state, batch, teacher_weights(teacher, mesh))[1], batch
 
 
 def test_learning_rate_warms_up_and_decays_to_its_end(config: ConfigDict) -> None:
@@ -429,7 +432,7 @@ def test_the_step_minimises_the_total_loss(config: ConfigDict) -> None:
     value, gradient = jax.value_and_grad(loss)(params)
     np.testing.assert_allclose(metrics["loss"], value, rtol=1e-5)
     np.testing.assert_allclose(metrics["gradient_norm"], optax.tree.norm(gradient), rtol=1e-4)
-    state, _ = make_train_step(graphdef, optimizer, config, mesh)(state, batch)
+    state, _ = make_train_step(graphdef, optimizer, config, mesh, state)(state, batch, None)
     # Adam's first step is the learning rate times the gradient's sign: look where the sign is beyond rounding.
     for before, after, slope in zip(*map(jax.tree.leaves, (params, state.params, gradient)), strict=True):
         clear = np.abs(slope) > 1e-5

@@ -26,6 +26,7 @@ MOST_PROGRESS = 2**28
 class Restored:
     """What a training run's checkpoint holds."""
 
+    folder: Path
     step: int
     items: dict[str, Any]
     progress: dict[str, Any]
@@ -135,7 +136,7 @@ class RunCheckpoints:
         progress, data = plain["step"], plain["data"]
         if not (isinstance(progress, dict) and isinstance(data, dict)):
             raise ValueError(f"the checkpoint {folder} is damaged: its step or data item is not a table")
-        return Restored(int(folder.name), restored, progress, data, digests)
+        return Restored(folder, int(folder.name), restored, progress, data, digests)
 
     def _set_aside(self, damaged: Iterable[Path]) -> None:
         """Rename damaged checkpoints, so that their steps can be written again."""

@@ -92,24 +92,6 @@ def check_values(config: ConfigDict) -> None:
         )
 
 
-def check_starts(config: ConfigDict) -> None:
-    """Raises ValueError where config.init_from or config.teacher names nothing that a model could be loaded from."""
-    for name in ("init_from", "teacher"):
-        path = config[name]
-        if not path or Path(path).exists():
-            continue
-        if Path(path).parts[:1] == ("checkpoints",):
-            way = (
-                "it comes with the repository, not with the installed package: run the command in a checkout, give "
-                f"--config.{name}=PATH to it, or train such a model first, here with --config=mnist_dense"
-            )
-        elif Path(path).parts[:1] == ("runs",):
-            way = f"train that model first, or give --config.{name}=CHECKPOINT"
-        else:
-            way = f"give --config.{name}=CHECKPOINT, a run, a saved model or a file of weights"
-        raise ValueError(f"there is no checkpoint at {path} (config.{name}): {way}")
-
-
 def check_folder(config: ConfigDict, workdir: Path, resume: bool) -> None:
     """Raises ValueError where workdir holds a begun run of another config, or any if not resume."""
     if not (workdir / "summary.json").exists() and not checkpoint_steps(workdir / "checkpoints"):

@@ -9,8 +9,7 @@ import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
-from avit_jax.commands.checks import check_starts, check_values
-from avit_jax.commands.run import model_config
+from avit_jax.commands.checks import check_values
 from avit_jax.data.open import open_dataset
 from avit_jax.data.settings import DataSettings
 from avit_jax.evaluate.figures import whole_gmacs
@@ -19,9 +18,11 @@ from avit_jax.model.settings import given_fields
 from avit_jax.model.vit import AViT
 from avit_jax.runtime.files import expanded
 from avit_jax.runtime.memory import device_memory
-from avit_jax.runtime.mesh import batch_sharding, global_batch, place, replicated, state_shardings, training_mesh
-from avit_jax.train.optim import learning_rate_schedule, make_optimizer, peak_learning_rate
-from avit_jax.train.step import TrainState, build_train_step, initial_state
+from avit_jax.runtime.mesh import global_batch, training_mesh
+from avit_jax.train.optim import peak_learning_rate
+from avit_jax.train.setup import prepare
+from avit_jax.train.start import check_starts, resolve_model_config
+from avit_jax.train.state import TrainState, initial_state, teacher_weights
 
 IMAGENET_IMAGES = 1_281_167
 
@@ -33,32 +34,18 @@ def dry_run(config: ConfigDict) -> Iterator[str]:
     account where it needs more memory than the machine has, and where init_from or teacher is not there.
     """
     check_values(config)
-    wanted, images, data = _data(config)
+    model_config, images, data = _data(config)
     mesh = training_mesh(config.mesh.data, config.mesh.fsdp, config.batch_size, config.accumulation)
-    steps = max(1, round(config.epochs * images / config.batch_size))
-    schedule = learning_rate_schedule(config.optim, steps, epochs=config.epochs, batch_size=config.batch_size)
-    optimizer = make_optimizer(config.optim, schedule)
-
     # Shapes alone: the program is compiled before there is anything in memory.
-    graphdef, params = nnx.split(nnx.eval_shape(lambda: AViT(wanted, rngs=nnx.Rngs(config.seed))), nnx.Param)
-    state = TrainState(
-        step=jax.ShapeDtypeStruct((), np.int32),
-        params=params,
-        ema=params if config.optim.ema_decay else None,
-        optimizer=jax.eval_shape(optimizer.init, params),
-    )
-    teacher_graphdef, teacher = (graphdef, params) if config.teacher else (None, None)
-    layout = state_shardings(mesh, state)
-    step = jax.jit(
-        build_train_step(graphdef, optimizer, config, mesh, teacher_graphdef),
-        donate_argnums=0,
-        in_shardings=(layout, batch_sharding(mesh), replicated(mesh)),
-        out_shardings=(layout, replicated(mesh)),
-    )
+    shapes = nnx.eval_shape(lambda: AViT(model_config, rngs=nnx.Rngs(config.seed)))
+    weights = nnx.state(shapes)
+    setup = prepare(config, shapes, mesh, images, teacher=shapes if config.teacher else None)
+    steps, schedule = setup.steps, setup.schedule
     yield f"data      {data}"
-    yield from _model_lines(wanted, params, config)
+    yield from _model_lines(model_config, weights, config)
     began = time.perf_counter()
-    program = step.lower(state, _batch_shapes(wanted, config.batch_size), teacher).compile()
+    batch_shapes = _batch_shapes(model_config, config.batch_size)
+    program = setup.step.lower(setup.state, batch_shapes, weights if config.teacher else None).compile()
     compiled = time.perf_counter() - began
     yield (
         f"devices   {mesh.size} {mesh.devices.flat[0].device_kind}: data {mesh.shape['data']}, fsdp "
@@ -85,11 +72,11 @@ def dry_run(config: ConfigDict) -> Iterator[str]:
             f"a step needs {needed / 1e9:.2f} GB a device and {limit / 1e9:.2f} GB are free: lower config.batch_size, "
             "raise config.accumulation, or set config.model.remat=True"
         )
-    model = AViT(wanted, rngs=nnx.Rngs(config.seed))
-    start = initial_state(model, optimizer, config.optim.ema_decay, mesh)
-    weights = place(nnx.state(model, nnx.Param), replicated(mesh)) if config.teacher else None
-    batch = global_batch(made_up_batch(wanted, config.batch_size // jax.process_count()), mesh)
-    yield from _two_steps(program, start, batch, weights)
+    model = AViT(model_config, rngs=nnx.Rngs(config.seed))
+    start = initial_state(model, setup.optimizer, config.optim.ema_decay, mesh)
+    teacher = teacher_weights(model if config.teacher else None, mesh)
+    batch = global_batch(made_up_batch(model_config, config.batch_size // jax.process_count()), mesh)
+    yield from _two_steps(program, start, batch, teacher)
     check_starts(config)
 
 
@@ -108,7 +95,7 @@ def _data(config: ConfigDict) -> tuple[AViTConfig, int, str]:
         return config_from(preset, **fields, preprocessing=stand_in), IMAGENET_IMAGES, line
     images = len(dataset.train)
     line = f"{images} training, {len(dataset.val)} validation, {len(dataset.test)} test images"
-    return model_config(config, dataset), images, line
+    return resolve_model_config(config, dataset), images, line
 
 
 def _may_be_missing(settings: DataSettings) -> bool:
@@ -129,27 +116,28 @@ def _two_steps(program: Any, state: TrainState, batch: Any, teacher: Any) -> Ite
     yield f"          mean depth {depth:.2f}; of random weights and made-up images it means nothing"
 
 
-def _batch_shapes(model: AViTConfig, count: int) -> dict[str, jax.ShapeDtypeStruct]:
-    images = jax.ShapeDtypeStruct((count, *model.image_shape, model.in_channels), np.uint8)
+def _batch_shapes(model_config: AViTConfig, count: int) -> dict[str, jax.ShapeDtypeStruct]:
+    images = jax.ShapeDtypeStruct((count, *model_config.image_shape, model_config.in_channels), np.uint8)
     return {"image": images, "label": jax.ShapeDtypeStruct((count,), np.int32)}
 
 
-def made_up_batch(model: AViTConfig, count: int) -> dict[str, np.ndarray]:
+def made_up_batch(model_config: AViTConfig, count: int) -> dict[str, np.ndarray]:
     """Noise for images, every class in turn for labels."""
     rng = np.random.default_rng(0)
-    images = rng.integers(0, 256, (count, *model.image_shape, model.in_channels), dtype=np.uint8)
-    return {"image": images, "label": (np.arange(count) % model.num_classes).astype(np.int32)}
+    images = rng.integers(0, 256, (count, *model_config.image_shape, model_config.in_channels), dtype=np.uint8)
+    return {"image": images, "label": (np.arange(count) % model_config.num_classes).astype(np.int32)}
 
 
-def _model_lines(model: AViTConfig, params: nnx.State, config: ConfigDict) -> Iterator[str]:
+def _model_lines(model_config: AViTConfig, params: nnx.State, config: ConfigDict) -> Iterator[str]:
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
-    gate = f"gate {model.gate_scale:g} / {model.gate_center:g}" if model.halts else "never halts"
-    height, width = model.image_shape
+    gate = f"gate {model_config.gate_scale:g} / {model_config.gate_center:g}" if model_config.halts else "never halts"
+    height, width = model_config.image_shape
     yield (
-        f"model     {config.model.get('preset') or 'of its own'}: {model.depth} layers of width {model.embed_dim}, "
-        f"{height}x{width} images in patches of {model.patch_size}, {model.num_classes} classes, {gate}, {model.dtype}"
+        f"model     {config.model.get('preset') or 'of its own'}: {model_config.depth} layers of width "
+        f"{model_config.embed_dim}, {height}x{width} images in patches of {model_config.patch_size}, "
+        f"{model_config.num_classes} classes, {gate}, {model_config.dtype}"
     )
     yield (
-        f"          {count:,} parameters, {whole_gmacs(model):.3g} GMACs an image with all layers; starts from "
+        f"          {count:,} parameters, {whole_gmacs(model_config):.3g} GMACs an image with all layers; starts from "
         f"{config.init_from or 'random weights'}"
     )

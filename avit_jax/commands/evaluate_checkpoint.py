@@ -10,7 +10,6 @@ from ml_collections import ConfigDict
 from avit_jax.checkpoints.model_folder import is_foreign, load
 from avit_jax.commands.checks import check_values
 from avit_jax.commands.predict_images import read_class_names
-from avit_jax.commands.run import fields_for_foreign, stated_preprocessing
 from avit_jax.data.open import open_dataset
 from avit_jax.data.settings import DataSettings
 from avit_jax.data.sources import Dataset, Split
@@ -22,6 +21,7 @@ from avit_jax.report.numbers import only_layer
 from avit_jax.report.writer import Subject, write_report
 from avit_jax.runtime.files import shown, writable_folder
 from avit_jax.runtime.mesh import data_mesh
+from avit_jax.train.start import fields_for_foreign, stated_preprocessing
 
 
 def evaluate_checkpoint(

@@ -132,7 +132,7 @@ def _forward(
     def advanced(packed: _Packed, tokens: Array, last: bool) -> tuple[_Packed, Array]:
         state = packed.state
         if config.halts:
-            state, scores = halting.advance(state, tokens, **config.gate, is_last=last)
+            state, scores = halting.advance(state, tokens, **vars(config.halting), is_last=last)
             if image_exit and not last:
                 state = _exit_images(state, tokens_read[packed.index])
         else:

@@ -4,10 +4,16 @@ Pure functions over one small pytree; every execution of the model calls them, a
 """
 
 import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
+
+from avit_jax.halting.prior import AViTLoss, halting_losses
+from avit_jax.halting.rule import State, Trace, drop_halted, first_state
+from avit_jax.model.seen import Seen
 
 
 @jax.tree_util.register_dataclass
@@ -33,11 +39,6 @@ def initial_state(batch: int, num_tokens: int, num_special: int, embed_dim: int)
         ponder_cost=jnp.zeros((batch, num_tokens)),
         output=jnp.zeros((batch, num_special, embed_dim)),
     )
-
-
-def drop_halted(tokens: Float[Array, "b n d"], active: Bool[Array, "b n"]) -> Float[Array, "b n d"]:
-    """Tokens with the halted ones set to zero; a choice, not a product, because 0 * NaN is NaN."""
-    return jnp.where(active[..., None], tokens, 0)
 
 
 def advance(
@@ -74,3 +75,113 @@ def advance(
         output=state.output + weight[:, :num_special, None] * special,
     )
     return new_state, halting_score
+
+
+@dataclasses.dataclass(frozen=True)
+class AViTGate:
+    """A-ViT's rule (arXiv 2112.07658): every token adds up its halting scores and stops where they reach 1.
+
+    h = sigmoid(gate_scale * x[..., 0] - gate_center) for active tokens, 0 for halted ones; a token goes on while the
+    sum of its h stays below 1 - halt_epsilon; every token stops at the last layer. The token of a layer weighs h where
+    the token goes on, the remainder 1 - (sum of earlier h) where it stops.
+    """
+
+    gate_scale: float
+    gate_center: float
+    halt_epsilon: float = 0.01
+
+    name: ClassVar[str] = "avit"
+    reads: ClassVar[frozenset[str]] = frozenset()
+    masks_in_training: ClassVar[bool] = True
+    sweeps: ClassVar[tuple[str, ...]] = ("gate_center", "gate_scale")
+    loss_settings: ClassVar[type] = AViTLoss
+    learning_rate_factors: ClassVar[Mapping[str, float]] = {}
+
+    def __post_init__(self) -> None:
+        if not 0 < self.halt_epsilon < 1:
+            raise ValueError(f"halt_epsilon is {self.halt_epsilon}: it must lie between 0 and 1")
+
+    def describe(self) -> str:
+        """Such as "gate 10 / 30"."""
+        return f"gate {self.gate_scale:g} / {self.gate_center:g}"
+
+    def check(self, config: Any) -> None:
+        """Every model has a channel 0."""
+
+    def module(self, model: Any) -> None:
+        """There is none: the gate reads channel 0 of the embedding."""
+
+    def initial(self, batch: int, config: Any, draw: Any = None) -> State:
+        """All tokens active, nothing accumulated."""
+        shape = (batch, config.num_tokens)
+        state = first_state(batch, config.num_tokens, config.num_outputs, config.embed_dim)
+        of_tokens = {
+            "cumulative_halting": jnp.zeros(shape),  # sum of the halting scores so far
+            "remainder": jnp.ones(shape),  # 1 - that sum, kept from the layer where the token stopped
+            "ponder_cost": jnp.zeros(shape),  # layers + remainder; complete once the token has stopped
+        }
+        return dataclasses.replace(state, of_tokens=of_tokens)
+
+    def advance(
+        self,
+        state: State,
+        seen: Seen,
+        *,
+        layer: Int[Array, ""] | int,
+        is_last: Bool[Array, ""] | bool,
+        module: Any = None,
+    ) -> tuple[State, Trace]:
+        """The state after a layer, and the layer's halting scores [b n] as "halting_score"."""
+        assert seen.tokens is not None
+        active, tokens, own = state.active, seen.tokens, state.of_tokens
+        gate_input = jnp.where(active, tokens[..., 0], 0)
+        halting_score = jnp.where(active, jax.nn.sigmoid(self.gate_scale * gate_input - self.gate_center), 0)
+        effective = jnp.where(is_last, active.astype(halting_score.dtype), halting_score)
+        cumulative = own["cumulative_halting"] + effective
+        goes_on = active & (cumulative < 1 - self.halt_epsilon)
+        stops = active & ~goes_on
+        weight = jnp.where(goes_on, effective, jnp.where(stops, own["remainder"], 0))
+        num_outputs = state.output.shape[1]
+        read = drop_halted(tokens[:, :num_outputs], active[:, :num_outputs])
+        new_state = State(
+            active=goes_on,
+            token_depth=state.token_depth + active,
+            output=state.output + weight[:, :num_outputs, None] * read,
+            of_tokens={
+                "cumulative_halting": cumulative,
+                "remainder": jnp.where(goes_on, own["remainder"] - effective, own["remainder"]),
+                "ponder_cost": own["ponder_cost"] + active + jnp.where(stops, own["remainder"], 0),
+            },
+        )
+        return new_state, Trace(of_tokens={"halting_score": halting_score})
+
+    def finish(self, state: State, images: Bool[Array, "b 1"]) -> State:
+        """Tokens that are left in these images stop; they weigh what is left, as where a token stops by itself."""
+        dropped = state.active & images
+        ponder_cost = state.of_tokens["ponder_cost"] + jnp.where(dropped, state.of_tokens["remainder"], 0)
+        return dataclasses.replace(
+            state, active=state.active & ~images, of_tokens=state.of_tokens | {"ponder_cost": ponder_cost}
+        )
+
+    def head_logits(self, state: State) -> None:
+        """The model's heads read the weighted sum over layers, state.output."""
+
+    def losses(
+        self,
+        trace: Trace,
+        state: State,
+        head_logits: Float[Array, "heads b k"],
+        *,
+        classify: Callable[[Float[Array, "heads b k"]], Float[Array, ""]],
+        settings: AViTLoss,
+        image_weight: Float[Array, " b"] | None = None,
+    ) -> dict[str, Float[Array, ""]]:
+        """Classification, ponder_weight * mean ponder cost, and prior_weight * prior."""
+        ponder, prior = halting_losses(
+            trace.of_tokens["halting_score"], state.of_tokens["ponder_cost"], settings, image_weight
+        )
+        return {"classification": classify(head_logits), "ponder": ponder, "prior": prior}
+
+    def extra_macs(self, config: Any, token_depth: Int[Array, "b n"]) -> Float[Array, " b"]:
+        """Nothing: a sigmoid for each token is not counted, as in the paper."""
+        return jnp.zeros(len(token_depth))

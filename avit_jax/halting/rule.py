@@ -1,8 +1,8 @@
 """What a halting rule is: it says after every layer which tokens of each image stop."""
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any, ClassVar, Protocol
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +33,7 @@ class Trace:
     """What one layer leaves for the losses and for the output; lax.scan stacks the layers on a first axis."""
 
     of_tokens: dict[str, Shaped[Array, "*l b n"]] = dataclasses.field(default_factory=dict)
-    of_images: dict[str, Shaped[Array, "*l b ..."]] = dataclasses.field(default_factory=dict)
+    of_images: dict[str, Shaped[Array, "..."]] = dataclasses.field(default_factory=dict)  # [b ...], stacked [l b ...]
 
 
 def first_state(batch: int, num_tokens: int, num_outputs: int, embed_dim: int) -> State:
@@ -50,30 +50,77 @@ def drop_halted(tokens: Float[Array, "b n d"], active: Bool[Array, "b n"]) -> Fl
     return jnp.where(active[..., None], tokens, 0)
 
 
+@runtime_checkable
 class Halting(Protocol):
     """A rule by which every image keeps its own number of tokens: a frozen dataclass of settings, static under jit."""
 
-    name: ClassVar[str]  # in config.json
-    reads: frozenset[str]  # the fields of Seen that it wants
-    masks_in_training: bool  # False: training computes every token in every layer
+    name: ClassVar[str]  # in config.json, and in front of the settings in "NAME(setting=value)"
+    masks_in_training: ClassVar[bool]  # False: training computes every token in every layer
     sweeps: ClassVar[tuple[str, ...]]  # its settings that may change at test time
+    loss_settings: ClassVar[type]  # a frozen dataclass: what `losses` takes as settings
+    learning_rate_factors: ClassVar[Mapping[str, float]]  # by the beginning of a parameter's path, such as "rule_module"
+
+    @property
+    def reads(self) -> frozenset[str]:
+        """The fields of Seen that it wants besides tokens and active."""
+        ...
+
+    def describe(self) -> str:
+        """The rule and its settings in a few words, for what is printed."""
+        ...
+
+    def check(self, config: Any) -> None:
+        """Raises ValueError where a model of this configuration cannot have the rule."""
+        ...
+
+    def module(self, model: Any) -> Any:
+        """The parameters that the rule brings, an nnx.Module made from an AViT's norm and heads; None: there are none.
+
+        The model keeps it as model.rule_module.
+        """
+        ...
 
     def initial(self, batch: int, config: Any, draw: Any = None) -> State:
         """The state before layer 1 of a model with this configuration; draw: a random key for each image, or None."""
         ...
 
     def advance(
-        self, state: State, seen: Seen, *, layer: Int[Array, ""] | int, is_last: Bool[Array, ""] | bool
+        self,
+        state: State,
+        seen: Seen,
+        *,
+        layer: Int[Array, ""] | int,
+        is_last: Bool[Array, ""] | bool,
+        module: Any = None,
     ) -> tuple[State, Trace]:
-        """The state after a layer (from 0), and what it leaves for the losses."""
+        """The state after a layer (from 0), and what it leaves for the losses; module: the rule's own parameters."""
         ...
 
     def finish(self, state: State, images: Bool[Array, "b 1"]) -> State:
         """The state where these images stop now: nothing that the logits read is left in them."""
         ...
 
+    def head_logits(self, state: State) -> Float[Array, "heads b k"] | None:
+        """The logits of each head where the rule has them already; None: the model's heads read state.output."""
+        ...
+
     def losses(
-        self, trace: Trace, state: State, settings: Any, image_weight: Float[Array, " b"] | None
-    ) -> Mapping[str, Float[Array, ""]]:
-        """The rule's own terms of the objective by name, weighted."""
+        self,
+        trace: Trace,
+        state: State,
+        head_logits: Float[Array, "heads b k"],
+        *,
+        classify: Callable[[Float[Array, "heads b k"]], Float[Array, ""]],
+        settings: Any,
+        image_weight: Float[Array, " b"] | None = None,
+    ) -> dict[str, Float[Array, ""]]:
+        """Every term of the objective by name, weighted; their sum is minimised.
+
+        trace: of all layers, stacked. classify: the mean classification loss of logits against the batch's targets,
+        distillation included. settings: a loss_settings. image_weight: 0 for images that count for nothing.
+        """
+        ...
+
+    def extra_macs(self, config: Any, token_depth: Int[Array, "b n"]) -> Float[Array, " b"]:
+        """Multiply-adds of each image that the rule itself costs."""
         ...

@@ -5,6 +5,10 @@ import difflib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from avit_jax.halting.avit import AViTGate
+from avit_jax.halting.rule import Halting
+from avit_jax.reduction.groups import Reduction
+from avit_jax.rules import RULES, rule_from_json, rule_to_json
 from avit_jax.runtime.json_fields import typed_fields
 
 # At least this part of the resized image is cropped: 384 pixels of 3840. Published models use 0.8 to 1.
@@ -37,9 +41,11 @@ class Preprocessing:
 
 @dataclasses.dataclass(frozen=True)
 class AViTConfig:
-    """Architecture and gate of a model; hashable, and written as JSON beside every checkpoint.
+    """Architecture and rule of a model; hashable, and written as JSON beside every checkpoint.
 
-    gate_scale None is a plain ViT: no token ever halts. Raises ValueError where the numbers do not fit together.
+    rule says which tokens go on. None: A-ViT's gate where gate_scale is given, else a plain ViT in which every token
+    runs through all layers. A rule given here wins over the gate. Raises ValueError where the numbers do not fit
+    together.
 
     pool says what the head reads: "token" the class token after the final LayerNorm; "mean_norm" the mean of the
     patches, then LayerNorm (timm's fc_norm, MAE); "norm_mean" LayerNorm, then the mean of the patches (AugReg's GAP);
@@ -65,6 +71,7 @@ class AViTConfig:
     gate_scale: float | None = None
     gate_center: float | None = None
     halt_epsilon: float = 0.01
+    rule: Halting | Reduction | None = None
     drop_rate: float = 0.0
     drop_path_rate: float = 0.0
     dtype: str = "float32"
@@ -73,6 +80,12 @@ class AViTConfig:
     class_names: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.rule, AViTGate):  # whose settings have fields of their own
+            for name, value in dataclasses.asdict(self.rule).items():
+                object.__setattr__(self, name, value)
+            object.__setattr__(self, "rule", None)
+        if self.rule is not None and not isinstance(self.rule, Halting | Reduction):
+            raise ValueError(f"rule is a {type(self.rule).__name__}: give one of the rules {', '.join(RULES)}, or None")
         for name in ("image_size", "class_names"):
             if isinstance(getattr(self, name), list):  # from JSON or a config file; a tuple can be hashed
                 object.__setattr__(self, name, tuple(getattr(self, name)))
@@ -177,20 +190,29 @@ class AViTConfig:
         return int(self.embed_dim * self.mlp_ratio)
 
     @property
-    def halts(self) -> bool:
-        """Whether there is a gate at all."""
-        return self.gate_scale is not None
+    def halting(self) -> Halting | None:
+        """The rule by which every image keeps its own number of tokens, if that is the kind in force."""
+        if self.rule is not None:
+            return self.rule if isinstance(self.rule, Halting) else None
+        if self.gate_scale is None or self.gate_center is None:
+            return None
+        return AViTGate(self.gate_scale, self.gate_center, self.halt_epsilon)
 
     @property
-    def gate(self) -> dict[str, float]:
-        """The gate's numbers, as halting.advance takes them. Raises ValueError for a model that never halts."""
-        if self.gate_scale is None or self.gate_center is None:
-            raise ValueError("this model never halts: give gate_scale and gate_center")
-        return {"gate_scale": self.gate_scale, "gate_center": self.gate_center, "halt_epsilon": self.halt_epsilon}
+    def reduction(self) -> Reduction | None:
+        """The rule by which every image has the same number of tokens, if that is the kind in force."""
+        return self.rule if isinstance(self.rule, Reduction) else None
+
+    @property
+    def halts(self) -> bool:
+        """Whether there is a halting rule."""
+        return self.halting is not None
 
     def to_json(self) -> dict[str, Any]:
         """Three parts, all plain JSON: model, preprocessing, class_names."""
-        model = dataclasses.asdict(self)
+        model = dataclasses.asdict(dataclasses.replace(self, rule=None))
+        gated = {"name": AViTGate.name} if self.gate_scale is not None else None  # the numbers are in gate_*
+        model["rule"] = gated if self.rule is None else rule_to_json(self.rule)
         return {"preprocessing": model.pop("preprocessing"), "class_names": model.pop("class_names"), "model": model}
 
     @classmethod
@@ -199,7 +221,16 @@ class AViTConfig:
         if not isinstance(parts, dict) or parts.keys() != {"model", "preprocessing", "class_names"}:
             raise ValueError("a model's configuration has three parts: model, preprocessing and class_names")
         preprocessing = typed_fields(Preprocessing, parts["preprocessing"], "preprocessing", _PREPROCESSING)
-        model = typed_fields(AViTConfig, parts["model"], "model", _NEEDED)
+        content, rule = parts["model"], None
+        if isinstance(content, dict):
+            content = dict(content)
+            rule = content.pop("rule", None)  # files from before there were several rules have none
+        model = typed_fields(AViTConfig, content, "model", _NEEDED)
+        if rule == {"name": AViTGate.name}:
+            if model["gate_scale"] is None:
+                raise ValueError(f"the rule is {AViTGate.name} and gate_scale is null: give gate_scale and gate_center")
+        elif rule is not None:
+            model["rule"] = rule_from_json(rule)
         names = typed_fields(AViTConfig, {"class_names": parts["class_names"]}, "the configuration", ())
         return AViTConfig(**{**model, **names, "preprocessing": Preprocessing(**preprocessing)})
 

@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from avit_jax.model.config import AViTConfig
+from avit_jax.rules import parse_rule
 
 # These come with the data: config.data has mean, std, crop_fraction, interpolation and class_names.
 _FROM_DATA = ("preprocessing", "class_names")
@@ -25,15 +26,15 @@ def model_settings(**given: Any) -> ConfigDict:
     section = ConfigDict({"preset": placeholder(str)})
     for field in dataclasses.fields(AViTConfig):
         if field.name not in _FROM_DATA:
-            section[field.name] = placeholder(_flag_type(hints[field.name]))
+            section[field.name] = placeholder(str if field.name == "rule" else _flag_type(hints[field.name]))
     section.update(given)
     return section
 
 
 def given_fields(section: ConfigDict) -> tuple[str | None, dict[str, Any]]:
-    """The preset of config.model, and the fields that it gives a value.
+    """The preset of config.model, and the fields that it gives a value; a rule is text such as "tome(r=8)".
 
-    Raises ValueError for an image size that is neither a number nor (height, width).
+    Raises ValueError for an image size that is neither a number nor (height, width), and for what is no rule.
     """
     fields = {name: value for name, value in dict(section).items() if value is not None}
     size = fields.get("image_size", 1)
@@ -41,6 +42,11 @@ def given_fields(section: ConfigDict) -> tuple[str | None, dict[str, Any]]:
         raise ValueError(f"config.model.image_size is {size!r}: it must be a number, or (height, width)")
     if not isinstance(size, int):  # one side where both are equal, as the data say it
         fields["image_size"] = size[0] if size[0] == size[1] else tuple(size)
+    if "rule" in fields:
+        try:
+            fields["rule"] = parse_rule(fields["rule"])
+        except ValueError as error:
+            raise ValueError(f"config.model.rule: {error}") from error
     return fields.pop("preset", None), fields
 
 

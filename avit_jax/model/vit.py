@@ -132,7 +132,7 @@ class AViT(nnx.Module):
             if state is None:
                 return (block(x, None, rate, layer_key), None), None
             x = block(halting.drop_halted(x, state.active), state.active, rate, layer_key)
-            state, score = halting.advance(state, x, **config.gate, is_last=index == config.depth - 1)
+            state, score = halting.advance(state, x, **vars(config.halting), is_last=index == config.depth - 1)
             return (x, state), score
 
         if config.remat:
@@ -141,10 +141,18 @@ class AViT(nnx.Module):
         return x, state, scores
 
     def heads(
-        self, outputs: Float[Array, "b s d"], token_depth: Array, ponder_cost: Array, scores: Array
+        self,
+        outputs: Float[Array, "b s d"],
+        token_depth: Array,
+        ponder_cost: Array,
+        scores: Array,
+        size: Float[Array, "b k"] | None = None,
     ) -> AViTOutput:
-        """The model's output from the final values of its first num_outputs tokens."""
-        features = self._pooled(outputs)
+        """The model's output from the final values of its first num_outputs tokens, or as many as there are.
+
+        size: the patches that each token stands for, where tokens were merged; None: 1.
+        """
+        features = self._pooled(outputs, size)
         if self.config.num_classes:
             features[0] = self.head(features[0])
             if self.config.distilled:
@@ -152,15 +160,23 @@ class AViT(nnx.Module):
         head_logits = jnp.stack(features).astype(jnp.float32)
         return AViTOutput(head_logits.mean(0), head_logits, token_depth, ponder_cost, scores)
 
-    def _pooled(self, outputs: Float[Array, "b s d"]) -> list[Array]:
+    def _pooled(self, outputs: Float[Array, "b s d"], size: Float[Array, "b k"] | None) -> list[Array]:
         """What each head reads, [b, head_inputs]."""
         config, first_patch = self.config, self.config.num_special
+
+        def patch_mean(tokens: Array) -> Array:
+            patches = tokens[:, first_patch:]
+            if size is None:
+                return patches.mean(1)
+            weight = size[:, first_patch:, None]
+            return (weight * patches).sum(1) / weight.sum(1)
+
         if config.pool == "mean_norm":
-            return [self.norm(outputs[:, first_patch:].mean(1))]
+            return [self.norm(patch_mean(outputs))]
         outputs = self.norm(outputs)
         if config.pool == "token":
             return [outputs[:, token] for token in range(config.num_outputs)]
-        mean = outputs[:, first_patch:].mean(1)
+        mean = patch_mean(outputs)
         return [mean if config.pool == "norm_mean" else jnp.concatenate([outputs[:, 0], mean], axis=-1)]
 
 

@@ -1,9 +1,25 @@
-"""What a reduction rule is: it says in every layer which tokens become one, or are dropped."""
+"""What a reduction rule says of a layer: which tokens become one, and which are dropped; and the sum that does it.
+
+Groups covers every rule with a fixed number of tokens that we know of:
+
+- top-k and random drop: the kept tokens lead, nothing joins, the rest goes nowhere; weights 1.
+- EViT: as top-k, and one more slot: one of the dropped tokens leads it, the other dropped ones join it, their weights
+  are their class attention, `mean` is False.
+- ToMe, PiToMe: every slot has a leader, r tokens join; weights are sizes, `mean` is True.
+- MCTF: r1 even and r2 odd tokens join. Where an odd token that was joined joins an even one itself, all of them go into
+  that one's slot. Weights are size times received attention. The rule is `ahead`: the same groups, with weights for the
+  rows (mean) and 1 for the columns (sum), reduce the attention matrix.
+- DynamicViT at inference: as top-k, decided `ahead` of the layer.
+- DiffRate: the first M of the sorted tokens lead, P - M join, the tail goes nowhere; weights 1, `mean` is True; sizes
+  are the rule's own.
+"""
 
 import dataclasses
-from typing import Any, ClassVar, Protocol
+import functools
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from avit_jax.model.seen import Seen
@@ -12,31 +28,118 @@ from avit_jax.model.seen import Seen
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Groups:
-    """How n tokens become k: slot j of the shorter sequence is a sum over the tokens that go into it.
+    """How n tokens become k: slot j of the shorter sequence is the weighted sum of the tokens that go into it.
 
-    `mean` divides that sum by the sum of its weights.
+    Every slot has one token that leads it. The other tokens of a group join it, and are listed, so that the sum costs
+    little where few tokens join. Tokens that go nowhere are dropped. `mean` divides the sum by the sum of its weights.
     """
 
-    into: Int[Array, "b n"]  # slot in the shorter sequence; k: nowhere
+    into: Int[Array, "b n"]  # each token's slot; k: nowhere
     weight: Float[Array, "b n"]
-    size: Float[Array, "b k"]  # patches that each slot stands for
-    leader: Int[Array, "b k"]  # the old token whose place the slot takes
+    leader: Int[Array, "b k"]  # the token whose place a slot takes
+    joins: Int[Array, "b r"]  # the tokens that go into a slot which another one leads
+    size: Float[Array, "b k"]  # patches that a slot stands for
     mean: bool = dataclasses.field(metadata={"static": True})
 
 
+@runtime_checkable
 class Reduction(Protocol):
-    """A rule by which every image has the same number of tokens, known per layer: a frozen dataclass of settings."""
+    """A rule by which every image has the same number of tokens, known per layer: a frozen dataclass of settings.
+
+    It is static under jit, so it must be hashable. Special tokens (class, distillation, registers) come first before
+    and after every reduction, and no rule drops or merges them.
+    """
 
     name: ClassVar[str]  # in config.json
-    reads: frozenset[str]  # the fields of Seen that it wants
-    proportional: bool  # whether attention weighs a key by its size
-    ahead: bool  # whether tokens are reduced before the block's values exist (MCTF)
     sweeps: ClassVar[tuple[str, ...]]  # its settings that may change at test time
 
-    def counts(self, config: Any) -> tuple[int, ...]:
-        """Tokens after each layer of a model with this configuration, special ones included."""
+    @property
+    def reads(self) -> frozenset[str]:
+        """The fields of Seen that it wants."""
         ...
 
-    def groups(self, seen: Seen, *, layer: int, draw: Any = None) -> Groups | None:
-        """How the tokens of a layer (from 0) are reduced; None: not at all."""
+    @property
+    def proportional(self) -> bool:
+        """Whether attention weighs a key by its size."""
         ...
+
+    @property
+    def ahead(self) -> bool:
+        """Whether tokens are reduced before the block's values exist (MCTF), not between attention and MLP."""
+        ...
+
+    def counts(self, config: Any) -> tuple[int, ...]:
+        """Tokens after each layer of a model with this configuration, special ones included.
+
+        Raises ValueError where the rule does not fit the model.
+        """
+        ...
+
+    def groups(self, seen: Seen, *, layer: int, num_special: int, draw: Any = None) -> Groups | None:
+        """How the tokens of a layer (from 0) are reduced; None: not at all. Asked where the count falls."""
+        ...
+
+    def own_macs(self, config: Any) -> tuple[int, ...]:
+        """Multiply-adds of each layer's choice for one image, which papers leave out: matching, predictors."""
+        ...
+
+
+def reduce(x: Float[Array, "b n d"], groups: Groups) -> Float[Array, "b k d"]:
+    """The shorter sequence: per slot the sum of weight * x, divided by the sum of the weights if groups.mean.
+
+    Leaders are gathered and what joins them is added by a small product with a one-hot matrix [k, r]. The gradient is a
+    gather too: token n gets its slot's. (A gather's own gradient would be a scatter, slow everywhere.)
+    """
+    return _segment_sum(groups.mean, x, groups.weight, groups.into, groups.leader, groups.joins)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _segment_sum(mean: bool, x: Array, weight: Array, into: Array, leader: Array, joins: Array) -> Array:
+    return _sum_and_total(mean, x, weight, into, leader, joins)[0]
+
+
+def _sum_and_total(
+    mean: bool, x: Array, weight: Array, into: Array, leader: Array, joins: Array
+) -> tuple[Array, Array | None]:
+    result = jnp.take_along_axis(x, leader[..., None], axis=1) * jnp.take_along_axis(weight, leader, axis=1)[..., None]
+    if joins.shape[1]:
+        weights = _joining_weights(weight, into, leader, joins)
+        joining = jnp.take_along_axis(x, joins[..., None], axis=1)
+        # Accelerators would round the residual stream in a product of the default precision.
+        result += jnp.matmul(weights, joining, precision=jax.lax.Precision.HIGHEST)
+    if not mean:
+        return result, None
+    total = group_sums(weight, into, leader, joins)
+    return result / total[..., None], total
+
+
+def group_sums(
+    values: Float[Array, "b n"], into: Int[Array, "b n"], leader: Int[Array, "b k"], joins: Int[Array, "b r"]
+) -> Float[Array, "b k"]:
+    """Per slot the sum of one value of each token; the other arguments are those of Groups."""
+    return jnp.take_along_axis(values, leader, axis=1) + _joining_weights(values, into, leader, joins).sum(-1)
+
+
+def _joining_weights(weight: Array, into: Array, leader: Array, joins: Array) -> Float[Array, "b k r"]:
+    """Weights of what joins, in the row of its slot; 0 elsewhere."""
+    slot, share = jnp.take_along_axis(into, joins, axis=1), jnp.take_along_axis(weight, joins, axis=1)
+    return jnp.where(jnp.arange(leader.shape[1])[None, :, None] == slot[:, None], share[:, None], 0)
+
+
+def _forward(mean: bool, x: Array, weight: Array, into: Array, leader: Array, joins: Array) -> tuple[Array, Any]:
+    result, total = _sum_and_total(mean, x, weight, into, leader, joins)
+    return result, (x, weight, into, result if mean else None, total)
+
+
+def _backward(mean: bool, saved: Any, gradient: Array) -> tuple[Array | None, ...]:
+    x, weight, into, result, total = saved
+    if mean:
+        gradient = gradient / total[..., None]
+    count = gradient.shape[1]
+    slot = jnp.minimum(into, count - 1)[..., None]
+    own = jnp.where((into < count)[..., None], jnp.take_along_axis(gradient, slot, axis=1), 0)
+    offset = x - jnp.take_along_axis(result, slot, axis=1) if mean else x
+    return weight[..., None] * own, (offset * own).sum(-1), None, None, None
+
+
+_segment_sum.defvjp(_forward, _backward)

@@ -134,6 +134,21 @@ def draw_curves(lines: Sequence[dict[str, Any]], path: Path, depth: int) -> Path
     return _save(figure, path)
 
 
+def draw_run(
+    model: AViT, images: Images, result: Evaluation, lines: Sequence[dict[str, Any]], workdir: Path
+) -> list[Path]:
+    """The pictures of a run in its folder; a model that never halts has curves alone.
+
+    images: the test images that `result` is of; lines: of the run's metrics.jsonl. Returns the files.
+    """
+    pictures = [draw_curves(lines, workdir / "curves.png", model.config.depth)]
+    if model.config.halts:
+        pictures.append(draw_depth_maps(model, images, result.image_depths, workdir / "depth_maps.png"))
+        has_one = model.config.class_token
+        pictures.append(draw_depth_histogram(result, workdir / "depth_histogram.png", class_token=has_one))
+    return pictures
+
+
 def _save(figure: Figure, path: Path) -> Path:
     """Write the picture; a name in a script that matplotlib's font lacks is drawn as boxes, which is no warning."""
     with warnings.catch_warnings(), writing(path), replacing(path) as partial:

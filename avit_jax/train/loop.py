@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import jax
 import numpy as np
@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 from ml_collections import ConfigDict
 
-from avit_jax.checkpoints.run_checkpoints import RunCheckpoints
+from avit_jax.checkpoints.run_checkpoints import Restored, RunCheckpoints
 from avit_jax.data.device import DeviceBatches
 from avit_jax.data.pipeline import training_batches
 from avit_jax.data.sources import Dataset
@@ -26,26 +26,41 @@ from avit_jax.runtime.signals import StopAsked, StopRequest
 from avit_jax.train.clock import StepClock
 from avit_jax.train.display import Display
 from avit_jax.train.logs import RunLog
-from avit_jax.train.optim import learning_rate_schedule, make_optimizer
-from avit_jax.train.step import TrainState, initial_state, make_train_step
+from avit_jax.train.progress import Metrics, Progress
+from avit_jax.train.setup import prepare
+from avit_jax.train.state import TrainState, initial_state, state_items, state_with, teacher_weights
 
 LOSS_TERMS = ("classification", "ponder", "prior", "gradient_norm")
-Metrics = dict[str, Any]
 
 
 class Stopped(Exception):
     """The run was asked to stop and has written its checkpoint; the message says how to go on."""
 
 
-def train(
-    config: ConfigDict, dataset: Dataset, model: AViT, workdir: Path, teacher: AViT | None = None, *, began: float
-) -> float:
-    """Train to config.epochs, from workdir's newest whole checkpoint where there is one; the model ends up trained.
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """What `train` leaves."""
 
-    began: time.perf_counter() when this run started. Returns the seconds that earlier, stopped runs took. Raises
-    FloatingPointError at a NaN or infinite loss (config.on_nan); the last good checkpoint stays. Raises Stopped after
-    SIGTERM or SIGINT.
+    model: AViT
+    progress: Progress
+
+
+def train(
+    config: ConfigDict,
+    dataset: Dataset,
+    model: AViT,
+    workdir: Path,
+    teacher: AViT | None = None,
+    *,
+    seconds: float = 0.0,
+) -> Trained:
+    """Train to config.epochs, from workdir's newest whole checkpoint where there is one.
+
+    The model that is given is the one that ends up trained. seconds: what this process has spent on the run so far;
+    they count in the progress. Raises FloatingPointError at a NaN or infinite loss (config.on_nan); the last good
+    checkpoint stays. Raises Stopped after SIGTERM or SIGINT.
     """
+    began = time.perf_counter() - seconds
     mesh = training_mesh(config.mesh.data, config.mesh.fsdp, config.batch_size, config.accumulation)
     batches = DeviceBatches(
         training_batches(
@@ -59,63 +74,33 @@ def train(
         ),
         place=lambda batch: global_batch(batch, mesh),
     )
-    steps = training_steps(config, dataset)
-    schedule = learning_rate_schedule(config.optim, steps, epochs=config.epochs, batch_size=config.batch_size)
-    optimizer = make_optimizer(config.optim, schedule)
-    graphdef, _ = nnx.split(model)
-    state = initial_state(model, optimizer, config.optim.ema_decay, mesh)
-    train_step = make_train_step(graphdef, optimizer, config, mesh, teacher)
+    setup = prepare(config, model, mesh, len(dataset.train), teacher)
+    state = initial_state(model, setup.optimizer, config.optim.ema_decay, mesh)
+    weights = teacher_weights(teacher, mesh)
+
+    def step(state: TrainState, batch: dict[str, Array]) -> tuple[TrainState, dict[str, Array]]:
+        return setup.step(state, batch, weights)
+
     kept = config.keep_checkpoints, config.keep_every, config.keep_best
     with contextlib.closing(batches), RunCheckpoints(workdir / "checkpoints", *kept) as checkpoints:
-        display = Display(steps, config.batch_size)
-        run = _Run(config, dataset, model, steps, mesh, train_step, batches, checkpoints, display, state, began=began)
+        display = Display(setup.steps, config.batch_size)
+        run = _Run(config, dataset, model, setup.steps, mesh, step, batches, checkpoints, display, state, began)
         data = f"{len(dataset.train)} images in {len(dataset.class_names)} classes ({_source(dataset)})"
         display.begin(model.config, sum(leaf.size for leaf in jax.tree.leaves(state.params)), data, workdir)
         run.restore(workdir)
-        validated = not run.evaluation_due
-        with RunLog(workdir, run.step, schedule, validated=validated) as log, StopRequest() as stop, display:
+        begun = run.progress
+        with (
+            RunLog(workdir, begun.step, setup.schedule, validated=not begun.evaluation_due) as log,
+            StopRequest() as stop,
+            display,
+        ):
             run.loop(log, stop, workdir)
-    return run.began_earlier
+    return Trained(model, dataclasses.replace(run.progress, seconds=run.seconds()))
 
 
 def _source(dataset: Dataset) -> str:
     settings = dataset.train.settings
     return ", ".join(value for value in (settings.source, settings.name, settings.path) if value)
-
-
-def training_steps(config: ConfigDict, dataset: Dataset) -> int:
-    """The number of steps in config.epochs, at least 1."""
-    return max(1, round(config.epochs * len(dataset.train) / config.batch_size))
-
-
-def state_items(state: TrainState) -> dict[str, Any]:
-    """The state as plain nested dicts of arrays: the checkpoint's items."""
-    items = {"model": nnx.to_pure_dict(state.params), "optimizer": _pure_leaves(state.optimizer)}
-    return items | ({} if state.ema is None else {"ema": nnx.to_pure_dict(state.ema)})
-
-
-def _pure_leaves(tree: Any) -> dict[str, Any]:
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
-
-
-def state_with(state: TrainState, items: dict[str, Any], step: int) -> TrainState:
-    """The state with a checkpoint's items."""
-
-    def filled(target: nnx.State, values: Any) -> nnx.State:
-        target = jax.tree.map(lambda x: x, target)
-        nnx.replace_by_pure_dict(target, values)
-        return target
-
-    optimizer = jax.tree_util.tree_map_with_path(
-        lambda path, _: items["optimizer"][jax.tree_util.keystr(path, simple=True, separator=".")], state.optimizer
-    )
-    return TrainState(
-        step=place(np.asarray(step, np.int32), state.step.sharding),
-        params=filled(state.params, items["model"]),
-        ema=None if state.ema is None else filled(state.ema, items["ema"]),
-        optimizer=optimizer,
-    )
 
 
 @dataclasses.dataclass
@@ -130,13 +115,13 @@ class _Run:
     checkpoints: RunCheckpoints
     display: Display
     state: TrainState
-    began: float
-    step: int = 0
-    window: list[Metrics] = dataclasses.field(default_factory=list)  # metrics of the steps since the last line
-    top1: float = 0.0  # on the validation images, the last time
-    evaluation_due: bool = False  # the run was stopped before, or while, it evaluated after this step
-    rolled_back: int = 0  # the step at which a loss was not finite and the run went back, once
-    began_earlier: float = 0.0  # seconds that earlier, stopped runs took
+    began: float  # of this process, as time.perf_counter()
+    earlier: float = 0.0  # seconds that earlier, stopped processes took
+    progress: Progress = dataclasses.field(default_factory=Progress)
+
+    def seconds(self) -> float:
+        """What the run has taken so far in all its processes."""
+        return self.earlier + time.perf_counter() - self.began
 
     def restore(self, workdir: Path) -> None:
         """Go on from the newest checkpoint that is whole."""
@@ -144,29 +129,29 @@ class _Run:
         if found is None:
             return
         self._take(found)
-        self.began_earlier = found.progress["seconds"]
-        self.began -= self.began_earlier
-        self.display.say(f"going on from step {self.step} of {self.steps} in {workdir}")
+        self.earlier = self.progress.seconds
+        self.display.say(f"going on from step {self.progress.step} of {self.steps} in {workdir}")
 
-    def _take(self, found: Any) -> None:
+    def _take(self, found: Restored) -> None:
+        try:
+            self.progress = Progress.from_json(found.progress, found.step)
+        except ValueError as error:
+            raise ValueError(f"the checkpoint {found.folder} is damaged: {error}") from error
         state = state_with(self.state, found.items, found.step)
         self.state = place(state, state_shardings(self.mesh, state))
         self.batches.set_state(found.data)
-        self.step, self.window = found.step, found.progress["window"]
-        self.top1, self.rolled_back = found.progress["top1"], found.progress["rolled_back"]
-        self.evaluation_due = found.progress.get("evaluation_due", False)
 
     def loop(self, log: RunLog, stop: StopRequest, workdir: Path) -> None:
         """To the last step."""
         clock = StepClock(self.config, self.model.config, self.mesh, workdir)
-        self.display.start(self.step)
-        while self.step < self.steps or self.evaluation_due:
+        self.display.start(self.progress.step)
+        while self.progress.step < self.steps or self.progress.evaluation_due:
             try:
                 self._some_steps(log, stop, clock)
             except FloatingPointError as error:
                 self._roll_back(error)
-                log.back_to(self.step, validated=not self.evaluation_due)
-                self.display.start(self.step)
+                log.back_to(self.progress.step, validated=not self.progress.evaluation_due)
+                self.display.start(self.progress.step)
         self.checkpoints.wait()
         try:
             self._show(self.state.params if self.state.ema is None else self.state.ema)
@@ -178,42 +163,42 @@ class _Run:
 
     def _some_steps(self, log: RunLog, stop: StopRequest, clock: StepClock) -> None:
         """Until the end, or a loss that is not finite."""
-        config = self.config
+        config, progress = self.config, self.progress
         pending: tuple[int, dict[str, Array]] | None = None
-        if self.evaluation_due and not self._evaluate(log, stop):
+        if progress.evaluation_due and not self._evaluate(log, stop):
             self._stop(stop)  # its checkpoint is there already
-        clock.start(self.step)
-        while self.step < self.steps:
-            clock.trace(self.step + 1)
+        clock.start(progress.step)
+        while progress.step < self.steps:
+            clock.trace(progress.step + 1)
             with clock.waiting_for("data"):
                 batch = next(self.batches)
             self.state, metrics = self.train_step(self.state, batch)
-            step = self.step + 1
+            step = progress.step + 1
             # The step before is read while this one runs, so that the device never waits for Python.
             if pending is not None:
                 with clock.waiting_for("device"):
-                    self.window.append(_checked(*pending))
+                    progress.window.append(_checked(*pending))
             pending = (step, metrics)
             stopping = stop.signal is not None or self.checkpoints.preempted(step)
             if stopping:
                 stop.agreed()
             last = step == self.steps
             logs = last or step % config.log_every == 0
-            self.evaluation_due = last or step % config.eval_every == 0
+            progress.evaluation_due = last or step % config.eval_every == 0
             saves = last or stopping or step % config.checkpoint_every == 0
-            if logs or self.evaluation_due or saves:
+            if logs or progress.evaluation_due or saves:
                 with clock.waiting_for("device"):
-                    self.window.append(_checked(*pending))
+                    progress.window.append(_checked(*pending))
                 pending = None
-            self.step = step
+            progress.step = step
             if logs:
-                means = _means(self.window) | clock.figures(step)
+                means = _means(progress.window) | clock.figures(step)
                 log.train(step, means)
                 self.display.means(step, means)
-                self.window.clear()
+                progress.window.clear()
                 clock.start(step)
             self.display.at(step)
-            if self.evaluation_due and not stopping:
+            if progress.evaluation_due and not stopping:
                 with clock.aside():
                     stopping = not self._evaluate(log, stop)
             if saves or stopping:
@@ -226,22 +211,17 @@ class _Run:
         stop.agreed()
         self.checkpoints.wait()
         raise Stopped(
-            f"stopped by {stop.signal or 'preemption'} after step {self.step} of {self.steps}; its checkpoint is "
-            "written: the same command goes on"
+            f"stopped by {stop.signal or 'preemption'} after step {self.progress.step} of {self.steps}; its "
+            "checkpoint is written: the same command goes on"
         )
 
     def _save(self, now: bool) -> None:
         # With the metrics since the last line: the next line after a resume is the same mean.
-        progress = {
-            "step": self.step,
-            "seconds": time.perf_counter() - self.began,
-            "window": self.window,
-            "top1": self.top1,
-            "rolled_back": self.rolled_back,
-            "evaluation_due": self.evaluation_due,
-        }
-        items = state_items(self.state)
-        self.checkpoints.save(self.step, items, progress, self.batches.get_state(), self.model.config, self.top1)
+        self.progress.seconds = self.seconds()
+        step, items = self.progress.step, state_items(self.state)
+        self.checkpoints.save(
+            step, items, self.progress.to_json(), self.batches.get_state(), self.model.config, self.progress.top1
+        )
         if now:
             self.checkpoints.wait()
 
@@ -256,12 +236,12 @@ class _Run:
                 raw = self._on_validation(stop)
         except StopAsked:
             return False
-        log.val(self.step, result, "val")
+        log.val(self.progress.step, result, "val")
         if raw is not None:
-            log.val(self.step, raw, "val_raw")
-        self.display.validation(self.step, result, self.model.config.depth, raw)
-        self.top1 = result.top1 if raw is None else max(result.top1, raw.top1)
-        self.evaluation_due = False
+            log.val(self.progress.step, raw, "val_raw")
+        self.display.validation(self.progress.step, result, self.model.config.depth, raw)
+        self.progress.top1 = result.top1 if raw is None else max(result.top1, raw.top1)
+        self.progress.evaluation_due = False
         return True
 
     def _on_validation(self, stop: StopRequest) -> Evaluation:
@@ -285,17 +265,17 @@ class _Run:
 
     def _roll_back(self, error: FloatingPointError) -> None:
         """Go on from the last checkpoint and skip the data since; once, and with config.on_nan = "roll back"."""
-        if self.config.on_nan != "roll back" or self.rolled_back:
+        if self.config.on_nan != "roll back" or self.progress.rolled_back:
             raise error
-        bad, data = self.step + 1, self.batches.get_state()
+        bad, data = self.progress.step + 1, self.batches.get_state()
         self.checkpoints.wait()
         found = self.checkpoints.restore_newest(state_items(self.state))
         if found is None:
             raise error
         self._take(found)
         self.batches.set_state(data)
-        self.rolled_back = bad
-        self.display.say(f"{error}\nrolled back to step {self.step}; the data up to step {bad} are skipped")
+        self.progress.rolled_back = bad
+        self.display.say(f"{error}\nrolled back to step {self.progress.step}; the data up to step {bad} are skipped")
 
 
 def _means(window: list[Metrics]) -> Metrics:

@@ -1,6 +1,5 @@
-"""The training state and the jitted step: forward, the three loss terms, backward, update, on any mesh."""
+"""The jitted training step: forward, the three loss terms, backward, update, on any mesh."""
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -14,32 +13,10 @@ from ml_collections import ConfigDict
 
 from avit_jax.data.mix import augment_on_device
 from avit_jax.data.settings import AugmentSettings
-from avit_jax.model.vit import AViT
-from avit_jax.runtime.mesh import batch_sharding, place, replicated, state_shardings
+from avit_jax.runtime.mesh import batch_sharding, replicated, state_shardings
 from avit_jax.train import losses
 from avit_jax.train.optim import update_average
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class TrainState:
-    """Everything that a step changes; randomness comes from the seed and the step.
-
-    Types are not checked: shapes and layouts come in the same tree.
-    """
-
-    step: Any  # int32 scalar
-    params: Any  # nnx.State
-    ema: Any  # nnx.State, or None
-    optimizer: Any  # optax.OptState
-
-
-def initial_state(model: AViT, optimizer: optax.GradientTransformation, ema_decay: float, mesh: Mesh) -> TrainState:
-    """The state before step 1, laid out over the mesh; it owns copies, because the step donates its buffers."""
-    params = jax.tree.map(jnp.copy, nnx.state(model, nnx.Param))
-    ema = jax.tree.map(jnp.copy, params) if ema_decay else None
-    state = TrainState(jnp.zeros((), jnp.int32), params, ema, optimizer.init(params))
-    return place(state, state_shardings(mesh, state))
+from avit_jax.train.state import TrainState
 
 
 def make_train_step(
@@ -47,35 +24,22 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     config: ConfigDict,
     mesh: Mesh,
-    teacher: AViT | None = None,
-) -> Callable[[TrainState, dict[str, Array]], tuple[TrainState, dict[str, Array]]]:
-    """One jitted function (state, batch) -> (state, metrics); the old state's buffers are donated.
+    state: TrainState,
+    teacher_graphdef: nnx.GraphDef | None = None,
+) -> jax.stages.Wrapped:
+    """One jitted function (state, batch, the teacher's weights or None) -> (state, metrics); it donates the old state.
 
-    The batch is split over the mesh, means are over the whole of it; with config.accumulation above 1 it is worked on
-    in as many parts, and the prior, which is no mean, is the mean of the parts' own. Images whose batch["weight"] is 0
-    count for nothing.
+    state: arrays or shapes, which say how the state is laid out. The batch is split over the mesh, means are over the
+    whole of it; with config.accumulation above 1 it is worked on in as many parts, and the prior, which is no mean, is
+    the mean of the parts' own. Images whose batch["weight"] is 0 count for nothing.
     """
-    teacher_graphdef, teacher_state = (None, None) if teacher is None else nnx.split(teacher)
-    if teacher is not None:
-        teacher_state = place(teacher_state, replicated(mesh))
-    step = build_train_step(graphdef, optimizer, config, mesh, teacher_graphdef)
-    jitted: list[Any] = []  # made at the first call, when the state's structure is known
-
-    def run(state: TrainState, batch: dict[str, Array]) -> tuple[TrainState, dict[str, Array]]:
-        if not jitted:
-            layout = state_shardings(mesh, state)
-            everywhere = replicated(mesh)
-            jitted.append(
-                jax.jit(
-                    step,
-                    donate_argnums=0,
-                    in_shardings=(layout, batch_sharding(mesh), everywhere),
-                    out_shardings=(layout, everywhere),
-                )
-            )
-        return jitted[0](state, batch, teacher_state)
-
-    return run
+    layout, everywhere = state_shardings(mesh, state), replicated(mesh)
+    return jax.jit(
+        build_train_step(graphdef, optimizer, config, mesh, teacher_graphdef),
+        donate_argnums=0,
+        in_shardings=(layout, batch_sharding(mesh), everywhere),
+        out_shardings=(layout, everywhere),
+    )
 
 
 def build_train_step(

@@ -15,7 +15,8 @@ from jax.sharding import AxisType
 from avit_jax import Preprocessing
 from avit_jax.checkpoints.digests import tree_digests
 from avit_jax.runtime.mesh import global_batch
-from avit_jax.train.step import initial_state, make_train_step
+from avit_jax.train.state import initial_state
+from avit_jax.train.step import make_train_step
 from configs import npz_avit
 from tests.harness.builders import small_config, spread_gate
 
@@ -44,8 +45,9 @@ def step(data: int, fsdp: int, parts: int) -> tuple[np.ndarray, dict[str, Any], 
     config.loss.update({"distillation": "none", "ponder_weight": 0.1, "prior_weight": 0.1, "prior_target_depth": 2.0})
     axes, types = ("data", "fsdp"), (AxisType.Auto, AxisType.Auto)
     mesh = jax.make_mesh((data, fsdp), axes, axis_types=types, devices=jax.devices()[: data * fsdp])
-    run = make_train_step(graphdef, keep, config, mesh)
-    state, metrics = run(initial_state(model, keep, 0.0, mesh), global_batch(batch, mesh))
+    state = initial_state(model, keep, 0.0, mesh)
+    run = make_train_step(graphdef, keep, config, mesh, state)
+    state, metrics = run(state, global_batch(batch, mesh), None)
     gradient = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(state.optimizer)])
     return gradient, jax.device_get(metrics), state.optimizer
 

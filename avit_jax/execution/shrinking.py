@@ -1,0 +1,195 @@
+"""Shrinking execution: where a rule leaves every image the same number of tokens, arrays simply get shorter.
+
+Shapes are known ahead, so one program runs in training and at inference, without a mask. A layer that reduces its
+tokens is compiled on its own; the layers between two of them are one lax.scan.
+"""
+
+import dataclasses
+import functools
+import itertools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Shaped
+
+from avit_jax.model.layers import Block
+from avit_jax.model.seen import Seen, of_attention
+from avit_jax.model.vit import AViT, AViTOutput
+from avit_jax.reduction.groups import Groups, Reduction, reduce
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Reduced:
+    """What became of an image's tokens: after every layer the slot that each of the first N tokens is in."""
+
+    slots: tuple[Int[Array, "b n"], ...]  # for each layer; its number of tokens: dropped
+    sizes: tuple[Float[Array, "b _"], ...]  # for each layer, patches that each of its tokens stands for
+
+
+def forward(
+    model: AViT,
+    images: Shaped[Array | np.ndarray, "..."],
+    rule: Reduction | None,
+    *,
+    key: PRNGKeyArray | None = None,
+    short_last_layer: bool = False,
+) -> AViTOutput:
+    """The model's output under a reduction rule (None: without any), for images that check_images accepts.
+
+    With a key, dropout and stochastic depth draw as they do in masked execution. short_last_layer: where the logits
+    read the first tokens alone, the last layer computes no others than these; the result is the same.
+
+    token_depth counts the layers in which a token led a slot of its own: a token that is merged stops at the layer that
+    merges it, and the one that it joins goes on. ponder_cost is token_depth + 1 and halting_scores are 0. A mean over
+    patches is the mean over all patches of the image, each with the value of the token that stands for it: tokens weigh
+    their size.
+
+    Raises ValueError where the rule does not fit the model.
+    """
+    return run(model, images, rule, key=key, short_last_layer=short_last_layer)[0]
+
+
+def follow_tokens(model: AViT, images: Shaped[Array | np.ndarray, "..."], rule: Reduction) -> Reduced:
+    """Which tokens become one under a rule, layer by layer: for pictures of what was merged, and for tests."""
+    return run(model, images, rule)[1]
+
+
+def run(
+    model: AViT,
+    images: Shaped[Array | np.ndarray, "..."],
+    rule: Reduction | None,
+    *,
+    key: PRNGKeyArray | None = None,
+    short_last_layer: bool = False,
+) -> tuple[AViTOutput, Reduced]:
+    """What `forward` and `follow_tokens` give, together."""
+    if rule is not None and rule.ahead:
+        raise ValueError(f"the rule {rule.name!r} reduces tokens ahead of attention: shrinking execution cannot yet")
+    graphdef, params = nnx.split(model)
+    return _program(graphdef, rule, short_last_layer, params, jnp.asarray(images), key)
+
+
+# A program of its own: called outside jit, layers of a dozen shapes would be compiled operation by operation.
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _program(
+    graphdef: nnx.GraphDef,
+    rule: Reduction | None,
+    short_last_layer: bool,
+    params: Any,
+    images: Float[Array, "b h w c"],
+    key: PRNGKeyArray | None,
+) -> tuple[AViTOutput, Reduced]:
+    model = nnx.merge(graphdef, params)
+    config, count, num_tokens = model.config, len(images), model.config.num_tokens
+    counts = (num_tokens,) * config.depth if rule is None else rule.counts(config)
+    short = short_last_layer and config.pool == "token" and key is None
+    layers = _Layers(model, rule, key)
+
+    x = model.embed(images, key)
+    size = jnp.ones((count, num_tokens))
+    slot = jnp.broadcast_to(jnp.arange(num_tokens)[None], (count, num_tokens))
+    leads = jnp.ones((count, num_tokens), bool)
+    token_depth = jnp.zeros((count, num_tokens), jnp.int32)
+    slots, sizes = [], []
+    parts = stretches(counts, num_tokens, short)
+    for (start, stop), weights in zip(parts, _split(nnx.split(model.blocks)[1], parts), strict=True):
+        # Before anything is reduced all sizes are 1.
+        mass = size if rule is not None and rule.proportional and size.shape[1] < num_tokens else None
+        token_depth += (stop - start) * leads.astype(jnp.int32)
+        if short and stop == config.depth:
+            x = layers.short_last(x, mass, weights)
+        elif rule is not None and counts[start] < x.shape[1]:
+            x, groups = layers.reducing(rule, start, x, size, mass, weights)
+            if groups is not None:
+                size, slot, leads = groups.size, *_followed(groups, slot, leads)
+        else:
+            x = layers.plain(start, stop, x, mass, weights)
+        slots += [slot] * (stop - start)
+        sizes += [size] * (stop - start)
+
+    scores = jnp.zeros((config.depth, count, num_tokens))
+    weight = size if size.shape[1] < num_tokens else None
+    output = model.heads(x[:, : config.num_outputs], token_depth, token_depth + 1.0, scores, weight)
+    return output, Reduced(tuple(slots), tuple(sizes))
+
+
+def stretches(counts: tuple[int, ...], num_tokens: int, short_last_layer: bool) -> list[tuple[int, int]]:
+    """Layers as (start, stop): one that reduces its tokens stands alone, those between two such are together."""
+    depth = len(counts)
+    falls = [layer for layer in range(depth) if counts[layer] < (num_tokens, *counts)[layer]]
+    alone = {*falls, depth - 1} if short_last_layer else set(falls)
+    ends = sorted({0, depth, *alone, *(layer + 1 for layer in alone)})
+    return list(itertools.pairwise(ends))
+
+
+def _split(stacked: Any, parts: list[tuple[int, int]]) -> list[Any]:
+    """The weights of each part of the layers; the gradient of a split is a concatenation, that of slices is a sum."""
+    leaves, structure = jax.tree.flatten(stacked)
+    lengths = tuple(stop - start for start, stop in parts)
+    return [jax.tree.unflatten(structure, part) for part in zip(*(jax.lax.split(p, lengths) for p in leaves), strict=True)]
+
+
+def _followed(groups: Groups, slot: Array, leads: Array) -> tuple[Int[Array, "b n"], Bool[Array, "b n"]]:
+    """The slots of the first N tokens after a reduction, and which of them still lead one."""
+    count, tokens = groups.leader.shape[1], groups.into.shape[1]
+    leader = jnp.take_along_axis(groups.leader, jnp.minimum(groups.into, count - 1), axis=1)
+    stays = (groups.into < count) & (leader == jnp.arange(tokens)[None])
+    # One more place, for what has been dropped.
+    into = jnp.pad(groups.into, ((0, 0), (0, 1)), constant_values=count)
+    stays = jnp.pad(stays, ((0, 0), (0, 1)))
+    return jnp.take_along_axis(into, slot, axis=1), leads & jnp.take_along_axis(stays, slot, axis=1)
+
+
+class _Layers:
+    """The layers of a model, run as they are, shortened, or with a reduction between attention and MLP."""
+
+    def __init__(self, model: AViT, rule: Reduction | None, key: PRNGKeyArray | None) -> None:
+        self.config = model.config
+        self.graphdef = nnx.graphdef(model.blocks)
+        self.key = key
+        self.rates = jnp.linspace(0, self.config.drop_path_rate, self.config.depth)
+
+    def _layer(self, index: Any) -> tuple[Array | None, PRNGKeyArray | None]:
+        """The rate of stochastic depth in a layer, and its random key: those of masked execution."""
+        if self.key is None:
+            return None, None
+        rate = self.rates[index] if self.config.drop_path_rate else None
+        return rate, jax.random.fold_in(self.key, index)
+
+    def plain(self, start: int, stop: int, x: Array, mass: Array | None, weights: Any) -> Array:
+        """Layers in which the tokens stay as many as they are."""
+
+        def layer(x: Array, inputs: Any) -> tuple[Array, None]:
+            params, index = inputs
+            return nnx.merge(self.graphdef, params)(x, mass, *self._layer(index)), None
+
+        if self.config.remat:
+            layer = jax.checkpoint(layer, prevent_cse=False)
+        return jax.lax.scan(layer, x, (weights, jnp.arange(start, stop)))[0]
+
+    def reducing(
+        self, rule: Reduction, index: int, x: Array, size: Array, mass: Array | None, weights: Any
+    ) -> tuple[Array, Groups | None]:
+        """A layer that leaves fewer tokens, and how it did."""
+
+        def layer(x: Array, size: Array, mass: Array | None, params: Any) -> tuple[Array, Groups | None]:
+            block: Block = nnx.merge(self.graphdef, params)
+            y, facts = block.attend(x, mass, *self._layer(index), of_attention(rule.reads))
+            known = {"tokens": y, "before": x, "size": size, **facts}
+            seen = Seen(**{name: value for name, value in known.items() if name in rule.reads})
+            groups = rule.groups(seen, layer=index, num_special=self.config.num_special)
+            y = y if groups is None else reduce(y, groups)
+            return block.transform(y, *self._layer(index)), groups
+
+        if self.config.remat:
+            layer = jax.checkpoint(layer)
+        return layer(x, size, mass, jax.tree.map(lambda p: p[0], weights))
+
+    def short_last(self, x: Array, mass: Array | None, weights: Any) -> Array:
+        """The last layer, of the tokens that the logits read; merging the others would change nothing."""
+        block: Block = nnx.merge(self.graphdef, jax.tree.map(lambda p: p[0], weights))
+        return block.read(x, mass, self.config.num_outputs)

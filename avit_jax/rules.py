@@ -1,0 +1,72 @@
+"""Every rule by its name, and how a rule is written: as JSON in config.json, as text on the command line."""
+
+import ast
+import dataclasses
+from typing import Any
+
+from avit_jax.halting.avit import AViTGate
+from avit_jax.halting.rule import Halting
+from avit_jax.reduction.groups import Reduction
+from avit_jax.reduction.tome import ToMe
+from avit_jax.runtime.files import shown
+from avit_jax.runtime.json_fields import typed_fields
+
+RULES: dict[str, type] = {rule.name: rule for rule in (AViTGate, ToMe)}
+_MOST_TEXT = 1000  # characters of a rule on the command line
+
+
+def rule_to_json(rule: Halting | Reduction) -> dict[str, Any]:
+    """The rule's name and its settings as plain JSON."""
+    settings = dataclasses.asdict(rule)  # type: ignore[call-overload]  # every rule is a dataclass
+    return {"name": rule.name} | settings
+
+
+def rule_from_json(content: Any) -> Halting | Reduction:
+    """The inverse of rule_to_json. Anyone may have written the content.
+
+    Raises ValueError, naming the setting, for an unknown rule, and for settings that it does not have or cannot take.
+    """
+    if not isinstance(content, dict):
+        raise ValueError(f"rule is {shown(content, 50)}: it must be a JSON object with a name, or null")
+    name = content.get("name")
+    if not isinstance(name, str) or name not in RULES:
+        what = f"'{shown(name, 50)}'" if isinstance(name, str) else shown(name, 50)
+        raise ValueError(f"there is no rule {what}: known are {', '.join(sorted(RULES))}")
+    kind = RULES[name]
+    needed = [
+        field.name
+        for field in dataclasses.fields(kind)
+        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+    ]
+    settings = {key: value for key, value in content.items() if key != "name"}
+    return kind(**typed_fields(kind, settings, f"the rule {name}", needed))
+
+
+def parse_rule(text: str) -> Halting | Reduction:
+    """A rule from text such as "confidence(threshold=0.9)"; each value is a number, a string, or a list of them.
+
+    Raises ValueError, with the form that a rule has, for anything else.
+    """
+    form = 'write NAME(setting=value, ...), such as "avit(gate_scale=10, gate_center=30)"'
+    if len(text) > _MOST_TEXT:
+        raise ValueError(f"a rule of {len(text)} characters is too long: {form}")
+    try:
+        content = _as_content(text)
+    except (SyntaxError, TypeError, ValueError, RecursionError, MemoryError):
+        raise ValueError(f"'{shown(text, 100)}' is no rule: {form}") from None
+    return rule_from_json(content)
+
+
+def _as_content(text: str) -> dict[str, Any]:
+    """What rule_from_json takes; nothing is evaluated but literals. Raises SyntaxError or ValueError."""
+    call = ast.parse(text.strip(), mode="eval").body
+    if isinstance(call, ast.Name):
+        return {"name": call.id}
+    if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or call.args:
+        raise SyntaxError
+    content: dict[str, Any] = {"name": call.func.id}
+    for keyword in call.keywords:
+        if keyword.arg is None or keyword.arg in content:
+            raise SyntaxError
+        content[keyword.arg] = ast.literal_eval(keyword.value)
+    return content

@@ -1,0 +1,54 @@
+"""What a run must remember between its checkpoints and the processes that work on it."""
+
+import dataclasses
+from typing import Any
+
+from avit_jax.runtime.json_fields import typed_fields
+
+Metrics = dict[str, Any]  # by name: a number, or a list of numbers by layer
+
+
+@dataclasses.dataclass
+class Progress:
+    """How far a run is; every checkpoint holds one, as JSON with these names."""
+
+    step: int = 0
+    seconds: float = 0.0  # that all processes of the run took together, until this was saved or training ended
+    window: list[Metrics] = dataclasses.field(default_factory=list)  # of the steps since the last line of the log
+    top1: float = 0.0  # on the validation images, the last time
+    rolled_back: int = 0  # the step at which a loss was not finite and the run went back, once
+    evaluation_due: bool = False  # the run was stopped before, or while, it evaluated after this step
+
+    def to_json(self) -> dict[str, Any]:
+        """What a checkpoint holds of it."""
+        return dict(vars(self))
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any], step: int) -> "Progress":
+        """The progress that a checkpoint of this step holds; evaluation_due is False where an old one leaves it out.
+
+        Raises ValueError, naming the key, where one is missing, unknown, of another type, or of another step.
+        """
+        plain = {name: value for name, value in content.items() if name != "window"}
+        fields = typed_fields(cls, plain, "its progress", ("step", "seconds", "top1", "rolled_back"))
+        if fields["step"] != step:
+            raise ValueError(f"step is {fields['step']} in its progress: it must be {step}, as the folder's name")
+        for name in ("seconds", "rolled_back"):
+            if fields[name] < 0:
+                raise ValueError(f"{name} is {fields[name]}: it must be at least 0")
+        if not _is_window(content.get("window")):
+            raise ValueError("window must be a list of tables of numbers, all with the same names")
+        return cls(**fields, window=content["window"])
+
+
+def _is_window(value: Any) -> bool:
+    """Whether these are metrics of steps. Their numbers have no bounds: a loss may be huge."""
+    return (
+        isinstance(value, list)
+        and all(isinstance(line, dict) and line.keys() == value[0].keys() for line in value)
+        and all(_is_metric(metric) for line in value for metric in line.values())
+    )
+
+
+def _is_metric(value: Any) -> bool:
+    return all(type(number) in (int, float) for number in (value if isinstance(value, list) else (value,)))

@@ -1,0 +1,40 @@
+"""What settings, model, mesh and number of images decide about training; --dry_run uses it as training does."""
+
+import dataclasses
+
+import jax
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from avit_jax.model.vit import AViT
+from avit_jax.train.optim import learning_rate_schedule, make_optimizer
+from avit_jax.train.state import TrainState, state_shapes
+from avit_jax.train.step import make_train_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """A training that has not begun: nothing in it takes memory on a device."""
+
+    steps: int
+    schedule: optax.Schedule
+    optimizer: optax.GradientTransformation
+    state: TrainState  # shapes and types
+    step: jax.stages.Wrapped  # (state, batch, the teacher's weights or None) -> (state, metrics)
+
+
+def prepare(config: ConfigDict, model: AViT, mesh: Mesh, images: int, teacher: AViT | None = None) -> Setup:
+    """Number of steps, optimizer and jitted step for so many training images.
+
+    Of model and teacher the shapes are enough (nnx.eval_shape). Raises ValueError where config.optim's schedule does
+    not fit the number of steps.
+    """
+    steps = max(1, round(config.epochs * images / config.batch_size))
+    schedule = learning_rate_schedule(config.optim, steps, epochs=config.epochs, batch_size=config.batch_size)
+    optimizer = make_optimizer(config.optim, schedule)
+    state = state_shapes(model, optimizer, config.optim.ema_decay)
+    teacher_graphdef = None if teacher is None else nnx.graphdef(teacher)
+    step = make_train_step(nnx.graphdef(model), optimizer, config, mesh, state, teacher_graphdef)
+    return Setup(steps, schedule, optimizer, state, step)

@@ -1,0 +1,110 @@
+"""Rules by name: as JSON in config.json, as text on the command line, and in AViTConfig."""
+
+import dataclasses
+import json
+from typing import Any
+
+import pytest
+
+from avit_jax import AViTConfig
+from avit_jax.halting.avit import AViTGate
+from avit_jax.rules import RULES, parse_rule, rule_from_json, rule_to_json
+from tests.harness.builders import small_config
+
+NO_GATE: dict[str, Any] = {"gate_scale": None, "gate_center": None}
+
+
+def through_json(config: AViTConfig) -> AViTConfig:
+    return AViTConfig.from_json(json.loads(json.dumps(config.to_json())))
+
+
+def test_the_gate_of_a_configuration_is_its_rule() -> None:
+    config = small_config(halt_epsilon=0.02)
+    assert config.rule is None and config.halts and config.reduction is None
+    assert config.halting == AViTGate(4.0, 1.0, 0.02)
+    static = small_config(**NO_GATE)
+    assert static.halting is None and not static.halts
+
+
+def test_a_gate_given_as_a_rule_moves_to_its_fields() -> None:
+    given = small_config(**NO_GATE, rule=AViTGate(4.0, 1.0, 0.02))
+    assert given == small_config(halt_epsilon=0.02) and hash(given) == hash(small_config(halt_epsilon=0.02))
+
+
+def test_config_json_names_the_rule() -> None:
+    assert small_config().to_json()["model"]["rule"] == {"name": "avit"}
+    assert small_config(**NO_GATE).to_json()["model"]["rule"] is None
+    for config in (small_config(), small_config(**NO_GATE)):
+        assert through_json(config) == config
+
+
+@pytest.mark.parametrize("fields", [{}, NO_GATE])
+def test_files_from_before_there_were_several_rules(fields: dict[str, Any]) -> None:
+    config = small_config(**fields)
+    parts = config.to_json()
+    del parts["model"]["rule"]
+    assert AViTConfig.from_json(parts) == config
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        ("avit", "rule is avit: it must be a JSON object with a name, or null"),
+        ([], "rule is a list: it must be a JSON object"),
+        ({}, "there is no rule None: known are avit"),
+        ({"name": ["avit"]}, "there is no rule a list"),
+        ({"name": "\x1b[2Jevil"}, r"there is no rule '\\x1b\[2Jevil'"),
+        ({"name": "__class__"}, "there is no rule '__class__'"),
+        ({"name": "avit", "gate_scale": 1.0}, "the rule avit lacks the field gate_center"),
+        ({"name": "avit", "gate_scale": "1", "gate_center": 1.0}, "gate_scale is 1: it must be a number"),
+        ({"name": "avit", "gate_scale": float("nan"), "gate_center": 1.0}, "gate_scale is nan: it must be a number"),
+        ({"name": "avit", "gate_scale": 1, "gate_center": 1, "halt_epsilon": 2}, "halt_epsilon is 2.0: it must lie"),
+        ({"name": "avit", "gate_scale": 1, "gate_center": 1, "x": 2}, "the rule avit has no field 'x'"),
+    ],
+)
+def test_hostile_json_is_refused(rule: Any, message: str) -> None:
+    parts = small_config().to_json()
+    parts["model"]["rule"] = rule
+    with pytest.raises(ValueError, match=message):
+        AViTConfig.from_json(parts)
+
+
+def test_a_named_gate_needs_its_numbers() -> None:
+    parts = small_config(**NO_GATE).to_json()
+    parts["model"]["rule"] = {"name": "avit"}
+    with pytest.raises(ValueError, match="the rule is avit and gate_scale is null"):
+        AViTConfig.from_json(parts)
+
+
+def test_a_rule_as_text() -> None:
+    assert parse_rule(" avit(gate_scale=10, gate_center=-3e1) ") == AViTGate(10.0, -30.0)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("avit", "the rule avit lacks the field gate_scale"),
+        ("avit(10, 30)", r"'avit\(10, 30\)' is no rule: write NAME\(setting=value"),
+        ("avit(**{})", "is no rule"),
+        ("avit(gate_scale=open('x'))", "is no rule"),
+        ("avit(name='tome')", "is no rule"),
+        ("avit(gate_scale=1", "is no rule"),
+        ("a.b(c=1)", "is no rule"),
+        ("", "'' is no rule"),
+        ("-" * 900 + "1", "is no rule"),
+        ("(" * 900, "is no rule"),
+        ("a" * 1001, "a rule of 1001 characters is too long"),
+        ("halt(x=1)", "there is no rule 'halt': known are avit"),
+        ("avit(gate_scale=1, gate_center=2, gate=3)", "the rule avit has no field 'gate'"),
+    ],
+)
+def test_text_that_is_no_rule(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parse_rule(text)
+
+
+def test_every_rule_is_a_frozen_dataclass_that_json_gives_back() -> None:
+    for name, kind in RULES.items():
+        assert kind.name == name and dataclasses.is_dataclass(kind)
+    gate = AViTGate(4.0, 1.0)
+    assert rule_from_json(json.loads(json.dumps(rule_to_json(gate)))) == gate
