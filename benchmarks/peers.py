@@ -13,7 +13,7 @@ from avit_jax import AViTConfig
 from avit_jax.runtime.mesh import available_cores
 
 
-def peers(config: AViTConfig, images: np.ndarray) -> Iterator[tuple[str, Callable[[], Any], float]]:
+def peers(model_config: AViTConfig, images: np.ndarray) -> Iterator[tuple[str, Callable[[], Any], float]]:
     """(name, a function that runs these images, seconds to prepare) for each installed peer, with random weights."""
     if importlib.util.find_spec("torch") is None:
         return
@@ -23,7 +23,7 @@ def peers(config: AViTConfig, images: np.ndarray) -> Iterator[tuple[str, Callabl
 
     torch.set_num_threads(available_cores())
     torch.manual_seed(0)
-    model = torch_vit(config).eval()
+    model = torch_vit(model_config).eval()
     x = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
 
     def run_of(model: Any, x: Any) -> Callable[[], Any]:
@@ -37,7 +37,7 @@ def peers(config: AViTConfig, images: np.ndarray) -> Iterator[tuple[str, Callabl
     yield "PyTorch eager", eager, 0.0
 
     began = time.perf_counter()
-    half = run_of(torch.compile(torch_vit(config).eval().to(torch.bfloat16)), x.to(torch.bfloat16))
+    half = run_of(torch.compile(torch_vit(model_config).eval().to(torch.bfloat16)), x.to(torch.bfloat16))
     half()
     yield "torch.compile, bfloat16", half, time.perf_counter() - began
 

@@ -44,9 +44,9 @@ class Drawn:
 
     settings = DataSettings()
 
-    def __init__(self, count: int, config: AViTConfig) -> None:
-        self.labels = (np.arange(count) % config.num_classes).astype(np.int32)
-        self._shape = (*config.image_shape, config.in_channels)
+    def __init__(self, count: int, model_config: AViTConfig) -> None:
+        self.labels = (np.arange(count) % model_config.num_classes).astype(np.int32)
+        self._shape = (*model_config.image_shape, model_config.in_channels)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -68,10 +68,10 @@ def _file(pixels: np.ndarray) -> bytes:
     return stream.getvalue()
 
 
-def drawn(count: int, config: AViTConfig) -> Images:
+def drawn(count: int, model_config: AViTConfig) -> Images:
     """A data set of small images in memory, like MNIST, or of large ones that are drawn when they are read."""
-    lazy = Drawn(count, config)
-    if config.in_channels == 3:
+    lazy = Drawn(count, model_config)
+    if model_config.in_channels == 3:
         return lazy
     return Split(np.stack([lazy[i]["image"] for i in range(count)]), lazy.labels)
 

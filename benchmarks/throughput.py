@@ -51,16 +51,16 @@ class Profile:
     fraction: float
     image_spread: float = 0.8
 
-    def class_depth(self, config: AViTConfig) -> int:
+    def class_depth(self, model_config: AViTConfig) -> int:
         """The class token's depth in layers: two more than the mean."""
-        return min(config.depth, round(self.fraction * config.depth) + 2)
+        return min(model_config.depth, round(self.fraction * model_config.depth) + 2)
 
-    def depths(self, config: AViTConfig) -> np.ndarray:
+    def depths(self, model_config: AViTConfig) -> np.ndarray:
         """The depth in layers of every patch: [512, patches]."""
         if self.fraction == 1:
-            return np.full((512, config.num_tokens - 1), config.depth)
-        mean = self.fraction * config.depth
-        return drawn_depths(config, 512, mean, TOKEN_SPREAD, self.image_spread, self.class_depth(config))
+            return np.full((512, model_config.num_tokens - 1), model_config.depth)
+        mean = self.fraction * model_config.depth
+        return drawn_depths(model_config, 512, mean, TOKEN_SPREAD, self.image_spread, self.class_depth(model_config))
 
 
 NOTHING_HALTS = Profile("nothing halts", 1.0, 0.0)
@@ -152,14 +152,14 @@ def _seconds(variant: Variant, runs: int) -> float:
 
 
 def variants_of(
-    config: AViTConfig, profile: Profile, depths: np.ndarray, batches: list[int], all_of_them: bool, planned: bool
+    model_config: AViTConfig, profile: Profile, depths: np.ndarray, batches: list[int], all_of_them: bool, planned: bool
 ) -> list[Variant]:
     """What is measured on a profile, for each batch size."""
-    model = drawn_model(config, profile.class_depth(config))
+    model = drawn_model(model_config, profile.class_depth(model_config))
     dense, half, dense_half = dense_parts(model), in_bfloat16(model), in_bfloat16(dense_parts(model))
     variants = []
     for batch in batches:
-        images = drawn_images(config, depths[:batch])
+        images = drawn_images(model_config, depths[:batch])
         mesh = data_mesh(batch)
         variants.append(compiled_variant("dense", dense, images, mesh, False))
         variants.append(packed_variant("packed", model, images, mesh))
@@ -169,7 +169,9 @@ def variants_of(
             variants.append(compiled_variant("dense, bfloat16", dense_half, images, mesh, False))
             variants.append(packed_variant("packed, bfloat16", half, images, mesh))
         if planned:
-            sample = drawn_images(config, depths[-max(64, batch) :])  # not the images that are timed, up to batch 448
+            sample = drawn_images(
+                model_config, depths[-max(64, batch) :]
+            )  # not the images that are timed, up to batch 448
             variants.append(packed_variant("packed, planned", model, images, mesh, sample))
     return variants
 
@@ -203,17 +205,17 @@ def benchmark(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def profile_rows(
-    name: str, config: AViTConfig, profile: Profile, depths: np.ndarray, variants: list[Variant]
+    name: str, model_config: AViTConfig, profile: Profile, depths: np.ndarray, variants: list[Variant]
 ) -> list[dict[str, Any]]:
     """A row for each variant, printed."""
-    whole = whole_gmacs(config)
-    class_depths = np.full((len(depths), 1), profile.class_depth(config))
+    whole = whole_gmacs(model_config)
+    class_depths = np.full((len(depths), 1), profile.class_depth(model_config))
     all_depths = np.concatenate([class_depths, depths], axis=1).astype(int)
     at_batch = {v.batch: v.images_per_second for v in variants if v.name == "dense"}
     rows = []
     for variant in variants:
         shown = all_depths[: variant.batch]
-        gmacs = float(np.mean(config_gmacs(jnp.asarray(shown), config)))
+        gmacs = float(np.mean(config_gmacs(jnp.asarray(shown), model_config)))
         work = gmacs / whole if variant.name.startswith("packed") else 1.0
         ratio = variant.images_per_second / max(at_batch.values())
         rows.append(

@@ -95,17 +95,17 @@ def compile_train_step(config: ConfigDict, mesh: Mesh) -> Any:
     return setup.step.lower(state, batch, None).compile()
 
 
-def compile_packed_evaluation(model: AViTConfig, images_a_chip: int, mesh: Mesh) -> Any:
+def compile_packed_evaluation(model_config: AViTConfig, images_a_chip: int, mesh: Mesh) -> Any:
     """The compiled packed program, in which every chip has its own images."""
     data = Mesh(mesh.devices.reshape(-1), ("data",), axis_types=(AxisType.Auto,))
-    graphdef, params = nnx.split(nnx.eval_shape(lambda: AViT(model, rngs=nnx.Rngs(0))))
+    graphdef, params = nnx.split(nnx.eval_shape(lambda: AViT(model_config, rngs=nnx.Rngs(0))))
     params = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=replicated(data)), params)
     images = jax.ShapeDtypeStruct(
-        (images_a_chip * data.size, *model.image_shape, model.in_channels),
+        (images_a_chip * data.size, *model_config.image_shape, model_config.in_channels),
         jnp.float32,
         sharding=NamedSharding(data, PartitionSpec("data")),
     )
-    program = packed_program(graphdef, default_plan(model, images_a_chip, "tpu"), True, data)
+    program = packed_program(graphdef, default_plan(model_config, images_a_chip, "tpu"), True, data)
     number = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(data))
     return jax.jit(program).lower(params, images, number).compile()
 
@@ -117,12 +117,12 @@ def bytes_needed(compiled: Any) -> int:
     return needed + memory.output_size_in_bytes - memory.alias_size_in_bytes
 
 
-def check_crossing(compiled: Any, model: AViTConfig, allowed: set[str], fsdp: int) -> dict[str, Any]:
+def check_crossing(compiled: Any, model_config: AViTConfig, allowed: set[str], fsdp: int) -> dict[str, Any]:
     """What crosses chips in a program. Raises ValueError if that is more than `allowed`."""
-    _, params = nnx.split(nnx.eval_shape(lambda: AViT(model, rngs=nnx.Rngs(0))), nnx.Param)
+    _, params = nnx.split(nnx.eval_shape(lambda: AViT(model_config, rngs=nnx.Rngs(0))), nnx.Param)
     shapes = [(jax.tree_util.keystr(path), leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(params)]
     found = collectives(compiled.as_text())
-    crossing = what_crosses(found, shapes, model.depth, fsdp)
+    crossing = what_crosses(found, shapes, model_config.depth, fsdp)
     if more := crossing.keys() - allowed:
         raise ValueError(f"{', '.join(sorted(more))} crosses chips and should not: {said(crossing)}\n{found}")
     return crossing

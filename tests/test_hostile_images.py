@@ -187,9 +187,9 @@ def test_of_an_animation_only_the_first_picture_is_read(monkeypatch: pytest.Monk
     assert len(loads) <= 3
 
 
-def unmade(config: AViTConfig) -> AViT:
+def unmade(model_config: AViTConfig) -> AViT:
     """A model without weights."""
-    return nnx.eval_shape(lambda: AViT(config, rngs=nnx.Rngs(0)))
+    return nnx.eval_shape(lambda: AViT(model_config, rngs=nnx.Rngs(0)))
 
 
 @pytest.fixture

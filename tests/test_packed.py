@@ -27,19 +27,19 @@ DATA = Path(__file__).parent / "data"
 PLANS = [(1, (7,)), (2, (2, 4, 7)), (3, (1, 3, 6, 7)), (5, (7,)), (8, (5, 7))]
 
 
-def drawn_model(config: AViTConfig) -> AViT:
+def drawn_model(model_config: AViTConfig) -> AViT:
     """Channel 0 is the patch's mean plus the layer: an image draws the depths of its own patches; class token: layer 3.
 
     A patch of mean 1 - d stops at layer d.
     """
-    model = spread_gate(dataclasses.replace(config, gate_scale=40.0, gate_center=20.0))
+    model = spread_gate(dataclasses.replace(model_config, gate_scale=40.0, gate_center=20.0))
     for name, param in nnx.to_flat_state(nnx.state(model)):
         if any(part in name for part in ("patch_embed", "cls_token", "dist_token", "pos_embed", "proj", "fc2")):
             param[...] = param[...].at[..., 0].set(0.0)
     model.patch_embed.proj.kernel[...] = model.patch_embed.proj.kernel[...].at[:, 0].set(1 / 32)
     model.blocks.mlp.fc2.bias[...] = model.blocks.mlp.fc2.bias[...].at[:, 0].set(1.0)
     model.cls_token[...] = model.cls_token[...].at[..., 0].set(-2.0)
-    if config.distilled:
+    if model_config.distilled:
         model.dist_token[...] = model.dist_token[...].at[..., 0].set(-1.0)
     return model
 

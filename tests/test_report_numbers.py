@@ -27,10 +27,10 @@ TWO_CHANNELS = Preprocessing((0.5, 0.4), (0.2, 0.3))
 CONFIG = small_config(num_classes=7, preprocessing=TWO_CHANNELS)
 
 
-def drawn_split(count: int, seed: int = 0, config: AViTConfig = CONFIG) -> Split:
+def drawn_split(count: int, seed: int = 0, model_config: AViTConfig = CONFIG) -> Split:
     rng = np.random.default_rng(seed)
-    images = rng.integers(0, 256, (count, *config.image_shape, config.in_channels)).astype(np.uint8)
-    return Split(images, (np.arange(count) % config.num_classes).astype(np.int32))
+    images = rng.integers(0, 256, (count, *model_config.image_shape, model_config.in_channels)).astype(np.uint8)
+    return Split(images, (np.arange(count) % model_config.num_classes).astype(np.int32))
 
 
 def drawn_figures(count: int = 200, classes: int = 7, seed: int = 0) -> ImageFigures:

@@ -21,6 +21,7 @@ from avit_jax.model.config import AViTConfig
 from avit_jax.model.vit import AViT
 from avit_jax.runtime.files import read_json, write_json, writing
 from avit_jax.runtime.mesh import check_platform
+from avit_jax.runtime.text import first_line
 
 
 def save(model: AViT, path: str | Path) -> None:
@@ -68,9 +69,9 @@ def add_digests(path: str | Path) -> None:
     write_json(path / "digests.json", _digests(config, params))
 
 
-def _shapes(config: AViTConfig) -> dict[str, Any]:
+def _shapes(model_config: AViTConfig) -> dict[str, Any]:
     """The parameters that a model of this configuration has, without their values."""
-    return nnx.to_pure_dict(nnx.state(nnx.eval_shape(lambda: AViT(config, rngs=nnx.Rngs(0)))))
+    return nnx.to_pure_dict(nnx.state(nnx.eval_shape(lambda: AViT(model_config, rngs=nnx.Rngs(0)))))
 
 
 def _alone(doing: str) -> ocp.options.MultiprocessingOptions:
@@ -104,11 +105,16 @@ def is_foreign(path: str | Path) -> bool:
     return read_config(path) is None if path.is_file() else is_foreign_folder(path)
 
 
+def no_checkpoint(path: str | Path, hint: str = "nothing of that name is there", key: str = "") -> ValueError:
+    """The error to raise for a checkpoint that is not there; key: the setting that names it."""
+    return ValueError(f"there is no checkpoint at {path}{f' ({key})' if key else ''}: {hint}")
+
+
 def load_conversion(path: str | Path, preset: str | None = None, *, ema: bool = False, **overrides: Any) -> Conversion:
     """As `load`, but returns the model with its notes and changes, and prints nothing."""
     check_platform()
     if not Path(path).exists():
-        raise ValueError(f"there is no checkpoint at {path}: {where_to_get(path)}")
+        raise no_checkpoint(path, where_to_get(path))
     path = Path(path).absolute()
     if path.is_file() or is_foreign_folder(path):
         try:
@@ -206,19 +212,19 @@ def restore_tree(path: Path, target: Any) -> Any:
         try:
             found = ocp.StandardCheckpointHandler().metadata(path).tree
         except Exception as error:  # orbax raises many kinds; all of them mean that the folder is incomplete
-            raise ValueError(f"the checkpoint {path} is incomplete or damaged: {first_line(error)}") from error
+            raise ValueError(f"the checkpoint {path} is incomplete or damaged: {cause(error)}") from error
         _check_shapes(path, found, target)
         try:
             return checkpointer.restore(path, jax.tree.map(placed, target, found))
         except Exception as error:
-            raise ValueError(f"the checkpoint {path} is incomplete or damaged: {first_line(error)}") from error
+            raise ValueError(f"the checkpoint {path} is incomplete or damaged: {cause(error)}") from error
 
 
-def first_line(error: BaseException) -> str:
+def cause(error: BaseException) -> str:
     """The first line of what caused an error of orbax's."""
     while error.__cause__ is not None:  # tensorstore's own says which parameter and why; orbax wraps it
         error = error.__cause__
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+    return first_line(error)
 
 
 def _check_shapes(path: Path, found: Any, target: Any) -> None:

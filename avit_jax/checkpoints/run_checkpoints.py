@@ -13,7 +13,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from avit_jax.checkpoints.digests import NO_DIGESTS, check_digests, json_digest, read_digests, tree_digests
-from avit_jax.checkpoints.model_folder import checkpoint_steps, first_line, restore_tree
+from avit_jax.checkpoints.model_folder import cause, checkpoint_steps, restore_tree
 from avit_jax.model.config import AViTConfig
 from avit_jax.runtime.files import CannotWrite, read_json, writing
 from avit_jax.runtime.processes import in_any_process, lost_a_process
@@ -58,7 +58,7 @@ class RunCheckpoints:
             raise
         except Exception as error:  # orbax raises many kinds if its own _CHECKPOINT_METADATA is damaged
             raise ValueError(
-                f"the checkpoints in {self._folder} cannot be read: {first_line(error)}; move the damaged STEP folder "
+                f"the checkpoints in {self._folder} cannot be read: {cause(error)}; move the damaged STEP folder "
                 "away, most likely the newest one"
             ) from error
 
@@ -68,7 +68,7 @@ class RunCheckpoints:
         items: dict[str, Any],
         progress: dict[str, Any],
         data: dict[str, Any],
-        config: AViTConfig,
+        model_config: AViTConfig,
         top1: float,
     ) -> None:
         """Write a checkpoint in the background.
@@ -78,7 +78,7 @@ class RunCheckpoints:
         ValueError if this checkpoint, or the one before it in the background, cannot be written.
         """
         # This is a copy, because orbax writes it in the background while the run's own lists grow.
-        plain = copy.deepcopy({"step": progress, "data": data, "config": config.to_json()})
+        plain = copy.deepcopy({"step": progress, "data": data, "config": model_config.to_json()})
         digests: dict[str, Any] = {name: tree_digests(tree) for name, tree in items.items()}
         digests |= {name: json_digest(content) for name, content in plain.items()}
         parts = ocp.args.Composite(
@@ -97,7 +97,7 @@ class RunCheckpoints:
             raise
         except Exception as error:  # orbax raises many kinds
             raise ValueError(
-                f"a checkpoint could not be written to {self._folder}: {first_line(error)}; the earlier ones are "
+                f"a checkpoint could not be written to {self._folder}: {cause(error)}; the earlier ones are "
                 "intact, and the same command goes on from there"
             ) from error
 

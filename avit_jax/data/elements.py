@@ -56,13 +56,13 @@ class BadImages:
     """What happens to an unusable image: a black image with weight 0 takes its slot, or BadImage is raised."""
 
     split: Images
-    config: AViTConfig
+    model_config: AViTConfig
     skip: bool
 
     def blank(self) -> Image.Image:
         """The black picture that takes the place of a bad or missing one."""
-        height, width = self.config.image_shape
-        return Image.new("L" if self.config.in_channels == 1 else "RGB", (width, height))
+        height, width = self.model_config.image_shape
+        return Image.new("L" if self.model_config.in_channels == 1 else "RGB", (width, height))
 
     def cut(self, element: dict[str, Any], cut: Callable[[Image.Image], Image.Image]) -> dict[str, Any]:
         """The element after `cut` of its picture. Raises BadImage for any error, unless bad images are skipped."""
@@ -84,7 +84,7 @@ class Decode(grain.transforms.Map):
 
     def map(self, element: dict[str, Any]) -> dict[str, Any]:
         """The decoded element. Raises BadImage unless bad images are skipped, BadData for a label out of range."""
-        split, classes = self.bad.split, self.bad.config.num_classes
+        split, classes = self.bad.split, self.bad.model_config.num_classes
         image, label, weight = element["image"], int(element["label"]), np.float32(1)
         if image is not None and not 0 <= label < classes:
             raise BadData(
@@ -102,7 +102,7 @@ class Decode(grain.transforms.Map):
             image = None
         if image is None:
             image, weight = self.bad.blank(), np.float32(0)
-        if self.bad.config.in_channels == 1:
+        if self.bad.model_config.in_channels == 1:
             image = image.convert("L")
         return element | {"image": image, "label": np.int32(label), "weight": weight}
 
@@ -115,7 +115,7 @@ class EvaluationCrop(grain.transforms.Map):
 
     def map(self, element: dict[str, Any]) -> dict[str, Any]:
         """The element with its picture cropped."""
-        return self.bad.cut(element, lambda picture: resize_and_crop(picture, self.bad.config))
+        return self.bad.cut(element, lambda picture: resize_and_crop(picture, self.bad.model_config))
 
 
 @dataclasses.dataclass(frozen=True)

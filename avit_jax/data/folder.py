@@ -11,7 +11,7 @@ from jaxtyping import Int
 from avit_jax.data.folder_index import EXTENSIONS, cache_file, read_index, write_index
 from avit_jax.data.folder_index import list_files as _list_files
 from avit_jax.data.settings import DataSettings
-from avit_jax.data.sources import Dataset
+from avit_jax.data.sources import Dataset, class_parts
 from avit_jax.runtime.files import expanded, shown
 
 PURPOSES = ("train", "training", "val", "valid", "validation", "test", "testing")
@@ -72,14 +72,7 @@ def _has_only_classes(root: Path) -> bool:
 def _split_classes(root: Path, settings: DataSettings) -> Dataset:
     """Raises ValueError where there are too few images for three sets."""
     class_names, everything = _indexed(root, None, settings)
-    rng = np.random.RandomState(0)  # its stream is frozen by NumPy
-    parts: tuple[list[np.ndarray], ...] = ([], [], [])
-    for label in range(len(class_names)):
-        members = rng.permutation(np.flatnonzero(everything.labels == label))
-        cuts = [round(0.72 * len(members)), round(0.8 * len(members))]
-        for part, chosen in zip(parts, np.split(members, cuts), strict=True):
-            part.append(chosen)
-    indices = [np.sort(np.concatenate(part)) for part in parts]
+    indices = [np.sort(part) for part in class_parts(everything.labels, len(class_names))]
     if not all(len(index) for index in indices):
         raise ValueError(f"{root} has too few images to split: give at least 20 for each class, or train/ and val/")
     print(

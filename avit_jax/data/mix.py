@@ -22,7 +22,7 @@ def augment_on_device(
     images: UInt8[Array, "b h w c"] | Float[Array, "b h w c"],
     labels: Int[Array, " b"],
     augment: AugmentSettings,
-    model: AViTConfig,
+    model_config: AViTConfig,
     *,
     label_smoothing: float = 0.0,
     weight: Float[Array, " b"] | None = None,
@@ -34,13 +34,13 @@ def augment_on_device(
     ValueError if an odd batch is to be mixed.
     """
     erase_key, mix_key = jax.random.split(key)
-    pixels = normalize(images, model) if images.dtype == jnp.uint8 else images
+    pixels = normalize(images, model_config) if images.dtype == jnp.uint8 else images
     pixels = random_erasing(erase_key, pixels, augment.erasing)
     return mix_batch(
         mix_key,
         pixels,
         labels,
-        num_classes=model.num_classes,
+        num_classes=model_config.num_classes,
         mixup=augment.mixup,
         cutmix=augment.cutmix,
         switch=augment.mix_switch,

@@ -75,7 +75,7 @@ class TrainingBatches(Iterator[Batch]):
 
 def training_batches(
     split: Images,
-    model: AViTConfig,
+    model_config: AViTConfig,
     *,
     batch_size: int,
     seed: int,
@@ -97,10 +97,12 @@ def training_batches(
     dataset = grain.MapDataset.source(Numbered(split)).seed(seed).shuffle().repeat()
     if settings.repeated_augmentation > 1:
         dataset = _Reindexed(dataset, RepeatedRows(settings.repeated_augmentation, batch_size))
-    dataset = _augmented(dataset, split, model, AugmentSettings.from_config(augment))
+    dataset = _augmented(dataset, split, model_config, AugmentSettings.from_config(augment))
     if process_count > 1:
         dataset = _Reindexed(dataset, OwnRows(batch_size, process_index, process_count))
-    finish = functools.partial(_finished, in_memory=isinstance(split, Split), model=model, settings=settings)
+    finish = functools.partial(
+        _finished, in_memory=isinstance(split, Split), model_config=model_config, settings=settings
+    )
     return TrainingBatches(
         lambda start: _read(dataset, batch_size // process_count, start, finish, settings, isinstance(split, Split)),
         split,
@@ -110,21 +112,23 @@ def training_batches(
 
 
 def _augmented(
-    dataset: grain.MapDataset, split: Images, model: AViTConfig, augment: AugmentSettings
+    dataset: grain.MapDataset, split: Images, model_config: AViTConfig, augment: AugmentSettings
 ) -> grain.MapDataset:
     settings = split.settings
     if not isinstance(split, Split) or augment.needs_pictures:
-        bad = BadImages(split, model, settings.on_bad_image == "skip")
+        bad = BadImages(split, model_config, settings.on_bad_image == "skip")
         dataset = dataset.map(Decode(bad))
         if augment.crop_scale:
-            crop = RandomResizedCrop(model.image_shape, augment.crop_scale, augment.crop_ratio, settings.interpolation)
+            crop = RandomResizedCrop(
+                model_config.image_shape, augment.crop_scale, augment.crop_ratio, settings.interpolation
+            )
             dataset = dataset.random_map(TrainingCrop(crop, bad))
         else:
             dataset = dataset.map(EvaluationCrop(bad))
         if augment.flip:
             dataset = dataset.random_map(RandomFlip(augment.flip))
         if augment.randaugment:
-            fill = tuple(min(255, round(255 * value)) for value in model.preprocessing.mean)
+            fill = tuple(min(255, round(255 * value)) for value in model_config.preprocessing.mean)
             dataset = dataset.random_map(
                 RandAugment.from_string(augment.randaugment, fill=fill, interpolation=settings.interpolation)
             )
@@ -137,7 +141,7 @@ def _augmented(
 
 
 def evaluation_batches(
-    split: Images, model: AViTConfig, batch_size: int, *, process_index: int = 0, process_count: int = 1
+    split: Images, model_config: AViTConfig, batch_size: int, *, process_index: int = 0, process_count: int = 1
 ) -> Iterator[Batch]:
     """Every image once over all processes, in order: this process's rows of batches of batch_size images.
 
@@ -151,14 +155,14 @@ def evaluation_batches(
             images, labels = split.images[start : start + own], split.labels[start : start + own]
             missing = own - len(images)
             yield {
-                "image": _pad(normalize(images, model), missing),
+                "image": _pad(normalize(images, model_config), missing),
                 "label": _pad(labels, missing),
                 "weight": _pad(np.ones(len(images), np.float32), missing),
             }
         return
     settings = split.settings
     rows = EvaluationRows(split, batch_size, process_index, process_count)
-    bad_images = BadImages(split, model, settings.on_bad_image == "skip")
+    bad_images = BadImages(split, model_config, settings.on_bad_image == "skip")
     dataset = grain.MapDataset.source(rows).map(Decode(bad_images)).map(EvaluationCrop(bad_images)).map(ToArray())
     iterator = _read(dataset, own, 0, lambda batch: batch, settings, in_memory=False)
     bad: set[int] = set()
@@ -172,12 +176,12 @@ def evaluation_batches(
 
 
 def evaluation_images(
-    split: Images, indices: Sequence[int] | np.ndarray, model: AViTConfig
+    split: Images, indices: Sequence[int] | np.ndarray, model_config: AViTConfig
 ) -> UInt8[np.ndarray, "n h w c"]:
     """The images of a split at these indices as evaluation sees them, but not normalised."""
     if isinstance(split, Split):
         return split.images[np.asarray(indices)]
-    bad = BadImages(split, model, skip=False)
+    bad = BadImages(split, model_config, skip=False)
     elements = (Decode(bad).map(split[int(i)] | {"index": int(i)}) for i in indices)
     return np.stack([as_array(EvaluationCrop(bad).map(element)["image"]) for element in elements])
 
@@ -258,11 +262,11 @@ def _read(
     return iter(grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=1))
 
 
-def _finished(batch: Batch, in_memory: bool, model: AViTConfig, settings: DataSettings) -> Batch:
+def _finished(batch: Batch, in_memory: bool, model_config: AViTConfig, settings: DataSettings) -> Batch:
     """What the training step takes, and the indices of the images if bad ones are to be counted."""
     wanted = {"image", "label"} | ({"weight", "index"} if settings.on_bad_image == "skip" and not in_memory else set())
     batch = {name: value for name, value in batch.items() if name in wanted}
-    return batch | {"image": normalize(batch["image"], model)} if in_memory else batch
+    return batch | {"image": normalize(batch["image"], model_config)} if in_memory else batch
 
 
 def _next(iterator: grain.DatasetIterator) -> Batch:

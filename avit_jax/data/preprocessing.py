@@ -38,26 +38,30 @@ def preprocess(images: Any, config: AViTConfig | Any = None) -> Float[np.ndarray
     return normalize(np.stack(cut), config)
 
 
-def normalize(images: UInt8[AnyArray, "b h w c"], config: AViTConfig) -> Float[AnyArray, "b h w c"]:
+def normalize(images: UInt8[AnyArray, "b h w c"], model_config: AViTConfig) -> Float[AnyArray, "b h w c"]:
     """(image / 255 - mean) / std for each channel, in float32, for NumPy arrays and, inside jit, JAX arrays.
 
     Raises ValueError if config.preprocessing has no mean for every channel.
     """
-    if len(config.preprocessing.mean) != config.in_channels:
+    if len(model_config.preprocessing.mean) != model_config.in_channels:
         raise ValueError(
-            f"preprocessing has a mean for {len(config.preprocessing.mean)} channels and the model takes "
-            f"{config.in_channels}: give Preprocessing(mean=..., std=...) one value for each channel"
+            f"preprocessing has a mean for {len(model_config.preprocessing.mean)} channels and the model takes "
+            f"{model_config.in_channels}: give Preprocessing(mean=..., std=...) one value for each channel"
         )
-    mean, std = (np.asarray(v, np.float32) * 255 for v in (config.preprocessing.mean, config.preprocessing.std))
+    mean, std = (
+        np.asarray(v, np.float32) * 255 for v in (model_config.preprocessing.mean, model_config.preprocessing.std)
+    )
     pixels = images.astype(np.float32)
     pixels -= mean  # in place, which takes a third of the time; JAX makes new arrays
     pixels /= std
     return pixels
 
 
-def denormalize(images: Float[np.ndarray, "b h w c"], config: AViTConfig) -> UInt8[np.ndarray, "b h w c"]:
+def denormalize(images: Float[np.ndarray, "b h w c"], model_config: AViTConfig) -> UInt8[np.ndarray, "b h w c"]:
     """The inverse of normalize: the picture that the model saw."""
-    mean, std = (np.asarray(v, np.float32) * 255 for v in (config.preprocessing.mean, config.preprocessing.std))
+    mean, std = (
+        np.asarray(v, np.float32) * 255 for v in (model_config.preprocessing.mean, model_config.preprocessing.std)
+    )
     return (images * std + mean).round().clip(0, 255).astype(np.uint8)
 
 
@@ -122,21 +126,21 @@ def _checked(image: Any, channels: int) -> np.ndarray | Image.Image:
     return array
 
 
-def resize_and_crop(picture: Image.Image, config: AViTConfig) -> Image.Image:
+def resize_and_crop(picture: Image.Image, model_config: AViTConfig) -> Image.Image:
     """A picture resized so that the model's size is crop_fraction of its shorter side, then cropped at the centre.
 
     Sizes are rounded as torchvision and timm round them: down when resizing, to the nearest pixel (half to even) when
     cropping. Bicubic and bilinear are Pillow's, antialiased. If the resized picture would have more than 16 megapixels,
     because it is long and thin, it is cropped first; its pixels may then differ by one or two of 255 levels.
     """
-    height, width = config.image_shape
-    rows, columns = (int(side / config.preprocessing.crop_fraction) for side in (height, width))
+    height, width = model_config.image_shape
+    rows, columns = (int(side / model_config.preprocessing.crop_fraction) for side in (height, width))
     if rows / picture.height >= columns / picture.width:
         columns = max(int(rows * picture.width / picture.height), width)
     else:
         rows = max(int(columns * picture.height / picture.width), height)
     top, left = round((rows - height) / 2), round((columns - width) / 2)
-    method = RESAMPLING[config.preprocessing.interpolation]
+    method = RESAMPLING[model_config.preprocessing.interpolation]
     if rows * columns > max(LARGEST_RESIZED, 4 * height * width):
         return _middle(picture, (rows, columns), (top, left), (height, width), method)
     upper, lower = (edge * picture.height / rows for edge in (top, top + height))
@@ -184,11 +188,13 @@ def _reach(length: int, resized: int, start: int, size: int) -> tuple[int, int, 
     return first, last, (near - first, far - first)
 
 
-def _cut(image: UInt8[np.ndarray, "h w c"] | Image.Image, config: AViTConfig) -> UInt8[np.ndarray, "height width c"]:
+def _cut(
+    image: UInt8[np.ndarray, "h w c"] | Image.Image, model_config: AViTConfig
+) -> UInt8[np.ndarray, "height width c"]:
     """The result of resize_and_crop as an array. Arrays without three channels are resized channel by channel."""
     if isinstance(image, np.ndarray) and image.shape[-1] != 3:
         planes = [Image.fromarray(plane) for plane in np.moveaxis(image, -1, 0)]
-        return np.stack([np.asarray(resize_and_crop(plane, config)) for plane in planes], axis=-1)
+        return np.stack([np.asarray(resize_and_crop(plane, model_config)) for plane in planes], axis=-1)
     picture = image if isinstance(image, Image.Image) else Image.fromarray(image)
-    found = np.asarray(resize_and_crop(picture, config))
+    found = np.asarray(resize_and_crop(picture, model_config))
     return found if found.ndim == 3 else found[..., None]

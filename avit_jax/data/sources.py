@@ -135,19 +135,25 @@ def _read_idx(folder: Path, name: str, axes: int) -> np.ndarray:
 
 
 def _stratified(images: np.ndarray, labels: np.ndarray, class_names: tuple[str, ...]) -> Dataset[Split]:
-    """72 % / 8 % / 20 % of every class, the same for ever (RandomState's stream is frozen by NumPy)."""
+    train, val, test = (Split(images[index], labels[index]) for index in class_parts(labels, len(class_names)))
+    return Dataset(train, val, test, class_names)
+
+
+def class_parts(labels: Int[np.ndarray, " n"], classes: int) -> tuple[Int[np.ndarray, " _"], ...]:
+    """Indices of training, validation and test images: 72 % / 8 % / 20 % of every class, the same for ever.
+
+    They are class after class, each in a random order. (RandomState's stream is frozen by NumPy.)
+    """
     rng = np.random.RandomState(0)
     parts: tuple[list[np.ndarray], ...] = ([], [], [])
     # The images of each class in their order; one sort for all, because a search for each takes hours at 100,000.
     order = np.argsort(labels, kind="stable")
-    classes = np.split(order, np.cumsum(np.bincount(labels, minlength=len(class_names)))[:-1])
-    for own in classes:
+    for own in np.split(order, np.cumsum(np.bincount(labels, minlength=classes))[:-1]):
         members = rng.permutation(own)
         cuts = [round(0.72 * len(members)), round(0.8 * len(members))]
         for part, chosen in zip(parts, np.split(members, cuts), strict=True):
             part.append(chosen)
-    train, val, test = (Split(images[index], labels[index]) for index in map(np.concatenate, parts))
-    return Dataset(train, val, test, class_names)
+    return tuple(map(np.concatenate, parts))
 
 
 def _npz(path: Path) -> Dataset[Split]:

@@ -8,6 +8,7 @@ from typing import Any
 from avit_jax.data.settings import DataSettings
 from avit_jax.data.sources import Dataset
 from avit_jax.runtime.files import expanded
+from avit_jax.runtime.text import first_line
 
 HELD_OUT = 5  # percent of train that become val if a data set has no validation split
 
@@ -54,7 +55,7 @@ def load_tfds(settings: DataSettings) -> Dataset:
     try:
         builder = tfds.builder(name, data_dir=root)
     except Exception as error:  # tfds raises many kinds; each means that the folder holds no such data set
-        raise ValueError(f"{root} holds no TFDS data set {name!r} that can be read: {_first_line(error)}") from error
+        raise ValueError(f"{root} holds no TFDS data set {name!r} that can be read: {first_line(error)}") from error
     features = dict(builder.info.features or {})
     if "image" not in features or not hasattr(features.get("label"), "names"):
         raise ValueError(f"the TFDS data set {name!r} has {sorted(features)}: it needs an image and a class label")
@@ -91,7 +92,3 @@ def _check_prepared(root: Path, name: str) -> None:
         f"'python -m tensorflow_datasets.scripts.convert_format --dataset_version_dir={found} "
         "--out_file_format=array_record' (pip install '.[prepare]' in avit_jax's folder)"
     )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

@@ -130,7 +130,9 @@ def _split(stacked: Any, parts: list[tuple[int, int]]) -> list[Any]:
     """The weights of each part of the layers; the gradient of a split is a concatenation, that of slices is a sum."""
     leaves, structure = jax.tree.flatten(stacked)
     lengths = tuple(stop - start for start, stop in parts)
-    return [jax.tree.unflatten(structure, part) for part in zip(*(jax.lax.split(p, lengths) for p in leaves), strict=True)]
+    return [
+        jax.tree.unflatten(structure, part) for part in zip(*(jax.lax.split(p, lengths) for p in leaves), strict=True)
+    ]
 
 
 def _followed(groups: Groups, slot: Array, leads: Array) -> tuple[Int[Array, "b n"], Bool[Array, "b n"]]:

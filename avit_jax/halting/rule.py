@@ -58,7 +58,9 @@ class Halting(Protocol):
     masks_in_training: ClassVar[bool]  # False: training computes every token in every layer
     sweeps: ClassVar[tuple[str, ...]]  # its settings that may change at test time
     loss_settings: ClassVar[type]  # a frozen dataclass: what `losses` takes as settings
-    learning_rate_factors: ClassVar[Mapping[str, float]]  # by the beginning of a parameter's path, such as "rule_module"
+    learning_rate_factors: ClassVar[
+        Mapping[str, float]
+    ]  # by the beginning of a parameter's path, such as "rule_module"
 
     @property
     def reads(self) -> frozenset[str]:

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from avit_jax.runtime.text import escaped
+
 # Errors of the disk, and what to do about each.
 DISK_ERRORS = {
     errno.ENOSPC: "make space there",
@@ -123,7 +125,7 @@ def shown(value: object, limit: int = 200) -> str:
     text = str(value)
     cut = len(text) > limit
     text = text[:limit] + text[-limit:] if cut else text
-    printable = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    printable = escaped(text)
     if cut or len(printable) > limit:
         half = (limit - 5) // 2
         return f"{printable[:half]} ... {printable[-half:]}"

@@ -13,9 +13,9 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax._src import distributed as jax_distributed  # the coordinator's address, where the cluster told it
-from jax._src.clusters.cloud_tpu_cluster import GceTpuCluster, GkeTpuCluster  # has no public name
 from jax.experimental import multihost_utils
+
+from avit_jax.runtime.jax_private import coordinator_address, on_tpu_pod
 
 HEARTBEAT_SECONDS = 30  # after which a process that ended without a word is given up; JAX's default is 100
 LEAVING_SECONDS = 10.0  # a process with an error waits so long for the others to end with theirs
@@ -45,7 +45,7 @@ def start_distributed(
         _await_coordinator(coordinator, timeout)
     _at_abort(
         lambda: (
-            f"the coordinator {jax_distributed.global_state.coordinator_address} does not answer, or not all processes "
+            f"the coordinator {coordinator_address()} does not answer, or not all processes "
             f"have come there, within {timeout} s (AVIT_COORDINATOR_TIMEOUT): see that process 0 runs there, that the "
             "port is open and that all are started"
         )
@@ -89,7 +89,7 @@ def _started_among_several() -> bool:
     """Whether SLURM's srun or a TPU pod started this process as one of several."""
     if int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:  # of this step: an allocation for many may run one process
         return True
-    return any(pod.is_env_present() and pod.get_process_count() > 1 for pod in (GkeTpuCluster, GceTpuCluster))
+    return on_tpu_pod()
 
 
 _HANDLER = ctypes.CFUNCTYPE(None, ctypes.c_int)

@@ -75,9 +75,9 @@ def crc32(state: Mapping[str, np.ndarray], config: str) -> int:
     return checksum
 
 
-def metadata_of(state: Mapping[str, np.ndarray], config: AViTConfig) -> dict[str, str]:
+def metadata_of(state: Mapping[str, np.ndarray], model_config: AViTConfig) -> dict[str, str]:
     """The metadata that write_safetensors puts beside the tensors: configuration and checksum."""
-    described = json.dumps(config.to_json())
+    described = json.dumps(model_config.to_json())
     return {"format": "pt", KEY: json.dumps({"config": described, "crc32": crc32(state, described)})}
 
 

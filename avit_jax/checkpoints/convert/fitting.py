@@ -27,7 +27,7 @@ class Conversion:
 
 
 def fit(
-    parameters: dict[str, Any], config: AViTConfig, saved: AViTConfig | None, given: Collection[str] = ()
+    parameters: dict[str, Any], model_config: AViTConfig, saved: AViTConfig | None, given: Collection[str] = ()
 ) -> Conversion:
     """A model of this configuration from parameters under our own names.
 
@@ -37,9 +37,9 @@ def fit(
     """
     notes: list[str] = []
     changed: dict[str, str] = {}
-    _fit_positions(parameters, config, saved, notes, changed)
-    _fit_heads(parameters, config, "num_classes" in given, notes, changed)
-    if config.halts and (saved is None or not saved.halts):
+    _fit_positions(parameters, model_config, saved, notes, changed)
+    _fit_heads(parameters, model_config, "num_classes" in given, notes, changed)
+    if model_config.halts and (saved is None or not saved.halts):
         # The files of other programs do not say whether they were trained with a gate.
         which = (
             "weights that were trained without a gate" if saved is None else "the checkpoint has no gate: its weights"
@@ -48,12 +48,12 @@ def fit(
             f"{which} halt no token, or only by chance, until avit_jax.start_gate(model, images, target_depth=...) "
             "or fine-tuning"
         )
-    return Conversion(_filled(config, parameters), "avit_jax", notes, changed)
+    return Conversion(_filled(model_config, parameters), "avit_jax", notes, changed)
 
 
 def _fit_positions(
     flat: dict[str, Any],
-    config: AViTConfig,
+    model_config: AViTConfig,
     saved: AViTConfig | None,
     notes: list[str],
     changed: dict[str, str],
@@ -62,14 +62,14 @@ def _fit_positions(
     positions = flat.get("pos_embed")
     if positions is None or positions.ndim != 3:
         return  # reported when shapes are compared
-    special, rows = config.num_special, positions.shape[1]
-    if rows == config.num_tokens and (saved is None or saved.patch_grid == config.patch_grid):
+    special, rows = model_config.num_special, positions.shape[1]
+    if rows == model_config.num_tokens and (saved is None or saved.patch_grid == model_config.patch_grid):
         return  # there is one for each token: they are used as they are
     source = saved.patch_grid if saved is not None else None
     if source is None:
-        patches = config.num_tokens - special
+        patches = model_config.num_tokens - special
         # There are rows for all special tokens, for all but registers (DINOv2), or for none (timm's no_embed_class).
-        ways = (special, special - config.num_registers, 0)
+        ways = (special, special - model_config.num_registers, 0)
         given = next((n for n in ways if rows - n == patches == square(patches) ** 2), None)
         if given is None:
             given = next((n for n in ways if square(rows - n)), None)
@@ -77,11 +77,11 @@ def _fit_positions(
             given = next((n for n in ways if rows - n == patches), None)
         if given is None:
             raise ValueError(
-                f"{rows} position embeddings fit neither the {config.num_tokens} tokens of image size "
-                f"{config.image_shape} nor a square image: give the image_size they belong to"
+                f"{rows} position embeddings fit neither the {model_config.num_tokens} tokens of image size "
+                f"{model_config.image_shape} nor a square image: give the image_size they belong to"
             )
         side = square(rows - given)
-        source = (side, side) if side else config.patch_grid
+        source = (side, side) if side else model_config.patch_grid
         if given < special:
             none = np.zeros((1, special - given, positions.shape[2]), positions.dtype)
             positions = np.concatenate([positions[:, :given], none, positions[:, given:]], axis=1)
@@ -90,17 +90,17 @@ def _fit_positions(
         return  # other special tokens: reported when names are compared
     # DINOv2's authors and transformers use antialiasing for DINOv2 with registers. For other models, DeiT's authors and
     # transformers do not.
-    antialias = config.num_registers > 0
-    flat["pos_embed"] = resize_positions(positions, special, source, config.patch_grid, antialias=antialias)
-    if source != config.patch_grid:
-        what = "resized from {}x{} to {}x{} patches".format(*source, *config.patch_grid)
+    antialias = model_config.num_registers > 0
+    flat["pos_embed"] = resize_positions(positions, special, source, model_config.patch_grid, antialias=antialias)
+    if source != model_config.patch_grid:
+        what = "resized from {}x{} to {}x{} patches".format(*source, *model_config.patch_grid)
         changed["pos_embed"] = what
         notes.append(f"pos_embed was {what}")
 
 
 def _fit_heads(
     flat: dict[str, Any],
-    config: AViTConfig,
+    model_config: AViTConfig,
     classes_given: bool,
     notes: list[str],
     changed: dict[str, str],
@@ -109,7 +109,7 @@ def _fit_heads(
     bias = flat.get("head.bias")
     found = bias.shape[0] if bias is not None and bias.ndim == 1 else None
     reads_tanh = any(name.startswith("pre_logits.") for name in flat)
-    if (found or 0) == config.num_classes and not reads_tanh:
+    if (found or 0) == model_config.num_classes and not reads_tanh:
         return
     if not classes_given:
         if reads_tanh:
@@ -120,29 +120,33 @@ def _fit_heads(
         if found is None:
             raise ValueError("the checkpoint has no head: pass num_classes for a new one, or 0 for none")
         raise ValueError(
-            f"the checkpoint has {found} classes and the model {config.num_classes}: pass num_classes="
-            f"{config.num_classes} for a new head, or num_classes={found} for the checkpoint's"
+            f"the checkpoint has {found} classes and the model {model_config.num_classes}: pass num_classes="
+            f"{model_config.num_classes} for a new head, or num_classes={found} for the checkpoint's"
         )
     scale = flat.get("norm.scale")
-    if scale is None or scale.shape != (config.embed_dim,):
+    if scale is None or scale.shape != (model_config.embed_dim,):
         return  # reported when shapes are compared; without the right width a new head could be huge
     for name in [name for name in flat if name.startswith(("pre_logits.", "head.", "head_dist."))]:
         del flat[name]
-    if not config.num_classes:
+    if not model_config.num_classes:
         notes.append("the head was left out because num_classes is 0: logits are what it would read")
         return
-    for name in ("head", "head_dist") if config.distilled else ("head",):
-        new = nnx.to_pure_dict(nnx.state(linear(config.head_inputs, config.num_classes, "float32", nnx.Rngs(0))))
+    for name in ("head", "head_dist") if model_config.distilled else ("head",):
+        new = nnx.to_pure_dict(
+            nnx.state(linear(model_config.head_inputs, model_config.num_classes, "float32", nnx.Rngs(0)))
+        )
         for part, value in new.items():
             flat[f"{name}.{part}"] = value
             changed[f"{name}.{part}"] = "new"
     was = "no head" if found is None else f"{found} classes" + (" behind a tanh layer" if reads_tanh else "")
-    notes.append(f"the head is new and untrained: the checkpoint has {was}, the model {config.num_classes} classes")
+    notes.append(
+        f"the head is new and untrained: the checkpoint has {was}, the model {model_config.num_classes} classes"
+    )
 
 
-def _filled(config: AViTConfig, flat: dict[str, Any]) -> AViT:
+def _filled(model_config: AViTConfig, flat: dict[str, Any]) -> AViT:
     """The model with these parameters. Raises ValueError unless they are exactly those of the model."""
-    graphdef, abstract = nnx.split(nnx.eval_shape(lambda: AViT(config, rngs=nnx.Rngs(0))))
+    graphdef, abstract = nnx.split(nnx.eval_shape(lambda: AViT(model_config, rngs=nnx.Rngs(0))))
     targets = {".".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(abstract)}
     unused, unfilled = sorted(flat.keys() - targets), sorted(targets.keys() - flat.keys())
     if unused or unfilled:

@@ -86,7 +86,7 @@ def read_foreign(path: Path, preset: str | None = None, *, ema: bool = False, **
     """
     if path.is_file():
         file = read_weight_file(path, ema=ema)
-        conversion = convert(file.state, preset, saved=file.config, **overrides)  # file.state is empty after it
+        conversion = convert(file.state, preset, saved=file.model_config, **overrides)  # file.state is empty after it
         return dataclasses.replace(conversion, notes=file.notes + conversion.notes)
     if ema:
         raise ValueError("it holds one set of weights and no moving average: leave ema out")
@@ -96,28 +96,28 @@ def read_foreign(path: Path, preset: str | None = None, *, ema: bool = False, **
 
 
 def _with_preprocessing(
-    config: AViTConfig, found: Recognised, told: Preprocessing | None, asked: Any
+    model_config: AViTConfig, found: Recognised, told: Preprocessing | None, asked: Any
 ) -> tuple[AViTConfig, list[str]]:
     """The configuration with the preprocessing given, else JSON's, else the published; and a line that says which."""
-    side = min(config.image_shape)
+    side = min(model_config.image_shape)
     known = published(found.kind, side)
     base = told or known.preprocessing
     if asked is not None:
-        return dataclasses.replace(config, preprocessing=merged(asked, base)), []
-    config = dataclasses.replace(config, preprocessing=base)
+        return dataclasses.replace(model_config, preprocessing=merged(asked, base)), []
+    model_config = dataclasses.replace(model_config, preprocessing=base)
     what = described(base, side)
     if told is not None:
-        return config, [f"preprocessing: {what}, as the JSON beside the weights says"]
-    if config.in_channels != len(base.mean):
-        return config, [f"preprocessing: nothing is published for {config.in_channels} channels; {CHANGE}"]
+        return model_config, [f"preprocessing: {what}, as the JSON beside the weights says"]
+    if model_config.in_channels != len(base.mean):
+        return model_config, [f"preprocessing: nothing is published for {model_config.in_channels} channels; {CHANGE}"]
     if not known.doubt:
-        return config, [f"preprocessing: {what} ({known.whose} values)"]
+        return model_config, [f"preprocessing: {what} ({known.whose} values)"]
     doubt = f"the file does not say, so {known.whose} values are assumed ({known.doubt})"
-    return config, [f"preprocessing: {what}: {doubt}; {CHANGE}"]
+    return model_config, [f"preprocessing: {what}: {doubt}; {CHANGE}"]
 
 
 def _doubts_of_pool(
-    config: AViTConfig, found: Recognised, told: Mapping[str, Any], overrides: Mapping[str, Any]
+    model_config: AViTConfig, found: Recognised, told: Mapping[str, Any], overrides: Mapping[str, Any]
 ) -> list[str]:
     if "pool" in told or "pool" in overrides or can_tell_pool(found) or "head.weight" not in found.state:
         return []
@@ -127,9 +127,9 @@ def _doubts_of_pool(
     ]
 
 
-def _drop_extra_heads(state: dict[str, np.ndarray], config: AViTConfig) -> list[str]:
+def _drop_extra_heads(state: dict[str, np.ndarray], model_config: AViTConfig) -> list[str]:
     """Remove from the state what only a distilled model has, if this model is not distilled; returns the names."""
-    if config.distilled:
+    if model_config.distilled:
         return []
     dropped: list[str] = [name for name in ("dist_token", "head_dist.weight", "head_dist.bias") if name in state]
     for name in dropped:

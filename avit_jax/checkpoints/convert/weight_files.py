@@ -40,7 +40,7 @@ class WeightFile:
     """The tensors of a file, by the file's own names."""
 
     state: dict[str, np.ndarray]
-    config: AViTConfig | None  # of a file that save_torch wrote
+    model_config: AViTConfig | None  # of a file that save_torch wrote
     notes: list[str]
 
 
@@ -137,13 +137,13 @@ def _state_dict(content: Any, ema: bool) -> tuple[dict[str, TorchTensor], list[s
     return content, notes
 
 
-def write_safetensors(state: Mapping[str, np.ndarray], config: AViTConfig, path: Path) -> None:
+def write_safetensors(state: Mapping[str, np.ndarray], model_config: AViTConfig, path: Path) -> None:
     """Write a .safetensors file, with the configuration and a checksum as metadata."""
     arrays = {name: np.ascontiguousarray(array) for name, array in state.items()}
-    safetensors.numpy.save_file(arrays, path, metadata_of(state, config))
+    safetensors.numpy.save_file(arrays, path, metadata_of(state, model_config))
 
 
-def write_pth(state: Mapping[str, np.ndarray], config: AViTConfig, path: Path) -> None:
+def write_pth(state: Mapping[str, np.ndarray], model_config: AViTConfig, path: Path) -> None:
     """Write a state dict with torch.save, with the configuration in its metadata. Raises ValueError without torch."""
     try:
         import torch
@@ -152,5 +152,5 @@ def write_pth(state: Mapping[str, np.ndarray], config: AViTConfig, path: Path) -
     from collections import OrderedDict
 
     tensors: Any = OrderedDict((name, torch.from_numpy(np.array(array))) for name, array in state.items())
-    tensors._metadata = OrderedDict({KEY: {"version": 1, "config": json.dumps(config.to_json())}})
+    tensors._metadata = OrderedDict({KEY: {"version": 1, "config": json.dumps(model_config.to_json())}})
     torch.save(tensors, path)
