@@ -7,25 +7,30 @@ import pytest
 
 from avit_jax.train.progress import Progress
 
-# The progress item of a run that version 0.1 began, stopped by SIGTERM at step 203 of 725; layers and figures cut.
+# The progress item that a run of version 0.1 left when SIGTERM stopped it after step 208 of 725;
+# of the window the first of five steps.
 OLD = json.loads(
-    '{"step": 203, "seconds": 16.52, "window": [{"accuracy": 0.75, "classification": 0.4121, '
-    '"gradient_norm": 1.5, "halting_by_layer": [0.25, 0.5, 1], "loss": 0.4131, "mean_depth": 2.5, "ponder": 0.0006, '
-    '"prior": 0.0004}], "top1": 0.8888888888888888, "rolled_back": 0, "evaluation_due": true}'
+    '{"step": 208, "seconds": 61.86907414999996, "window": ['
+    '{"accuracy": 1.0, "classification": 0.4260043799877167, '
+    '"gradient_norm": 2.3021674156188965, '
+    '"halting_by_layer": [0.0005945379962213337, 0.0007876005256548524, 0.0009833385702222586], '
+    '"loss": 0.4446415603160858, "mean_depth": 3.000000238418579, '
+    '"ponder": 0.007997236214578152, "prior": 0.010639944113790989}'
+    '], "top1": 1.0, "rolled_back": 0, "evaluation_due": false}'
 )
 
 
 def test_progress_of_an_older_version_is_what_the_new_one_writes() -> None:
-    progress = Progress.from_json(OLD, 203)
-    assert (progress.step, progress.seconds, progress.rolled_back) == (203, 16.52, 0)
-    assert progress.top1 == 0.8888888888888888
-    assert progress.evaluation_due is True
+    progress = Progress.from_json(OLD, 208)
+    assert (progress.step, progress.seconds, progress.rolled_back) == (208, 61.86907414999996, 0)
+    assert progress.top1 == 1.0
+    assert progress.evaluation_due is False
     assert progress.window == OLD["window"]
     assert json.dumps(progress.to_json()) == json.dumps(OLD), "same keys, same order"
 
 
 def test_an_evaluation_is_not_due_where_an_older_version_did_not_say_so() -> None:
-    assert not Progress.from_json({name: OLD[name] for name in OLD if name != "evaluation_due"}, 203).evaluation_due
+    assert not Progress.from_json({name: OLD[name] for name in OLD if name != "evaluation_due"}, 208).evaluation_due
 
 
 def test_a_run_that_has_just_begun_reads_back() -> None:
@@ -34,14 +39,14 @@ def test_a_run_that_has_just_begun_reads_back() -> None:
 
 def test_a_loss_of_any_size_is_read() -> None:
     window = [{"loss": 1e30, "halting_by_layer": [float("nan"), 2]}]
-    assert Progress.from_json(OLD | {"window": window}, 203).window == window
+    assert Progress.from_json(OLD | {"window": window}, 208).window == window
 
 
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"step": "203"}, "step is 203: it must be a whole number"),
-        ({"step": 204}, "step is 204 in its progress: it must be 203"),
+        ({"step": "208"}, "step is 208: it must be a whole number"),
+        ({"step": 209}, "step is 209 in its progress: it must be 208"),
         ({"seconds": None}, "seconds is None: it must be a number"),
         ({"seconds": -1.0}, "seconds is -1.0: it must be at least 0"),
         ({"seconds": float("nan")}, "seconds is nan: it must be a number"),
@@ -58,11 +63,11 @@ def test_a_loss_of_any_size_is_read() -> None:
 )
 def test_a_value_that_cannot_be_is_one_sentence(changes: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ValueError, match=f"^{sentence}") as found:
-        Progress.from_json(OLD | changes, 203)
+        Progress.from_json(OLD | changes, 208)
     assert "\n" not in str(found.value)
 
 
 @pytest.mark.parametrize("name", ["step", "seconds", "top1", "rolled_back", "window"])
 def test_a_missing_key_is_named(name: str) -> None:
     with pytest.raises(ValueError, match=name):
-        Progress.from_json({key: OLD[key] for key in OLD if key != name}, 203)
+        Progress.from_json({key: OLD[key] for key in OLD if key != name}, 208)
