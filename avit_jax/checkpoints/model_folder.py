@@ -106,7 +106,7 @@ def is_foreign(path: str | Path) -> bool:
 
 
 def no_checkpoint(path: str | Path, hint: str = "nothing of that name is there", key: str = "") -> ValueError:
-    """The error to raise for a checkpoint that is not there; key: the setting that names it."""
+    """The error to raise for a missing checkpoint; hint: what to do. key: the setting that names the path."""
     return ValueError(f"there is no checkpoint at {path}{f' ({key})' if key else ''}: {hint}")
 
 
@@ -221,8 +221,8 @@ def restore_tree(path: Path, target: Any) -> Any:
 
 
 def cause(error: BaseException) -> str:
-    """The first line of what caused an error of orbax's."""
-    while error.__cause__ is not None:  # tensorstore's own says which parameter and why; orbax wraps it
+    """The first line of the root cause of an orbax error."""
+    while error.__cause__ is not None:  # tensorstore's error says which parameter and why; orbax wraps it
         error = error.__cause__
     return first_line(error)
 

@@ -140,13 +140,13 @@ def _stratified(images: np.ndarray, labels: np.ndarray, class_names: tuple[str, 
 
 
 def class_parts(labels: Int[np.ndarray, " n"], classes: int) -> tuple[Int[np.ndarray, " _"], ...]:
-    """Indices of training, validation and test images: 72 % / 8 % / 20 % of every class, the same for ever.
+    """Indices of training, validation and test images: 72 % / 8 % / 20 % of every class, always the same.
 
-    They are class after class, each in a random order. (RandomState's stream is frozen by NumPy.)
+    They are grouped by class, in random order within each. (NumPy has frozen RandomState's stream.)
     """
     rng = np.random.RandomState(0)
     parts: tuple[list[np.ndarray], ...] = ([], [], [])
-    # The images of each class in their order; one sort for all, because a search for each takes hours at 100,000.
+    # One sort groups all images by class; a search for each class would take hours with 100,000 classes.
     order = np.argsort(labels, kind="stable")
     for own in np.split(order, np.cumsum(np.bincount(labels, minlength=classes))[:-1]):
         members = rng.permutation(own)
