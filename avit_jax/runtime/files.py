@@ -113,10 +113,10 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def shown(value: object, limit: int = 200) -> str:
-    """Text, a path or a number from a stranger as one line of at most `limit` characters, for a message.
+    """Untrusted text, a path or a number as one line of at most `limit` characters, for a message.
 
-    What a terminal would obey is escaped (ESC, newlines), and long text is cut in the middle. Of any other value only
-    the type is told: to print it could take forever.
+    What a terminal would obey is escaped (ESC, newlines), and long text is cut in the middle. For any other value only
+    the type is shown, because printing it could take forever.
     """
     if isinstance(value, int) and value.bit_length() > 64:
         return f"a number of {value.bit_length()} bits"
@@ -133,7 +133,7 @@ def shown(value: object, limit: int = 200) -> str:
 
 
 def shown_value(value: Any) -> str:
-    """A value from a stranger's JSON for a message: text in quotes, numbers as they are, of all else the type."""
+    """A value from untrusted JSON for a message: text in quotes, numbers as they are, and only the type of all else."""
     if isinstance(value, str):
         return repr(value[:100])
     if value is None or _is_short_number(value):
