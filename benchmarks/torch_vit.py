@@ -1,4 +1,4 @@
-"""The plain ViT in PyTorch, eager, its attention scaled_dot_product_attention: the peer of the benchmarks."""
+"""The plain ViT in eager PyTorch, with scaled_dot_product_attention, for the benchmarks to compare with."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from avit_jax import AViTConfig
 
 
 def torch_vit(model_config: AViTConfig) -> Any:
-    """A DeiT of this architecture with random weights; images [B, C, H, W] to logits."""
+    """A DeiT of this architecture with random weights, which takes images [B, C, H, W] and returns logits."""
     width, heads = model_config.embed_dim, model_config.num_heads
 
     class Block(nn.Module):

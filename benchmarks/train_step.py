@@ -1,11 +1,11 @@
-"""Images per second of one training step: dense and A-ViT, remat on and off, and PyTorch eager where it is installed.
+"""Images per second of one training step: dense and A-ViT, remat on and off, and eager PyTorch if it is installed.
 
     python benchmarks/train_step.py                     the default model (28x28) and A-ViT-Tiny at 224, about 4 minutes
     python benchmarks/train_step.py --models=mnist --rounds=5
 
-Every variant takes its real step (forward, three losses, backward, clipping, AdamW), in turn, in one run; medians.
-PyTorch: the same architecture and optimiser, dense, eager (pip install -r requirements-peers.txt).
-Writes runs/benchmarks/train_step.json.
+Every variant takes its real step (forward, three losses, backward, clipping, AdamW). All variants run in turn, and
+medians are reported. PyTorch has the same architecture and optimiser, dense and eager (pip install -r
+requirements-peers.txt). Writes runs/benchmarks/train_step.json.
 """
 
 import argparse
@@ -37,10 +37,10 @@ MODELS = {"mnist": (MNIST, 100), "tiny224": (PRESETS["avit_tiny_patch16_224"], 1
 
 
 def jax_step(model_config: AViTConfig, batch_size: int) -> Callable[[], None]:
-    """A training step as train.py takes it, ready to be called."""
+    """A function that takes one training step, as train.py does."""
     experiment = mnist_avit.get_config()
     experiment.batch_size = batch_size
-    experiment.loss.distillation = "none"  # a teacher's forward pass is no part of the comparison
+    experiment.loss.distillation = "none"  # a teacher's forward pass is not part of the comparison
     optimizer = make_optimizer(
         experiment.optim, learning_rate_schedule(experiment.optim, 10_000, epochs=100.0, batch_size=batch_size)
     )
@@ -60,7 +60,7 @@ def jax_step(model_config: AViTConfig, batch_size: int) -> Callable[[], None]:
 
 
 def torch_step(model_config: AViTConfig, batch_size: int) -> Callable[[], None]:
-    """The dense model in PyTorch, eager, in training mode."""
+    """A function that takes one training step of the dense model in eager PyTorch."""
     import torch
     from torch.nn import functional
 
@@ -82,14 +82,14 @@ def torch_step(model_config: AViTConfig, batch_size: int) -> Callable[[], None]:
 
 
 def random_batch(model_config: AViTConfig, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Images and labels of the right shapes."""
+    """Random images and labels of the right shapes."""
     rng = np.random.default_rng(0)
     images = rng.normal(size=(batch_size, *model_config.image_shape, model_config.in_channels)).astype(np.float32)
     return images, rng.integers(0, model_config.num_classes, batch_size).astype(np.int32)
 
 
 def variants(model_config: AViTConfig, batch_size: int) -> dict[str, Callable[[], Callable[[], None]]]:
-    """Name -> what builds the step."""
+    """The variants: name -> a function that builds the step."""
     dense = dataclasses.replace(model_config, gate_scale=None, gate_center=None)
     found: dict[str, Callable[[], Callable[[], None]]] = {}
     for name, base in (("dense", dense), ("A-ViT", model_config)):
@@ -106,7 +106,7 @@ def variants(model_config: AViTConfig, batch_size: int) -> dict[str, Callable[[]
 
 
 def measure(model_config: AViTConfig, batch_size: int, rounds: int) -> dict[str, float]:
-    """Median seconds of a step of each variant, the variants in turn."""
+    """Median seconds per step of each variant, measured in turn."""
     steps = {name: build() for name, build in variants(model_config, batch_size).items()}
     times: dict[str, list[float]] = {name: [] for name in steps}
     for timed in [False, False] + [True] * rounds:

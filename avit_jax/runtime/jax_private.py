@@ -1,4 +1,4 @@
-"""The names of JAX that are private and have no public counterpart, in jax 0.10.2 as in 0.12: this file alone has them.
+"""Private names of JAX that have no public counterpart, neither in jax 0.10.2 nor in 0.12; only this file uses them.
 
 `jax.distributed` has initialize, is_initialized and shutdown, and nothing else.
 """
@@ -8,7 +8,7 @@ from jax._src.clusters.cloud_tpu_cluster import GceTpuCluster, GkeTpuCluster
 
 
 def coordinator_address() -> str | None:
-    """HOST:PORT of process 0 as the cluster told it to jax.distributed.initialize; None before."""
+    """HOST:PORT of process 0 as the cluster gave it to jax.distributed.initialize; None before that call."""
     return distributed.global_state.coordinator_address
 
 

@@ -1,4 +1,4 @@
-"""Text from elsewhere for messages and pages: what no terminal or browser should obey is escaped."""
+"""Untrusted text for messages and pages: what a terminal or browser would obey is escaped."""
 
 from collections.abc import Callable
 
@@ -9,5 +9,5 @@ def escaped(text: str, is_plain: Callable[[str], bool] = str.isprintable) -> str
 
 
 def first_line(error: BaseException, most: int = 300) -> str:
-    """The first line of what an error says, at most so many characters; its kind where it says nothing."""
+    """The first line of an error's message, at most `most` characters; the error's type if the message is empty."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:most]

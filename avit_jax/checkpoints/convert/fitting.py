@@ -1,4 +1,4 @@
-"""Parameters under our own names put into a model: positions resized, heads new where asked for, names checked."""
+"""Putting parameters under our own names into a model: positions are resized, new heads made, names checked."""
 
 import dataclasses
 from collections.abc import Collection
@@ -18,7 +18,7 @@ from avit_jax.model.vit import AViT
 
 @dataclasses.dataclass
 class Conversion:
-    """A model and what became of its source."""
+    """A model converted from a checkpoint, and what was done to it."""
 
     model: AViT
     layout: str
@@ -29,17 +29,18 @@ class Conversion:
 def fit(
     parameters: dict[str, Any], model_config: AViTConfig, saved: AViTConfig | None, given: Collection[str] = ()
 ) -> Conversion:
-    """A model of this configuration from parameters under our own names (emptied as they are used).
+    """A model of this configuration from parameters under our own names.
 
-    Positions are resized from the grid of `saved` (None: a square one); heads are new where their classes differ and
-    num_classes is among the `given` fields. Raises ValueError where anything else does not fit.
+    parameters: arrays by name, emptied as they are used. saved: the checkpoint's own configuration, from whose grid
+    positions are resized (None: a square grid). given: the fields that the caller gave; with num_classes among them,
+    heads are new if the number of classes differs. Raises ValueError if anything else does not fit.
     """
     notes: list[str] = []
     changed: dict[str, str] = {}
     _fit_positions(parameters, model_config, saved, notes, changed)
     _fit_heads(parameters, model_config, "num_classes" in given, notes, changed)
     if model_config.halts and (saved is None or not saved.halts):
-        # No file of others says whether it was trained with a gate.
+        # The files of other programs do not say whether they were trained with a gate.
         which = (
             "weights that were trained without a gate" if saved is None else "the checkpoint has no gate: its weights"
         )
@@ -60,14 +61,14 @@ def _fit_positions(
     """Position embeddings for this image size, a row for every token."""
     positions = flat.get("pos_embed")
     if positions is None or positions.ndim != 3:
-        return  # said where shapes are compared
+        return  # reported when shapes are compared
     special, rows = model_config.num_special, positions.shape[1]
     if rows == model_config.num_tokens and (saved is None or saved.patch_grid == model_config.patch_grid):
-        return  # as many as this image has patches: they are taken as they are
+        return  # there is one for each token: they are used as they are
     source = saved.patch_grid if saved is not None else None
     if source is None:
         patches = model_config.num_tokens - special
-        # Rows of all special tokens; of all but registers (DINOv2); of patches alone (timm's no_embed_class).
+        # There are rows for all special tokens, for all but registers (DINOv2), or for none (timm's no_embed_class).
         ways = (special, special - model_config.num_registers, 0)
         given = next((n for n in ways if rows - n == patches == square(patches) ** 2), None)
         if given is None:
@@ -76,8 +77,8 @@ def _fit_positions(
             given = next((n for n in ways if rows - n == patches), None)
         if given is None:
             raise ValueError(
-                f"{rows} position embeddings are neither those of the {model_config.num_tokens} tokens of image size "
-                f"{model_config.image_shape} nor of a square image: give the image_size they belong to"
+                f"{rows} position embeddings fit neither the {model_config.num_tokens} tokens of image size "
+                f"{model_config.image_shape} nor a square image: give the image_size they belong to"
             )
         side = square(rows - given)
         source = (side, side) if side else model_config.patch_grid
@@ -86,8 +87,9 @@ def _fit_positions(
             positions = np.concatenate([positions[:, :given], none, positions[:, given:]], axis=1)
             changed["pos_embed"] = "zero for registers" if given else "zero for special tokens"
     if positions.shape[1] != special + source[0] * source[1]:
-        return  # other special tokens: said where names are compared
-    # DINOv2 with registers is resized so by its authors and by transformers. DeiT and transformers use none for others.
+        return  # other special tokens: reported when names are compared
+    # DINOv2's authors and transformers use antialiasing for DINOv2 with registers. For other models, DeiT's authors and
+    # transformers do not.
     antialias = model_config.num_registers > 0
     flat["pos_embed"] = resize_positions(positions, special, source, model_config.patch_grid, antialias=antialias)
     if source != model_config.patch_grid:
@@ -103,7 +105,7 @@ def _fit_heads(
     notes: list[str],
     changed: dict[str, str],
 ) -> None:
-    """Heads for this number of classes: the checkpoint's, or new ones where num_classes was asked for."""
+    """Heads for this number of classes: the checkpoint's, or new ones if num_classes was given."""
     bias = flat.get("head.bias")
     found = bias.shape[0] if bias is not None and bias.ndim == 1 else None
     reads_tanh = any(name.startswith("pre_logits.") for name in flat)
@@ -112,8 +114,8 @@ def _fit_heads(
     if not classes_given:
         if reads_tanh:
             raise ValueError(
-                "its head reads a tanh layer (pre_logits), which AViT has not: pass num_classes for a new head, or 0 "
-                "for none"
+                "its head reads a tanh layer (pre_logits), which AViT lacks: pass num_classes for a new head, "
+                "or 0 for none"
             )
         if found is None:
             raise ValueError("the checkpoint has no head: pass num_classes for a new one, or 0 for none")
@@ -123,11 +125,11 @@ def _fit_heads(
         )
     scale = flat.get("norm.scale")
     if scale is None or scale.shape != (model_config.embed_dim,):
-        return  # said where shapes are compared; a new head of a width that is not there could be huge
+        return  # reported when shapes are compared; without the right width a new head could be huge
     for name in [name for name in flat if name.startswith(("pre_logits.", "head.", "head_dist."))]:
         del flat[name]
     if not model_config.num_classes:
-        notes.append("the head was left out, as num_classes is 0: logits are what it would read")
+        notes.append("the head was left out because num_classes is 0: logits are what it would read")
         return
     for name in ("head", "head_dist") if model_config.distilled else ("head",):
         new = nnx.to_pure_dict(
@@ -143,7 +145,7 @@ def _fit_heads(
 
 
 def _filled(model_config: AViTConfig, flat: dict[str, Any]) -> AViT:
-    """The model with these parameters, each used and each filled."""
+    """The model with these parameters. Raises ValueError unless they are exactly those of the model."""
     graphdef, abstract = nnx.split(nnx.eval_shape(lambda: AViT(model_config, rngs=nnx.Rngs(0))))
     targets = {".".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(abstract)}
     unused, unfilled = sorted(flat.keys() - targets), sorted(targets.keys() - flat.keys())
@@ -156,7 +158,7 @@ def _filled(model_config: AViTConfig, flat: dict[str, Any]) -> AViT:
         if not jnp.issubdtype(value.dtype, jnp.floating):
             raise ValueError(f"{name} holds {value.dtype} in the checkpoint: weights are floating-point numbers")
     arrays = {}
-    for name, target in targets.items():  # one after the other, so that no second copy of all stays alive
+    for name, target in targets.items():  # one after the other, so that there are never two copies of all
         arrays[name] = jnp.asarray(flat.pop(name), target.dtype)
     nnx.replace_by_pure_dict(abstract, unflatten_dict(arrays, sep="."))
     return nnx.merge(graphdef, abstract)
