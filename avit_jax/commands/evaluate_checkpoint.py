@@ -6,7 +6,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from avit_jax.checkpoints.model_folder import is_foreign, load
+from avit_jax.checkpoints.model_folder import is_foreign, load, no_checkpoint
 from avit_jax.commands.checks import check_values
 from avit_jax.commands.predict_images import read_class_names
 from avit_jax.data.open import open_dataset
@@ -50,7 +50,7 @@ def evaluate_checkpoint(
     settings = parse_sweep(sweep) if sweep else None
     for checkpoint in (path, baseline):
         if checkpoint and not Path(checkpoint).exists():
-            raise ValueError(f"there is no checkpoint at {checkpoint}: nothing of that name is there")
+            raise no_checkpoint(checkpoint)
     folder = writable_folder(report) if report else None
     dataset = open_dataset(DataSettings.from_config(dict(config.data)))
     mesh = data_mesh(config.eval_batch_size)
@@ -146,7 +146,7 @@ def _evaluable(path: str | Path, config: ConfigDict, dataset: Dataset, ema: bool
     return found
 
 
-def format_evaluation(result: Evaluation, config: AViTConfig) -> str:
+def format_evaluation(result: Evaluation, model_config: AViTConfig) -> str:
     """The table that eval.py prints."""
     lines = [f"images             {result.images}"]
     if result.labelled:
@@ -158,9 +158,9 @@ def format_evaluation(result: Evaluation, config: AViTConfig) -> str:
     else:
         lines.append("no labels          no accuracy, no loss")
     lines += [
-        f"mean depth         {result.mean_depth:.2f} of {config.depth} layers ({result.depth_fraction:.0%})",
+        f"mean depth         {result.mean_depth:.2f} of {model_config.depth} layers ({result.depth_fraction:.0%})",
         f"  deviation        {result.depth_std_tokens:.2f} between tokens, {result.depth_std_images:.2f} of images",
-        *([f"class token depth  {result.class_token_depth:.2f}"] if config.class_token else []),
+        *([f"class token depth  {result.class_token_depth:.2f}"] if model_config.class_token else []),
         f"GMACs per image    {result.gmacs:.4f}",
         f"  executed         {result.executed_gmacs:.4f}, mean depth {result.executed_depth:.2f}",
     ]

@@ -91,11 +91,11 @@ def predict_files(model: AViT, files: list[Path], root: Path, out: Path | None, 
     yield f"pictures with their depths: {out}" if out else "the model never halts: there are no depths to draw"
 
 
-def _read(file: Path, name: str, config: AViTConfig) -> np.ndarray:
+def _read(file: Path, name: str, model_config: AViTConfig) -> np.ndarray:
     """The model's view of a file. Raises BadImage, whatever the file does to the libraries that read it."""
     try:
         # Upright, as the camera says: a person's pictures are not a data set's.
-        return preprocess(decode(file, name, upright=True), config)[0]
+        return preprocess(decode(file, name, upright=True), model_config)[0]
     except BadImage:
         raise
     except Exception as error:
@@ -142,12 +142,14 @@ def find_images(path: Path) -> tuple[list[Path], Path]:
     return files, path
 
 
-def read_class_names(path: str | Path, config: AViTConfig) -> tuple[str, ...]:
+def read_class_names(path: str | Path, model_config: AViTConfig) -> tuple[str, ...]:
     """One name a line, as many as the model has classes. Raises ValueError for another number, or no such file."""
     try:
         names = tuple(line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip())
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"--class_names={path} cannot be read: {error}") from error
-    if len(names) != config.num_classes:
-        raise ValueError(f"--class_names={path} has {len(names)} names and the model {config.num_classes} classes")
+    if len(names) != model_config.num_classes:
+        raise ValueError(
+            f"--class_names={path} has {len(names)} names and the model {model_config.num_classes} classes"
+        )
     return names
