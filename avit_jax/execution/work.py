@@ -107,7 +107,7 @@ def shrinking_gmacs(config: AViTConfig, *, short_last_layer: bool) -> float:
 
 
 def executed_shrinking_gmacs(config: AViTConfig) -> float:
-    """10^9 multiply-adds of an image in shrinking execution: its last layer is short, and the rule's own work counts."""
+    """10^9 multiply-adds of an image in shrinking execution: a short last layer, and the rule's own work."""
     own = () if config.reduction is None else config.reduction.own_macs(config)
     if config.pool == "token":  # the short last layer reduces nothing
         own = own[:-1]
