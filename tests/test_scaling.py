@@ -17,9 +17,9 @@ from avit_jax.runtime.mesh import training_mesh
 from avit_jax.train.optim import learning_rate_schedule, make_optimizer
 from avit_jax.train.state import TrainState
 from avit_jax.train.step import build_train_step
-from benchmarks.collectives import Collective, collectives, what_crosses
 from configs import npz_avit
 from tests.harness.builders import small_config
+from tests.harness.collectives import Collective, collectives, what_crosses
 from tests.harness.devices import run_on_devices
 
 
