@@ -10,6 +10,7 @@ from avit_jax.execution.plan import PackedPlan, plan_packed
 from avit_jax.execution.program import compile
 from avit_jax.model.config import PRESETS, AViTConfig, Preprocessing
 from avit_jax.model.vit import AViT, AViTOutput, create
+from avit_jax.reduction.tome import ToMe
 from avit_jax.train.gate_start import start_gate
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ __all__ = [
     "PackedModel",
     "PackedPlan",
     "Preprocessing",
+    "ToMe",
     "__version__",
     "compile",
     "compile_packed",

@@ -1,13 +1,13 @@
-"""Real faults at random moments, and whether the run then ends as if nothing had happened.
+"""Real faults at random moments; each run must end as if nothing had happened.
 
     python benchmarks/faults.py                                        50 faults, about 10 minutes on 2 cores
     python benchmarks/faults.py --faults=killed,killed_saving --seed=1
 
-Runs of train.py, with a small model on a made-up data set, meet one fault after the other; after each the same command
-is given again. A fault is survived when the run does what is promised of it (exit status, sentence, in time, no
-traceback) and in the end parameters, moving average, optimiser, data state, metrics.jsonl (times apart) and the saved
-model are bit for bit those of a run that met none. Full and read-only disks are mounted (tmpfs), which needs root: else
-these faults are left out, and named. Writes runs/benchmarks/faults.json.
+Runs of train.py, with a small model on a synthetic data set, meet one fault after another. After each fault, the same
+command is given again. A run survives a fault if it reacts as it should (exit status, sentence, in time, no traceback)
+and if in the end parameters, moving average, optimiser, data state, metrics.jsonl (except times) and the saved model
+are bit for bit those of a run without faults. Full and read-only disks are mounted (tmpfs), which needs root; without
+root these faults are left out, and a line says so. Writes runs/benchmarks/faults.json.
 """
 
 import argparse
@@ -37,11 +37,11 @@ from benchmarks.results import save_results
 
 STEPS = 300
 FAULTS_A_RUN = 8
-Fault = Callable[[Job, random.Random], bool]  # whether it happened: the run may have ended before
+Fault = Callable[[Job, random.Random], bool]  # returns whether it happened, because the run may have ended before
 
 
 def killed(job: Job, rng: random.Random) -> bool:
-    """kill -9 at any moment: while it imports, compiles, restores, trains, measures."""
+    """kill -9 at any moment: while the run imports, compiles, restores, trains or evaluates."""
     (process,) = job.start()
     until = time.monotonic() + rng.uniform(0.5, 10.0)
     while process.alive() and time.monotonic() < until:
@@ -61,7 +61,7 @@ def killed_saving(job: Job, rng: random.Random) -> bool:
 
 
 def stopped(job: Job, rng: random.Random) -> bool:
-    """SIGTERM or SIGINT: a checkpoint, exit status 0, a line that says how to go on; with several processes to one."""
+    """SIGTERM or SIGINT to one process: a checkpoint, exit status 0, and a line that says how to go on."""
     processes = job.start()
     if not _training(job, processes, rng):
         return False
@@ -76,7 +76,7 @@ def stopped(job: Job, rng: random.Random) -> bool:
 
 
 def stopped_twice(job: Job, rng: random.Random) -> bool:
-    """A second signal: the run ends at once."""
+    """Two signals: the run ends at once."""
     processes = job.start()
     if not _training(job, processes, rng):
         return False
@@ -90,7 +90,7 @@ def stopped_twice(job: Job, rng: random.Random) -> bool:
 
 
 def damaged(job: Job, rng: random.Random) -> bool:
-    """A file of the newest checkpoint is cut or gone, or one bit of it is flipped."""
+    """A file of the newest checkpoint is truncated or deleted, or one bit of it is flipped."""
     if not stopped(job, rng) or len(job.checkpoints()) < 2:
         return False
     newest = job.checkpoints()[-1]
@@ -118,7 +118,7 @@ def damaged(job: Job, rng: random.Random) -> bool:
 
 
 def disk_full(job: Job, rng: random.Random) -> bool:
-    """The disk is full from some moment on, then there is space again."""
+    """The disk becomes full at some moment; then there is space again."""
     processes = job.start()
     if not _training(job, processes, rng):
         return False
@@ -127,7 +127,7 @@ def disk_full(job: Job, rng: random.Random) -> bool:
         with filler.open("wb", buffering=0) as file:
             until = time.monotonic() + PATIENCE
             while processes[0].alive() and time.monotonic() < until:
-                with contextlib.suppress(OSError):  # again and again: checkpoints that are removed make space
+                with contextlib.suppress(OSError):  # repeatedly, because removed checkpoints free space
                     file.write(bytes(shutil.disk_usage(job.folder).free))
                 time.sleep(0.01)
         if processes[0].ended() == 0 and job.finished():  # nothing was left to write
@@ -139,7 +139,7 @@ def disk_full(job: Job, rng: random.Random) -> bool:
 
 
 def read_only(job: Job, rng: random.Random) -> bool:
-    """The checkpoints' folder becomes read-only, then it can be written again."""
+    """The checkpoints' folder becomes read-only; then it is writable again."""
     processes = job.start()
     if not _training(job, processes, rng):
         return False
@@ -151,7 +151,7 @@ def read_only(job: Job, rng: random.Random) -> bool:
 
 
 def second_run(job: Job, rng: random.Random) -> bool:
-    """The same command while it runs already: refused, the first goes on."""
+    """The same command is given while the run is active: it is refused, and the first one goes on."""
     first = job.start()
     happened = job.await_checkpoints(first, 1)
     (second,) = job.start("second")
@@ -189,7 +189,7 @@ def _lost(job: Job, rng: random.Random, number: signal.Signals) -> bool:
 
 
 def _training(job: Job, processes: list, rng: random.Random) -> bool:
-    """Until a random moment of the training; False, and the run's end, where it ends before."""
+    """Wait until a random moment of the training; False, after the run's end, if it ends before."""
     if job.await_checkpoints(processes, rng.randint(1, 4)):
         time.sleep(rng.uniform(0, 0.3))
         if all(process.alive() for process in processes):
@@ -201,7 +201,7 @@ def _training(job: Job, processes: list, rng: random.Random) -> bool:
 
 @contextlib.contextmanager
 def small_disk(folder: Path, megabytes: int) -> Iterator[None]:
-    """A file system of its own in the folder. Raises OSError where mounting is not allowed."""
+    """A separate file system of this size in the folder. Raises OSError if mounting is not allowed."""
     folder.mkdir(parents=True, exist_ok=True)
     _mount("-t", "tmpfs", "-o", f"size={megabytes}m", "none", str(folder))
     try:
@@ -212,7 +212,7 @@ def small_disk(folder: Path, megabytes: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def read_only_folder(folder: Path) -> Iterator[None]:
-    """Nothing can be written in the folder, not by root either. Raises OSError where mounting is not allowed."""
+    """A folder that nobody can write to, not even root. Raises OSError if mounting is not allowed."""
     _mount("--bind", str(folder), str(folder))
     try:
         for _ in range(2000):
@@ -231,7 +231,7 @@ def _mount(*arguments: str) -> None:
         raise OSError(f"mount {' '.join(arguments)}: {done.stderr.strip()}")
 
 
-# How many of 100 faults are of which kind; the last need two processes.
+# How many of 100 faults are of each kind; those in TOGETHER need two processes.
 ALONE: dict[Fault, int] = {
     killed: 24,
     killed_saving: 20,
@@ -257,7 +257,7 @@ def toy_data(path: Path) -> Path:
 
 
 class Campaign:
-    """Runs of one kind (with one process or two), each with some faults, against one that met none."""
+    """Runs of one kind (with one process or two), each with some faults, compared with a run without faults."""
 
     def __init__(self, folder: Path, processes: int, rng: random.Random) -> None:
         self._folder, self._processes, self._rng = folder, processes, rng
@@ -283,7 +283,7 @@ class Campaign:
         )
 
     def meet(self, faults: list[Fault], bar: tqdm) -> Iterator[tuple[str, str]]:
-        """Each fault's name, and what went wrong, or nothing."""
+        """Yield each fault's name and what went wrong, or "" if nothing did."""
         while faults:
             job = self._job(str(self._runs))
             self._runs += 1
@@ -344,7 +344,7 @@ def main() -> None:
 
 
 def show(results: list[tuple[str, str]], seconds: float, flags: argparse.Namespace) -> None:
-    """The table, what went wrong, and the file."""
+    """Print the table and what went wrong, and write the JSON."""
     rows = {
         name: {"times": len(each), "survived": sum(not wrong for wrong in each)}
         for name in dict(results)

@@ -1,20 +1,14 @@
 """compile(): which execution runs a rule, that all of them agree, and what is said of a choice that does not fit."""
 
-from typing import Any
-
 import jax
 import numpy as np
 import pytest
-from flax import nnx
 
 import avit_jax
-from avit_jax import AViT, AViTOutput, PackedPlan
-from avit_jax.evaluate.figures import evaluate
-from avit_jax.data.sources import Split
-from avit_jax.execution.program import checked_execution, fitting_executions, suited_execution
+from avit_jax import AViT, AViTOutput
+from avit_jax.execution.program import fitting_executions
 from avit_jax.model.config import AViTConfig
 from avit_jax.reduction.tome import ToMe
-from avit_jax.runtime.mesh import data_mesh
 from tests.harness.builders import small_config, spread_gate
 
 NO_GATE = {"gate_scale": None, "gate_center": None}
@@ -42,7 +36,7 @@ def test_every_execution_of_a_rule_gives_the_same(name: str) -> None:
     for execution in ("auto", *FITTING[name]):
         program = avit_jax.compile(model, 5, execution=execution, image_exit=False)
         assert_same(program(images), expected)  # four images for five places
-        assert_same(program(images[:1]), jax.tree.map(lambda x: x, first(expected, 1)))
+        np.testing.assert_allclose(program(images[:1]).logits, expected.logits[:1], atol=2e-5)
         assert program.batch_size == 5 and program.config == config
         exported = jax.export.export(program.jitted)(*program.abstract_arguments)
         assert len(exported.serialize()) > 1000

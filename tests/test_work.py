@@ -56,7 +56,7 @@ def test_xlas_own_count_of_an_unrolled_model_agrees() -> None:
 
 
 def multiply_adds(jaxpr: Any) -> int:
-    """Those of every matrix product in a traced program, scans unrolled; products that merging itself needs left out."""
+    """Those of every matrix product in a traced program, scans unrolled; the products of merging are left out."""
     total = 0
     for equation in jaxpr.eqns:
         parameters = equation.params

@@ -207,11 +207,14 @@ class ShrinkingModel(CompiledModel):
         super().__init__(model, batch_size, _to_the_logits, mesh)
 
     def executed(self, token_depth: Int[np.ndarray, "b n"], images: int) -> Executed:
-        """The same for every image: the tokens that enter each layer, whatever the depths."""
+        """The same for every image, whatever the depths: the tokens that enter each layer, and the rule's own work."""
         rule, config = self.config.reduction, self.config
         counts = (config.num_tokens,) * config.depth if rule is None else rule.counts(config)
         slots = config.num_tokens + sum(counts[:-1])
-        return Executed(images * slots, shrinking_gmacs(config, short_last_layer=True))
+        own = () if rule is None else rule.own_macs(config)
+        if config.pool == "token":  # the last layer reduces nothing
+            own = own[:-1]
+        return Executed(images * slots, shrinking_gmacs(config, short_last_layer=True) + sum(own) / 1e9)
 
 
 def _to_the_logits(model: AViT, images: Array) -> AViTOutput:

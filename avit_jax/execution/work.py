@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from avit_jax.model.config import AViTConfig
+from avit_jax.model.seen import WHOLE_LAYER
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,11 +113,13 @@ def packed_gmacs(
 
     tokens: the capacity with which each group of group_size images runs (padded_loads).
     """
-    padded = tokens.astype(np.float64)
+    rule, padded = config.halting, tokens.astype(np.float64)
     first = np.asarray(block_macs(padded[:, :-1], config.embed_dim, config.mlp_dim)).sum()
-    if config.pool == "token":
-        last = last_block_macs(padded[:, -1], config.num_outputs, config.embed_dim, config.mlp_dim)
-    else:
+    if config.pool != "token" or (rule is not None and rule.reads & WHOLE_LAYER):
         last = block_macs(padded[:, -1], config.embed_dim, config.mlp_dim)
+    else:
+        last = last_block_macs(padded[:, -1], config.num_outputs, config.embed_dim, config.mlp_dim)
     blocks = first + np.asarray(last).sum()
-    return float(blocks * group_size / images + embedding_macs(config) + head_macs(config)) / 1e9
+    # What a rule computes of its own is not packed: it looks at every image after every layer.
+    own = 0.0 if rule is None else float(rule.extra_macs(config, _full_depth(config))[0])
+    return float(blocks * group_size / images + embedding_macs(config) + head_macs(config) + own) / 1e9

@@ -203,6 +203,11 @@ class AViTConfig:
         return self.rule if isinstance(self.rule, Reduction) else None
 
     @property
+    def rule_in_force(self) -> Halting | Reduction | None:
+        """The rule of either kind, A-ViT's gate included; None: every token runs through all layers."""
+        return self.reduction or self.halting
+
+    @property
     def halts(self) -> bool:
         """Whether there is a halting rule."""
         return self.halting is not None

@@ -22,12 +22,12 @@ WAITS = ("data", "device", "checkpoint")
 class StepClock:
     """Times between two log lines; with config.profile "START:STEPS" a trace of those steps in the run's profile/."""
 
-    def __init__(self, config: ConfigDict, model: AViTConfig, mesh: Mesh, workdir: Path) -> None:
+    def __init__(self, config: ConfigDict, model_config: AViTConfig, mesh: Mesh, workdir: Path) -> None:
         self._batch_size = config.batch_size
         self._first, self._steps = parse_profile(config.profile)
         self._trace_folder, self._tracing = workdir / "profile", False
         # Dense multiply-adds, 2 flops each; the backward pass costs twice the forward one. Remat is not counted.
-        self._step_flops = 3 * 2e9 * whole_gmacs(model) * config.batch_size
+        self._step_flops = 3 * 2e9 * whole_gmacs(model_config) * config.batch_size
         self._peak_flops = config.peak_tflops * 1e12 * mesh.size
         self.start(0)
 

@@ -28,9 +28,9 @@ def small_config(**overrides: Any) -> AViTConfig:
     return AViTConfig(**(fields | overrides))
 
 
-def spread_gate(config: AViTConfig, seed: int = 0, factor: float = 4.0) -> AViT:
+def spread_gate(model_config: AViTConfig, seed: int = 0, factor: float = 4.0) -> AViT:
     """A model with weights large enough that its tokens halt at many different layers."""
-    model = AViT(config, rngs=nnx.Rngs(seed))
+    model = AViT(model_config, rngs=nnx.Rngs(seed))
     state = jax.tree.map(lambda x: factor * x if x.ndim >= 2 else x, nnx.state(model, nnx.Param))
     nnx.update(model, state)
     return model
@@ -75,5 +75,6 @@ def quick_start() -> dict[str, str]:
     return {
         "PYTHONPATH": str(modules),
         "JAX_COMPILATION_CACHE_DIR": str(programs),
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
