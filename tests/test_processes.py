@@ -108,7 +108,8 @@ def test_processes_with_different_configs_say_so(tmp_path: Path) -> None:
         processes += job.start()
     processes[1].expect(
         1,
-        "config.loss.ponder_weight is 0.5 in process 1 and 0.002 in process 0: start all processes with the same command",
+        "config.loss.ponder_weight is 0.5 in process 1 and 0.002 in process 0: "
+        "start all processes with the same command",
     )
     processes[0].expect(1, "process 1 has another config than process 0")
 
