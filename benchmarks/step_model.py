@@ -25,7 +25,7 @@ import jax
 from flax import nnx
 
 from avit_jax import AViT
-from avit_jax.evaluate.figures import whole_gmacs
+from avit_jax.execution.work import whole_gmacs
 from avit_jax.model.config import config_from
 from benchmarks.results import save_results
 

@@ -31,8 +31,8 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from avit_jax import PRESETS, AViT, AViTConfig, compile_packed
-from avit_jax.evaluate.figures import config_gmacs, whole_gmacs
 from avit_jax.execution.plan import plan_packed
+from avit_jax.execution.work import image_gmacs, whole_gmacs
 from avit_jax.model.layers import Block
 from avit_jax.runtime.mesh import batch_sharding, data_mesh, replicated, use_all_cores
 from benchmarks.drawn import dense_parts, drawn_depths, drawn_images, drawn_model, in_bfloat16
@@ -215,7 +215,7 @@ def profile_rows(
     rows = []
     for variant in variants:
         shown = all_depths[: variant.batch]
-        gmacs = float(np.mean(config_gmacs(jnp.asarray(shown), model_config)))
+        gmacs = float(np.mean(image_gmacs(model_config, jnp.asarray(shown))))
         work = gmacs / whole if variant.name.startswith("packed") else 1.0
         ratio = variant.images_per_second / max(at_batch.values())
         rows.append(

@@ -7,11 +7,11 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from avit_jax.checkpoints.convert.__main__ import main
 from flax import nnx
 
 import avit_jax
-from avit_jax.checkpoints.convert.positions import resize_positions
+from avit_jax.commands.convert import main
+from avit_jax.model.positions import resize_positions
 from tests.harness.builders import small_config, spread_gate
 
 DATA = Path(__file__).parent / "data"

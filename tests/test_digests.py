@@ -18,7 +18,7 @@ from avit_jax.checkpoints.digests import check_digests, json_digest, tree_digest
 from avit_jax.checkpoints.model_folder import add_digests
 from avit_jax.checkpoints.run_checkpoints import RunCheckpoints
 from tests.harness.builders import small_config, spread_gate
-from tests.test_checkpoint import ITEMS, write_steps
+from tests.test_model_folder import ITEMS, write_steps
 
 
 @pytest.fixture(scope="module")

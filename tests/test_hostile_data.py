@@ -18,9 +18,9 @@ from avit_jax.data.folder_index import cache_file
 from avit_jax.data.settings import AugmentSettings, DataSettings
 from avit_jax.data.sources import load_dataset
 from tests.harness.builders import toy_arrays
-from tests.test_data import idx_folder
 from tests.test_hostile_images import mutated
 from tests.test_image_files import image_folder, opened, own_cache, photograph
+from tests.test_pipeline import idx_folder
 
 __all__ = ["own_cache"]  # a fixture: every test here has a cache of its own
 

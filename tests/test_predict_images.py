@@ -12,7 +12,7 @@ from avit_jax import Preprocessing
 from avit_jax.commands.predict_images import find_images, predict_checkpoint, predict_files, read_class_names
 from avit_jax.data.decode import BadImage, decode
 from avit_jax.data.preprocessing import denormalize, normalize
-from avit_jax.evaluate.figures import predict
+from avit_jax.execution.compiled import predict
 from avit_jax.runtime.files import writable_folder
 from tests.harness.builders import small_config, spread_gate
 

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import safetensors.numpy
-from avit_jax.checkpoints.convert.__main__ import main
 from PIL import Image
 
 import avit_jax
 from avit_jax.checkpoints.convert import convert
 from avit_jax.commands import evaluate_checkpoint as checkpoint_evaluation
 from avit_jax.commands.config_files import load_config
+from avit_jax.commands.convert import main
 from tests.harness.peers import import_peer
 from tests.harness.published_names import NAMES, images, published_state
 from tests.test_convert import augreg_logits

@@ -20,8 +20,10 @@ import avit_jax
 from avit_jax import AViT, Preprocessing
 from avit_jax.data.preprocessing import normalize
 from avit_jax.data.sources import Split
-from avit_jax.evaluate.figures import config_gmacs, evaluate, predict
+from avit_jax.evaluate.figures import evaluate
 from avit_jax.evaluate.sweep import Sweep
+from avit_jax.execution.compiled import predict
+from avit_jax.execution.work import image_gmacs
 from avit_jax.report import gallery, speed, writer
 from avit_jax.report.page import interval, percent, render
 from avit_jax.report.writer import Subject, write_report
@@ -118,7 +120,7 @@ def test_page_says_what_report_json_says(folder: Path) -> None:
     text = Elements((folder / "report.html").read_text(encoding="utf-8")).text
     split, model = drawn_split(40), spread_gate(CONFIG)
     depth = predict(model, normalize(split.images, CONFIG)).token_depth
-    assert report["summary"]["gmacs"]["value"] == pytest.approx(np.asarray(config_gmacs(depth, CONFIG)).mean())
+    assert report["summary"]["gmacs"]["value"] == pytest.approx(np.asarray(image_gmacs(CONFIG, depth)).mean())
     for name in ("top1", "top5"):
         assert percent(report["summary"][name]["value"], 1) in text
     for row in report["by_class"]:

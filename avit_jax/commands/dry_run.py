@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from avit_jax.commands.checks import check_values
 from avit_jax.data.open import open_dataset
 from avit_jax.data.settings import DataSettings
-from avit_jax.evaluate.figures import whole_gmacs
+from avit_jax.execution.work import whole_gmacs
 from avit_jax.model.config import AViTConfig, Preprocessing, config_from
 from avit_jax.model.settings import given_fields
 from avit_jax.model.vit import AViT

@@ -1,6 +1,5 @@
 """What eval.py does: any checkpoint on a data set, as a table and as a page."""
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,8 @@ from avit_jax.data.open import open_dataset
 from avit_jax.data.settings import DataSettings
 from avit_jax.data.sources import Dataset, Split
 from avit_jax.evaluate.figures import Evaluation, evaluate
-from avit_jax.evaluate.sweep import parse_sweep
+from avit_jax.evaluate.sweep import parse_sweep, with_setting
+from avit_jax.execution.program import AUTO
 from avit_jax.model.config import AViTConfig
 from avit_jax.model.vit import AViT
 from avit_jax.report.numbers import only_layer
@@ -29,7 +29,7 @@ def evaluate_checkpoint(
     path: str | Path,
     *,
     ema: bool = False,
-    execution: str = "packed",
+    execution: str = AUTO,
     report: str | Path | None = None,
     baseline: str | Path | None = None,
     sweep: str | None = None,
@@ -40,7 +40,7 @@ def evaluate_checkpoint(
 
     A checkpoint that carries its configuration keeps it, gate and preprocessing included; a foreign file takes
     config.model. model: fields of AViTConfig that the user asked for. report: a folder for report.html and report.json;
-    baseline: a checkpoint to compare with in it; sweep: gate settings to try, as sweep.parse_sweep takes them;
+    baseline: a checkpoint to compare with in it; sweep: settings of the rule to try, as sweep.parse_sweep takes them;
     class_names: a file, one name a line. Raises ValueError where the checkpoint and the data differ in shape or number
     of classes, for a baseline of other classes, and for a folder that is not writable.
     """
@@ -59,8 +59,11 @@ def evaluate_checkpoint(
     def loaded(path: str | Path, ema: bool) -> AViT:
         found = _evaluable(path, config, dataset, ema, model_fields)
         if class_names:
-            found.config = dataclasses.replace(found.config, class_names=read_class_names(class_names, found.config))
+            return found.with_config(class_names=read_class_names(class_names, found.config))
         return found
+
+    def named(found: AViT) -> AViT:
+        return found if found.config.class_names else found.with_config(class_names=dataset.class_names)
 
     def subject(path: str | Path, found: AViT) -> Subject:
         result = evaluate(found, dataset.test, config.eval_batch_size, execution, mesh)
@@ -69,11 +72,11 @@ def evaluate_checkpoint(
     ours = loaded(path, ema)
     other = loaded(baseline, False) if baseline else None
     doubt = None if class_names else _compare_names(path, ours.config, baseline, other, dataset.class_names)
-    for found in (ours, other):
-        if found is not None and found.config.class_names is None:
-            found.config = dataclasses.replace(found.config, class_names=dataset.class_names)
-    if settings and not ours.config.halts:
+    ours, other = named(ours), named(other) if other else None
+    if settings and ours.config.rule_in_force is None:
         raise ValueError(f"--sweep moves a gate and {path} has none: it never halts; leave --sweep out")
+    if settings:
+        with_setting(ours, settings.field, settings.values[0])  # its error before the minutes of evaluation
     evaluated = subject(path, ours)
     lines = [f"warning: {doubt}"] if doubt else []
     lines.append(format_evaluation(evaluated.result, ours.config))

@@ -11,7 +11,7 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from avit_jax.evaluate.figures import whole_gmacs
+from avit_jax.execution.work import whole_gmacs
 from avit_jax.model.config import AViTConfig
 
 # The figures of a log line that differ from run to run.

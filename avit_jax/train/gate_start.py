@@ -9,8 +9,9 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
+from avit_jax.model.check_images import check_images
 from avit_jax.model.config import AViTConfig
-from avit_jax.model.vit import AViT, check_images
+from avit_jax.model.vit import AViT
 
 # What writes into the residual stream, its channels on the last axis.
 _WRITERS = ("patch_embed.proj", "cls_token", "dist_token", "reg_token", "pos_embed", "attn.proj", "mlp.fc2")

@@ -75,5 +75,6 @@ def quick_start() -> dict[str, str]:
     return {
         "PYTHONPATH": str(modules),
         "JAX_COMPILATION_CACHE_DIR": str(programs),
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }

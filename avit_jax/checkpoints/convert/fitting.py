@@ -10,9 +10,9 @@ from flax import nnx
 from flax.traverse_util import unflatten_dict
 
 from avit_jax.checkpoints.convert.architecture import square
-from avit_jax.checkpoints.convert.positions import resize_positions
 from avit_jax.model.config import AViTConfig
 from avit_jax.model.layers import linear
+from avit_jax.model.positions import resize_positions
 from avit_jax.model.vit import AViT
 
 
