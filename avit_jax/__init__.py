@@ -7,8 +7,10 @@ from avit_jax.checkpoints.model_folder import load, save
 from avit_jax.data.preprocessing import preprocess
 from avit_jax.execution.packed import PackedModel, compile_packed
 from avit_jax.execution.plan import PackedPlan, plan_packed
+from avit_jax.execution.program import compile
 from avit_jax.model.config import PRESETS, AViTConfig, Preprocessing
 from avit_jax.model.vit import AViT, AViTOutput, create
+from avit_jax.reduction.tome import ToMe
 from avit_jax.train.gate_start import start_gate
 
 if TYPE_CHECKING:
@@ -24,7 +26,9 @@ __all__ = [
     "PackedModel",
     "PackedPlan",
     "Preprocessing",
+    "ToMe",
     "__version__",
+    "compile",
     "compile_packed",
     "create",
     "from_torch_state_dict",

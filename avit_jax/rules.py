@@ -5,13 +5,14 @@ import dataclasses
 from typing import Any
 
 from avit_jax.halting.avit import AViTGate
+from avit_jax.halting.confidence import ConfidenceExit
 from avit_jax.halting.rule import Halting
 from avit_jax.reduction.groups import Reduction
 from avit_jax.reduction.tome import ToMe
 from avit_jax.runtime.files import shown
 from avit_jax.runtime.json_fields import typed_fields
 
-RULES: dict[str, type] = {rule.name: rule for rule in (AViTGate, ToMe)}
+RULES: dict[str, type] = {rule.name: rule for rule in (AViTGate, ConfidenceExit, ToMe)}
 _MOST_TEXT = 1000  # characters of a rule on the command line
 
 

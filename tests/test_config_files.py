@@ -18,11 +18,11 @@ import avit_jax
 from avit_jax import AViTConfig
 from avit_jax.commands.config_files import SHIPPED, find_config, load_config, shipped_configs
 from avit_jax.commands.evaluate_checkpoint import evaluate_checkpoint
-from avit_jax.commands.run import format_summary
 from avit_jax.commands.run_config import config_of_checkpoint, get_config
 from avit_jax.commands.typed_config import parse
 from avit_jax.data.open import open_dataset
 from avit_jax.data.settings import DataSettings
+from avit_jax.evaluate.compare import format_summary
 from avit_jax.evaluate.figures import evaluate
 from avit_jax.model.settings import ModelSettings
 from avit_jax.runtime.files import write_json

@@ -10,7 +10,9 @@ import avit_jax
 from avit_jax import AViT, Preprocessing
 from avit_jax.data.preprocessing import normalize
 from avit_jax.data.sources import Split
-from avit_jax.evaluate.figures import config_gmacs, evaluate, images_per_second, masked_program
+from avit_jax.evaluate.figures import evaluate
+from avit_jax.evaluate.timing import images_per_second
+from avit_jax.execution.work import image_gmacs
 from avit_jax.report import depth_map, draw_curves, draw_depth_histogram, draw_depth_maps
 from avit_jax.runtime.mesh import data_mesh
 from tests.harness.builders import small_config, spread_gate
@@ -47,7 +49,7 @@ def test_figures_are_those_of_the_whole_set_whatever_the_batch(
     assert found.class_token_depth == pytest.approx(depth[:, 0].mean(), rel=1e-6)
     histogram = np.bincount(depth.ravel(), minlength=5)[1:] / depth.size
     np.testing.assert_allclose(found.depth_histogram, histogram, rtol=1e-5)
-    gmacs = np.asarray(config_gmacs(output.token_depth, halting_model.config))
+    gmacs = np.asarray(image_gmacs(halting_model.config, output.token_depth))
     assert found.gmacs == pytest.approx(gmacs.mean(), rel=1e-5)
     np.testing.assert_allclose(found.image_depths, depth.mean(1), rtol=1e-6)
     assert found.depth_std_tokens > 0.2, "the sample must vary"
@@ -88,7 +90,9 @@ def test_labels_beyond_the_classes_are_refused(halting_model: AViT, split: Split
 
 def test_speeds_are_positive_and_one_for_each_model(halting_model: AViT, split: Split) -> None:
     images = normalize(split.images, halting_model.config)
-    speeds = images_per_second([masked_program(halting_model)] * 2, images, data_mesh(len(images)), rounds=5)
+    mesh = data_mesh(len(images))
+    program = avit_jax.compile(halting_model, len(images), execution="masked", mesh=mesh)
+    speeds = images_per_second([program] * 2, images, mesh, rounds=5)
     assert len(speeds) == 2
     assert all(speed > 0 for speed in speeds)
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import avit_jax
-from avit_jax.checkpoints.convert.positions import resize_positions
 from avit_jax.checkpoints.convert.weight_files import read_weight_file
+from avit_jax.model.positions import resize_positions
 from tests.harness.builders import small_config, spread_gate
 from tests.harness.peers import import_peer
 

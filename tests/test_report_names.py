@@ -16,7 +16,8 @@ from avit_jax import AViT, Preprocessing
 from avit_jax.commands.evaluate_checkpoint import format_evaluation
 from avit_jax.data.preprocessing import normalize
 from avit_jax.data.sources import Split
-from avit_jax.evaluate.figures import evaluate, predict
+from avit_jax.evaluate.figures import evaluate
+from avit_jax.execution.compiled import predict
 from avit_jax.model.config import AViTConfig
 from avit_jax.report import draw_depth_histogram, draw_depth_maps, pictures
 from avit_jax.report.depth_colours import coloured, legend, scale

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from avit_jax import AViT
 from avit_jax.data.sources import Split
+from avit_jax.evaluate.timing import Timed
 from avit_jax.report import speed
-from avit_jax.report.speed import _Timed, batch_sizes, measure_speeds
+from avit_jax.report.speed import batch_sizes, measure_speeds
 from avit_jax.runtime import bars as progress
 from avit_jax.runtime.bars import Steps, counted
 from tests.harness.builders import small_config
@@ -24,7 +25,7 @@ RATES = {  # images/s by batch size: packed is best at 40, dense at 10
 }
 
 
-class _Faked(_Timed):
+class _Faked(Timed):
     def __init__(self, rate: float) -> None:
         super().__init__(print, [], 1, f"plan {rate:g}")
         self._rate = rate

@@ -18,33 +18,27 @@ from avit_jax.runtime.mesh import MeshSettings, training_mesh
 from avit_jax.train.optim import learning_rate_schedule, make_optimizer
 from avit_jax.train.state import TrainState
 from avit_jax.train.step import build_train_step
-from benchmarks.collectives import Collective, collectives, what_crosses
 from configs import npz_avit
 from tests.harness.builders import small_config
-
-TESTS = Path(__file__).parent / "harness"
-
-
-def run_script(name: str, **environment: str) -> str:
-    """What a script of this folder prints, in a process of its own: the number of devices is fixed when JAX starts."""
-    command = [sys.executable, str(TESTS / name)]
-    given = os.environ | {"JAX_PLATFORMS": "cpu"} | environment
-    done = subprocess.run(command, capture_output=True, text=True, env=given, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+from tests.harness.collectives import Collective, collectives, what_crosses
+from tests.harness.devices import run_on_devices
 
 
 def test_eight_devices_give_one_devices_loss_and_gradient() -> None:
     """The halting terms are means over the global batch, not means of the devices' own; also on an fsdp mesh."""
-    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"  # compiles in half the time
-    assert "8 devices agree" in run_script("step_on_devices.py", XLA_FLAGS=flags)
+    assert "8 devices agree" in run_on_devices("step_on_devices.py")
 
 
 @pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install -r requirements-tpu.txt"
 )
 def test_it_compiles_for_a_tpu() -> None:
-    assert "as promised" in run_script("compile_for_tpu.py")
+    """In a new process: its environment tells libtpu that there are no chips, and XLA compiles as for training."""
+    script = Path(__file__).parent / "harness" / "compile_for_tpu.py"
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "as promised" in done.stdout
 
 
 @pytest.mark.parametrize("gate", [(None, None), (4.0, 1.0)])

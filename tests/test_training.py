@@ -19,10 +19,11 @@ import avit_jax
 from avit_jax.commands.config_files import load_config
 from avit_jax.commands.dry_run import dry_run
 from avit_jax.commands.evaluate_checkpoint import evaluate_checkpoint
-from avit_jax.commands.run import format_summary, run
+from avit_jax.commands.run import run
 from avit_jax.commands.typed_config import parse
 from avit_jax.data.settings import AugmentSettings, DataSettings
 from avit_jax.data.sources import load_dataset
+from avit_jax.evaluate.compare import format_summary
 from avit_jax.runtime.mesh import MeshSettings, training_mesh
 from avit_jax.train import loop as training
 from avit_jax.train import losses, setup
@@ -55,6 +56,7 @@ class Killed(Exception):
 
 def test_a_run_learns_and_leaves_everything_behind(config: ConfigDict, tmp_path: Path) -> None:
     config.epochs *= 12
+    config.eval_every = config.checkpoint_every = 48
     config.optim.ema_decay = config.loss.label_smoothing = 0.0
     workdir = tmp_path / "run"
     summary = run(config, workdir)
@@ -96,12 +98,21 @@ def test_a_model_is_trained_from_python_and_a_finished_run_is_not_repeated(
     assert "A-ViT" in out
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nobody stopped."""
+    folder = tmp_path_factory.mktemp("whole")
+    config = tiny_experiment(folder / "toy.npz")
+    config.model.drop_path_rate = 0.3
+    run(config, folder / "run")
+    return folder / "run"
+
+
 @pytest.mark.parametrize("killed_at", [2, 5, 8])
 def test_a_stopped_run_goes_on_bit_for_bit(
-    config: ConfigDict, tmp_path: Path, killed_at: int, monkeypatch: pytest.MonkeyPatch
+    config: ConfigDict, whole: Path, tmp_path: Path, killed_at: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config.model.drop_path_rate = 0.3
-    run(config, tmp_path / "whole")
     checked = training._checked
 
     def killing(step: int, metrics: Any) -> dict[str, float]:
@@ -118,12 +129,12 @@ def test_a_stopped_run_goes_on_bit_for_bit(
     run(config, tmp_path / "stopped")
     for options in ({}, {"ema": True}):
         for a, b in zip(
-            leaves(tmp_path / "whole" / "checkpoints", **options),
+            leaves(whole / "checkpoints", **options),
             leaves(tmp_path / "stopped" / "checkpoints", **options),
             strict=True,
         ):
             np.testing.assert_array_equal(a, b)
-    assert lines_without_times(tmp_path / "whole") == lines_without_times(tmp_path / "stopped")
+    assert lines_without_times(whole) == lines_without_times(tmp_path / "stopped")
     assert not list((tmp_path / "stopped" / "checkpoints").glob("damaged-*")), "what was saved fits its digests"
 
 

@@ -1,5 +1,9 @@
 """Work against DeiT's published figures and a loop over tokens."""
 
+import dataclasses
+import math
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,10 +11,10 @@ import pytest
 from flax import nnx
 
 import avit_jax
-from avit_jax import PackedPlan
-from avit_jax.evaluate.figures import config_gmacs
-from avit_jax.execution.plan import executed_gmacs, layer_loads, padded_loads
-from avit_jax.execution.work import last_block_macs
+from avit_jax import AViT, PackedPlan
+from avit_jax.execution.plan import layer_loads, padded_loads
+from avit_jax.execution.work import image_gmacs, last_block_macs, packed_gmacs, shrinking_gmacs, whole_gmacs
+from avit_jax.reduction.tome import ToMe
 from tests.harness.builders import small_config
 
 
@@ -18,14 +22,14 @@ from tests.harness.builders import small_config
 def test_dense_work_is_deits(size: str, published: float) -> None:
     config = avit_jax.PRESETS[f"deit_{size}_patch16_224"]
     depth = jnp.full((2, config.num_tokens), config.depth, jnp.int32)
-    np.testing.assert_allclose(config_gmacs(depth, config), published, atol=0.05)
+    np.testing.assert_allclose(image_gmacs(config, depth), published, atol=0.05)
 
 
 def test_work_is_the_sum_over_layers_of_what_is_active() -> None:
     config = avit_jax.PRESETS["avit_tiny_distilled_patch16_224"]
     depth = np.random.default_rng(0).integers(1, 13, (3, config.num_tokens)).astype(np.int32)
     d = config.embed_dim
-    for image, found in zip(depth, config_gmacs(jnp.asarray(depth), config), strict=True):
+    for image, found in zip(depth, image_gmacs(config, jnp.asarray(depth)), strict=True):
         total = 196 * 16 * 16 * 3 * d + 2 * d * 1000
         for layer in range(1, 13):
             n = int((image >= layer).sum())
@@ -48,7 +52,57 @@ def test_xlas_own_count_of_an_unrolled_model_agrees() -> None:
 
     counted = jax.jit(forward).lower(jnp.zeros((1, 64, 64, 3))).compile().cost_analysis()["flops"] / 2e9
     depth = jnp.full((1, config.num_tokens), config.depth, jnp.int32)
-    np.testing.assert_allclose(counted, config_gmacs(depth, config)[0], rtol=0.02)
+    np.testing.assert_allclose(counted, image_gmacs(config, depth)[0], rtol=0.02)
+
+
+def multiply_adds(jaxpr: Any) -> int:
+    """Those of every matrix product in a traced program, scans unrolled; the products of merging are left out."""
+    total = 0
+    for equation in jaxpr.eqns:
+        parameters = equation.params
+        if equation.primitive.name == "dot_general":
+            highest = jax.lax.Precision.HIGHEST  # of ToMe's matching and its sums alone
+            if parameters["precision"] not in (highest, (highest, highest)):
+                (contracted, _), _ = parameters["dimension_numbers"]
+                shape = equation.invars[0].aval.shape
+                total += math.prod(equation.outvars[0].aval.shape) * math.prod(shape[axis] for axis in contracted)
+        times = parameters.get("length", 1)
+        inner = [value for value in parameters.values() if hasattr(value, "eqns") or hasattr(value, "jaxpr")]
+        total += times * sum(multiply_adds(getattr(part, "jaxpr", part)) for part in inner)
+    return total
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"gate_scale": None, "gate_center": None},
+        {"distilled": True, "num_registers": 2},
+        {"pool": "token_and_mean"},
+        {"rule": ToMe(2)},
+        {"rule": ToMe((0, 2, 0, 1)), "distilled": True},
+        {"rule": ToMe(1), "pool": "norm_mean", "class_token": False},
+    ],
+)
+def test_the_products_of_the_traced_program_are_what_is_counted(fields: dict[str, Any]) -> None:
+    config = small_config(image_size=(16, 12), **fields)
+    program = avit_jax.compile(AViT(config, rngs=nnx.Rngs(0)), 2, execution="auto" if config.reduction else "masked")
+    traced = jax.make_jaxpr(program.jitted)(*program.abstract_arguments)
+    depth = np.full((2, config.num_tokens), config.depth, np.int32)
+    own = 0
+    if config.reduction is not None:  # with a class token nothing merges in the last layer
+        own = sum(config.reduction.own_macs(config)[: -1 if config.pool == "token" else None])
+    assert program.executed(depth, 2).gmacs == pytest.approx((multiply_adds(traced.jaxpr) / 2 + own) / 1e9, rel=1e-6)
+
+
+def test_a_reduction_counts_the_whole_last_layer_by_the_papers_convention() -> None:
+    """DeiT-S with r = 13 is 2.7 in ToMe's paper."""
+    config = avit_jax.PRESETS["deit_small_patch16_224"]
+    config = dataclasses.replace(config, rule=ToMe(13))
+    found = image_gmacs(config, jnp.ones((3, config.num_tokens), jnp.int32))
+    np.testing.assert_allclose(found, 2.703, atol=5e-4)
+    assert shrinking_gmacs(config, short_last_layer=True) < found[0] < whole_gmacs(config)
+    nothing = dataclasses.replace(config, rule=ToMe(0))
+    assert shrinking_gmacs(nothing, short_last_layer=False) == pytest.approx(whole_gmacs(config), rel=1e-6)
 
 
 def test_the_last_block_counts_what_special_tokens_read() -> None:
@@ -69,7 +123,8 @@ def test_executed_work_is_the_sum_over_groups_of_their_capacities() -> None:
     first = 2 * (7 * (4 * 16**2 + 2 * 16 * 64) + 2 * 7 * 7 * 16)
     last = 2 * (4 * 2 * 16**2 + 2 * 16**2 + 2 * 16 * 64 + 2 * 4 * 16)
     rest = 6 * 4 * 4 * 2 * 16 + 16 * 5
-    assert executed_gmacs(loads, plan, config, 2) == pytest.approx(((first + last) / 2 + rest) / 1e9, rel=1e-6)
+    found = packed_gmacs(config, padded_loads(loads, plan), plan.group_size, images=2)
+    assert found == pytest.approx(((first + last) / 2 + rest) / 1e9, rel=1e-6)
 
 
 def test_loads_follow_the_exit_of_images() -> None:
@@ -106,11 +161,11 @@ def test_work_of_registers_and_of_heads_on_the_mean(
     assert config.num_tokens == tokens
     block = tokens * (4 * 16**2 + 2 * 16 * 64) + 2 * tokens**2 * 16
     embedding = 6 * 4 * 4 * 2 * 16
-    found = config_gmacs(jnp.full((1, tokens), 2, jnp.int32), config)
+    found = image_gmacs(config, jnp.full((1, tokens), 2, jnp.int32))
     np.testing.assert_allclose(found, (2 * block + embedding + heads) / 1e9, rtol=1e-6)
     last = block
     if read is not None:  # of the last block only what the heads read
         last = tokens * 2 * 16**2 + read * (2 * 16**2 + 2 * 16 * 64 + 2 * tokens * 16)
     plan = PackedPlan(tokens, 1, (tokens,))
-    executed = executed_gmacs(np.full((1, 2, 1), tokens), plan, config, 1)
+    executed = packed_gmacs(config, padded_loads(np.full((1, 2, 1), tokens), plan), 1, 1)
     assert executed == pytest.approx((block + last + embedding + heads) / 1e9, rel=1e-6)

@@ -1,19 +1,19 @@
 """What eval.py does: any checkpoint on a data set, as a table and as a page."""
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from avit_jax.checkpoints.model_folder import is_foreign, load
+from avit_jax.checkpoints.model_folder import is_foreign, load, no_checkpoint
 from avit_jax.commands.predict_images import read_class_names
 from avit_jax.commands.typed_config import parse
 from avit_jax.data.open import open_dataset
 from avit_jax.data.sources import Dataset, Split
 from avit_jax.evaluate.figures import Evaluation, evaluate
-from avit_jax.evaluate.sweep import parse_sweep
+from avit_jax.evaluate.sweep import parse_sweep, with_setting
+from avit_jax.execution.program import AUTO
 from avit_jax.model.config import AViTConfig
 from avit_jax.model.vit import AViT
 from avit_jax.report.numbers import only_layer
@@ -29,7 +29,7 @@ def evaluate_checkpoint(
     path: str | Path,
     *,
     ema: bool = False,
-    execution: str = "packed",
+    execution: str = AUTO,
     report: str | Path | None = None,
     baseline: str | Path | None = None,
     sweep: str | None = None,
@@ -40,7 +40,7 @@ def evaluate_checkpoint(
 
     A checkpoint that carries its configuration keeps it, gate and preprocessing included; a foreign file takes
     config.model. model: fields of AViTConfig that the user asked for. report: a folder for report.html and report.json;
-    baseline: a checkpoint to compare with in it; sweep: gate settings to try, as sweep.parse_sweep takes them;
+    baseline: a checkpoint to compare with in it; sweep: settings of the rule to try, as sweep.parse_sweep takes them;
     class_names: a file, one name a line. Raises ValueError where the checkpoint and the data differ in shape or number
     of classes, for a baseline of other classes, and for a folder that is not writable.
     """
@@ -50,7 +50,7 @@ def evaluate_checkpoint(
     gates = parse_sweep(sweep) if sweep else None
     for checkpoint in (path, baseline):
         if checkpoint and not Path(checkpoint).exists():
-            raise ValueError(f"there is no checkpoint at {checkpoint}: nothing of that name is there")
+            raise no_checkpoint(checkpoint)
     folder = writable_folder(report) if report else None
     dataset = open_dataset(settings.data)
     mesh = data_mesh(settings.eval_batch_size)
@@ -59,8 +59,11 @@ def evaluate_checkpoint(
     def loaded(path: str | Path, ema: bool) -> AViT:
         found = _evaluable(path, settings, dataset, ema, model_fields)
         if class_names:
-            found.config = dataclasses.replace(found.config, class_names=read_class_names(class_names, found.config))
+            return found.with_config(class_names=read_class_names(class_names, found.config))
         return found
+
+    def named(found: AViT) -> AViT:
+        return found if found.config.class_names else found.with_config(class_names=dataset.class_names)
 
     def subject(path: str | Path, found: AViT) -> Subject:
         result = evaluate(found, dataset.test, settings.eval_batch_size, execution, mesh)
@@ -69,11 +72,11 @@ def evaluate_checkpoint(
     ours = loaded(path, ema)
     other = loaded(baseline, False) if baseline else None
     doubt = None if class_names else _compare_names(path, ours.config, baseline, other, dataset.class_names)
-    for found in (ours, other):
-        if found is not None and found.config.class_names is None:
-            found.config = dataclasses.replace(found.config, class_names=dataset.class_names)
-    if gates and not ours.config.halts:
+    ours, other = named(ours), named(other) if other else None
+    if gates and ours.config.rule_in_force is None:
         raise ValueError(f"--sweep moves a gate and {path} has none: it never halts; leave --sweep out")
+    if gates:
+        with_setting(ours, gates.field, gates.values[0])  # its error before the minutes of evaluation
     evaluated = subject(path, ours)
     lines = [f"warning: {doubt}"] if doubt else []
     lines.append(format_evaluation(evaluated.result, ours.config))
@@ -143,7 +146,7 @@ def _evaluable(path: str | Path, settings: TrainSettings, dataset: Dataset, ema:
     return found
 
 
-def format_evaluation(result: Evaluation, config: AViTConfig) -> str:
+def format_evaluation(result: Evaluation, model_config: AViTConfig) -> str:
     """The table that eval.py prints."""
     lines = [f"images             {result.images}"]
     if result.labelled:
@@ -155,9 +158,9 @@ def format_evaluation(result: Evaluation, config: AViTConfig) -> str:
     else:
         lines.append("no labels          no accuracy, no loss")
     lines += [
-        f"mean depth         {result.mean_depth:.2f} of {config.depth} layers ({result.depth_fraction:.0%})",
+        f"mean depth         {result.mean_depth:.2f} of {model_config.depth} layers ({result.depth_fraction:.0%})",
         f"  deviation        {result.depth_std_tokens:.2f} between tokens, {result.depth_std_images:.2f} of images",
-        *([f"class token depth  {result.class_token_depth:.2f}"] if config.class_token else []),
+        *([f"class token depth  {result.class_token_depth:.2f}"] if model_config.class_token else []),
         f"GMACs per image    {result.gmacs:.4f}",
         f"  executed         {result.executed_gmacs:.4f}, mean depth {result.executed_depth:.2f}",
     ]

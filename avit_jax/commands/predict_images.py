@@ -1,9 +1,8 @@
 """A person's own pictures: what the model says of each, how sure it is, and where its layers went."""
 
-import dataclasses
 import hashlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -12,8 +11,7 @@ import numpy as np
 from avit_jax.checkpoints.model_folder import load
 from avit_jax.data.decode import BadImage, decode
 from avit_jax.data.preprocessing import denormalize, normalize, preprocess
-from avit_jax.evaluate.figures import masked_program
-from avit_jax.execution.packed import compile_packed
+from avit_jax.execution.program import AUTO, compile, suited_execution
 from avit_jax.model.config import AViTConfig
 from avit_jax.model.vit import AViT
 from avit_jax.report.gallery import side_by_side
@@ -32,7 +30,7 @@ def predict_checkpoint(
     folder: str | Path | None = None,
     class_names: str | Path | None = None,
     ema: bool = False,
-    execution: str = "packed",
+    execution: str = AUTO,
     baseline: str | None = None,
     sweep: str | None = None,
 ) -> Iterator[str]:
@@ -49,8 +47,9 @@ def predict_checkpoint(
     if model.config.in_channels not in (1, 3):
         raise ValueError(f"the model takes {model.config.in_channels} channels and picture files have 1 or 3")
     if class_names:
-        model.config = dataclasses.replace(model.config, class_names=read_class_names(class_names, model.config))
-    out = writable_folder(folder or Path("runs", Path(checkpoint).name, "images")) if model.config.halts else None
+        model = model.with_config(class_names=read_class_names(class_names, model.config))
+    has_depths = model.config.rule_in_force is not None
+    out = writable_folder(folder or Path("runs", Path(checkpoint).name, "images")) if has_depths else None
     yield from predict_files(model, files, root, out, execution)
 
 
@@ -58,7 +57,8 @@ def predict_files(model: AViT, files: list[Path], root: Path, out: Path | None, 
     """The lines of predict_checkpoint; pictures are read, run and forgotten a batch at a time."""
     config = model.config
     normalize(np.zeros((0, *config.image_shape, config.in_channels), np.uint8), config)  # its error is no file's
-    run = _program(model, min(_BATCH, len(files)), execution)
+    chosen = suited_execution(config, execution)
+    run = compile(model, min(_BATCH, len(files)), execution=chosen, image_exit=False)
     names = model.config.class_names or tuple(map(str, range(model.config.num_classes)))
     shown_names = {file: shown(file.relative_to(root)) for file in files}
     width = min(max(map(len, shown_names.values())), _WIDEST)
@@ -73,8 +73,8 @@ def predict_files(model: AViT, files: list[Path], root: Path, out: Path | None, 
                 yield f"unreadable: {error}"
         if not read:
             continue
-        logits, depths = run(np.stack(list(read.values())))
-        probabilities = np.asarray(jax.nn.softmax(logits))
+        output = run(np.stack(list(read.values())))
+        probabilities, depths = np.asarray(jax.nn.softmax(output.logits)), np.asarray(output.token_depth)
         for (file, image), p, depth in zip(read.items(), probabilities, depths, strict=True):
             name, answer = shown_names[file], shown(names[int(p.argmax())])
             yield f"{name:{width}}  {answer}  {p.max():.1%}  depth {depth.mean():.2f} of {model.config.depth}"
@@ -91,11 +91,11 @@ def predict_files(model: AViT, files: list[Path], root: Path, out: Path | None, 
     yield f"pictures with their depths: {out}" if out else "the model never halts: there are no depths to draw"
 
 
-def _read(file: Path, name: str, config: AViTConfig) -> np.ndarray:
+def _read(file: Path, name: str, model_config: AViTConfig) -> np.ndarray:
     """The model's view of a file. Raises BadImage, whatever the file does to the libraries that read it."""
     try:
         # Upright, as the camera says: a person's pictures are not a data set's.
-        return preprocess(decode(file, name, upright=True), config)[0]
+        return preprocess(decode(file, name, upright=True), model_config)[0]
     except BadImage:
         raise
     except Exception as error:
@@ -122,19 +122,6 @@ def _safe(part: str, suffix: str) -> str:
     return f"{kept}-{digest}{suffix}"
 
 
-def _program(model: AViT, batch_size: int, execution: str) -> Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]:
-    """Logits and token depths, which are the rule's, of up to batch_size images."""
-    packed = execution == "packed" and model.config.halts
-    program = compile_packed(model, batch_size, image_exit=False) if packed else masked_program(model)
-
-    def run(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        count = len(images)
-        output = program(np.pad(images, ((0, batch_size - count), (0, 0), (0, 0), (0, 0))))
-        return np.asarray(output.logits)[:count], np.asarray(output.token_depth)[:count]
-
-    return run
-
-
 def find_images(path: Path) -> tuple[list[Path], Path]:
     """The files to read, sorted, and the folder that their names are told from; hidden ones are left out.
 
@@ -155,12 +142,14 @@ def find_images(path: Path) -> tuple[list[Path], Path]:
     return files, path
 
 
-def read_class_names(path: str | Path, config: AViTConfig) -> tuple[str, ...]:
+def read_class_names(path: str | Path, model_config: AViTConfig) -> tuple[str, ...]:
     """One name a line, as many as the model has classes. Raises ValueError for another number, or no such file."""
     try:
         names = tuple(line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip())
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"--class_names={path} cannot be read: {error}") from error
-    if len(names) != config.num_classes:
-        raise ValueError(f"--class_names={path} has {len(names)} names and the model {config.num_classes} classes")
+    if len(names) != model_config.num_classes:
+        raise ValueError(
+            f"--class_names={path} has {len(names)} names and the model {model_config.num_classes} classes"
+        )
     return names

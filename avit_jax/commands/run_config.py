@@ -6,6 +6,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from avit_jax.checkpoints.convert.weight_files import read_config
+from avit_jax.checkpoints.model_folder import no_checkpoint
 from avit_jax.commands.typed_config import config_dict
 from avit_jax.runtime.files import read_json, shown_value
 from avit_jax.train.settings import TrainSettings
@@ -29,7 +30,7 @@ def config_of_checkpoint(checkpoint: str | Path) -> str:
     """What --config is for a checkpoint of a run. Raises ValueError where no run's train_config.json is beside it."""
     path = Path(checkpoint)
     if not path.exists():
-        raise ValueError(f"there is no checkpoint at {checkpoint}: nothing of that name is there")
+        raise no_checkpoint(checkpoint)
     found = find_run_config(path)
     if found is None:
         own = path.is_dir() or read_config(path) is not None

@@ -1,34 +1,29 @@
-"""What a model is worth: accuracy, depth, work, and speed, each image counted once."""
+"""What a model is worth: accuracy, depth and work, each image counted once."""
 
+import collections
 import dataclasses
 import functools
 import math
-import statistics
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from avit_jax.data.pipeline import evaluation_batches
 from avit_jax.data.preprocessing import normalize
 from avit_jax.data.sources import Images
-from avit_jax.execution.packed import compile_packed
-from avit_jax.execution.plan import executed_gmacs, layer_loads
+from avit_jax.execution.program import compile, suited_execution
 from avit_jax.execution.work import image_gmacs
 from avit_jax.model.config import AViTConfig
 from avit_jax.model.vit import AViT, AViTOutput
 from avit_jax.runtime.bars import counted
-from avit_jax.runtime.mesh import batch_sharding, replicated
+from avit_jax.runtime.mesh import batch_sharding
 from avit_jax.runtime.processes import gathered
-
-EXECUTIONS = ("masked", "packed")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,19 +100,6 @@ class Evaluation:
         return self.per_image.mean_depth
 
 
-def config_gmacs(token_depth: Int[Array, "b n"], config: AViTConfig) -> Float[Array, " b"]:
-    """10^9 multiply-adds of each image for this architecture (flops.image_gmacs)."""
-    return image_gmacs(
-        token_depth,
-        depth=config.depth,
-        embed_dim=config.embed_dim,
-        mlp_dim=config.mlp_dim,
-        patch_values=config.patch_size**2 * config.in_channels,
-        num_special=config.num_special,
-        head_macs=config.head_macs,
-    )
-
-
 _normalized = jax.jit(normalize, static_argnums=1)
 
 
@@ -135,7 +117,7 @@ def _of_images(config: AViTConfig, output: AViTOutput, label: Int[Array, " b"]) 
         "mean_depth": depth.mean(1),
         "depth_std": depth.std(1),
         "class_token_depth": output.token_depth[:, 0] if config.class_token else jnp.zeros(len(label), jnp.int32),
-        "gmacs": config_gmacs(output.token_depth, config),
+        "gmacs": image_gmacs(config, output.token_depth),
     }
 
 
@@ -150,9 +132,9 @@ def evaluate(
 ) -> Evaluation:
     """The model over a data set, jit-compiled; the short last batch is padded, the padding weighs nothing.
 
-    execution: "masked" or "packed"; the figures are the rule's and the same for both, except for the executed ones.
-    Packed runs without image exit here, since only so are all depths seen; what is executed is counted with it, as
-    compile_packed does by default. A model that never halts is always executed whole.
+    execution: as compile has it, where the rule leaves a choice (suited_execution). The figures are the rule's and the
+    same for all executions, except for the executed ones. Packed runs without image exit here, since only so are all
+    depths seen; what is executed is counted with it, as compile_packed does by default.
     Labels of -1 throughout: the data have none. mesh: devices that the batches are split over; one without it.
     before_batch: called before every batch; it may raise, to break the evaluation off.
     Raises ValueError where a label lies outside the model's classes, and for another execution.
@@ -193,24 +175,21 @@ def totals(
     """
     process, processes = jax.process_index(), jax.process_count()
     own = batch_size // processes
-    if execution not in EXECUTIONS:
-        raise ValueError(f"execution {execution!r} is unknown: choose one of {', '.join(EXECUTIONS)}")
     config = model.config
+    chosen = suited_execution(config, execution)
     if not config.num_classes:
         raise ValueError("the model has no head (num_classes 0), so there is nothing to evaluate: load one with a head")
     if split.labels is not None:  # else they are looked at as they come
         _check_labels(split.labels, config)
-    packed = None
-    if execution == "packed" and config.halts:
-        packed = compile_packed(model, own, image_exit=False, mesh=mesh)
-    program = packed or masked_program(model, mesh)
+    program = compile(model, own, execution=chosen, image_exit=False, mesh=mesh)
     images: list[dict[str, np.ndarray]] = []
     histogram, by_token = np.zeros(config.depth, np.int64), np.zeros(config.num_tokens, np.int64)
-    slots, performed = 0, 0.0
+    slots = 0
+    performed: collections.Counter[float] = collections.Counter()  # images by their GMACs: mostly one number
     batches = evaluation_batches(split, config, batch_size, process_index=process, process_count=processes)
-    count = -(-len(split) // batch_size)
-    told = counted(batches, "evaluating", count, "batches") if process == 0 else batches  # by one process of several
-    for number, batch in enumerate(told):
+    if process == 0:  # one process of several tells
+        batches = counted(batches, "evaluating", -(-len(split) // batch_size), "batches")
+    for number, batch in enumerate(batches):
         if before_batch is not None:
             before_batch()
         real = np.asarray(batch["weight"]) > 0
@@ -223,17 +202,14 @@ def totals(
         depth = np.where(real[:, None], output.token_depth, 0)
         histogram += np.bincount(depth.ravel(), minlength=config.depth + 1)[1:]
         by_token += depth.sum(0)
-        if packed and real.any():  # of the last batch a process may have none
-            loads = layer_loads(depth, config, image_exit=True)
-            slots += int(loads.sum())
-            # Each device packs its own images. Padding images are empty: the mean is over real ones.
-            by_device = np.stack(np.split(loads, 1 if mesh is None else mesh.shape["data"], axis=1))
-            performed += executed_gmacs(by_device, packed.plan, config, int(real.sum())) * int(real.sum())
+        count = int(real.sum())
+        if count:  # of the last batch a process may have none
+            executed = program.executed(depth, count)
+            slots += executed.slots
+            performed[executed.gmacs] += count
     columns = {name: np.concatenate([part[name] for part in images]) for name in images[0]}
-    if not packed:
-        count = len(columns["index"])
-        slots, performed = count * config.depth * config.num_tokens, count * whole_gmacs(config)
-    return Totals(ImageFigures(**columns), histogram, by_token, slots, performed)
+    gmacs = sum(each * count for each, count in performed.items())
+    return Totals(ImageFigures(**columns), histogram, by_token, slots, float(gmacs))
 
 
 def _check_labels(labels: Int[np.ndarray, " n"], config: AViTConfig) -> None:
@@ -243,11 +219,6 @@ def _check_labels(labels: Int[np.ndarray, " n"], config: AViTConfig) -> None:
             f"labels run from {low} to {high}, the model has {config.num_classes} classes: 0..num_classes - 1 is "
             "allowed, or -1 throughout where there are none"
         )
-
-
-def whole_gmacs(config: AViTConfig) -> float:
-    """10^9 multiply-adds of an image whose tokens all run through every layer."""
-    return float(config_gmacs(jnp.full((1, config.num_tokens), config.depth, jnp.int32), config)[0])
 
 
 def figures(found: Totals, config: AViTConfig) -> Evaluation:
@@ -277,40 +248,3 @@ def figures(found: Totals, config: AViTConfig) -> Evaluation:
         executed_gmacs=found.executed_gmacs / count,
         per_image=images,
     )
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _forward(graphdef: nnx.GraphDef, params: nnx.State, images: Array) -> AViTOutput:
-    return nnx.merge(graphdef, params)(images)
-
-
-def masked_program(model: AViT, mesh: Mesh | None = None) -> Callable[[Array | np.ndarray], AViTOutput]:
-    """The model as it stands, jit-compiled; masked execution, on all devices of the mesh where one is given."""
-    graphdef, params = nnx.split(model)
-    return functools.partial(_forward, graphdef, jax.device_put(params, replicated(mesh)) if mesh else params)
-
-
-def predict(model: AViT, images: Float[np.ndarray, "b h w c"]) -> AViTOutput:
-    """The model's output, jit-compiled; masked execution."""
-    return masked_program(model)(images)
-
-
-def images_per_second(
-    programs: Sequence[Callable[[Array | np.ndarray], AViTOutput]],
-    images: Float[np.ndarray, "b h w c"],
-    mesh: Mesh,
-    rounds: int = 7,
-) -> list[float]:
-    """Throughput of each program on the same batch: median of `rounds` (at least 5) warm runs, the programs in turn.
-
-    The batch lies on the mesh's devices, split over them; outputs are awaited.
-    """
-    batch = jax.device_put(images, batch_sharding(mesh))
-    times: list[list[float]] = [[] for _ in programs]
-    for timed in [False] + [True] * max(rounds, 5):
-        for program, seconds in zip(programs, times, strict=True):
-            began = time.perf_counter()
-            jax.block_until_ready(program(batch))
-            if timed:
-                seconds.append(time.perf_counter() - began)
-    return [len(images) / statistics.median(seconds) for seconds in times]

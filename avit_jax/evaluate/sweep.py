@@ -1,24 +1,25 @@
-"""One checkpoint at several gate settings, without training: what each costs, and which nothing beats."""
+"""One checkpoint at several settings of its rule, without training: what each costs, and which nothing beats."""
 
 import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from flax import nnx
 from jaxtyping import Bool
 
 from avit_jax.model.vit import AViT
+from avit_jax.rules import RULES
 from avit_jax.runtime.hints import nearest
 
-FIELDS = ("gate_center", "gate_scale")
-SYNTAX = "FIELD:VALUE,VALUE,... or FIELD:FIRST:LAST:COUNT, FIELD being gate_center or gate_scale"
+_RULES: Any = RULES.values()
+FIELDS: tuple[str, ...] = tuple(field for rule in _RULES for field in rule.sweeps)
+SYNTAX = f"FIELD:VALUE,VALUE,... or FIELD:FIRST:LAST:COUNT, FIELD being {', '.join(FIELDS[:-1])} or {FIELDS[-1]}"
 MOST = 40  # settings; each is a program to compile
 
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
-    """Gate settings to try: a field of AViTConfig and its values."""
+    """Settings of a rule to try: one of its fields, and its values."""
 
     field: str
     values: tuple[float, ...]
@@ -49,11 +50,17 @@ def parse_sweep(text: str) -> Sweep:
     return Sweep(field, settings)
 
 
-def with_gate(model: AViT, **gate: Any) -> AViT:
-    """The same weights under another gate; gate_scale=None, gate_center=None: no token ever halts."""
-    other = nnx.merge(*nnx.split(model))
-    other.config = dataclasses.replace(model.config, **gate)
-    return other
+def with_setting(model: AViT, field: str, value: float) -> AViT:
+    """The same weights under the model's rule with one setting changed.
+
+    Raises ValueError for a model without a rule, a rule that has no such setting to sweep, and a value it cannot take.
+    """
+    rule: Any = model.config.rule_in_force
+    if rule is None or field not in rule.sweeps:
+        has = "has no rule" if rule is None else f"has {rule.name!r}, which sweeps {' or '.join(rule.sweeps)}"
+        raise ValueError(f"--sweep moves {field} and the model {has}: sweep another setting, or leave --sweep out")
+    whole = not isinstance(getattr(rule, field), float) and value.is_integer()
+    return model.with_config(rule=dataclasses.replace(rule, **{field: int(value) if whole else value}))
 
 
 def unbeaten(gain: Sequence[float], cost: Sequence[float]) -> Bool[np.ndarray, " n"]:

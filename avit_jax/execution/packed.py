@@ -14,12 +14,16 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Bool, Float, Int, Shaped
+from jaxtyping import Array, Bool, Float, Int
 
-from avit_jax.execution.plan import PackedPlan, default_plan
-from avit_jax.halting import avit as halting
+from avit_jax.execution.compiled import CompiledModel, split_model
+from avit_jax.execution.plan import PackedPlan, default_plan, layer_loads, padded_loads
+from avit_jax.execution.work import Executed, packed_gmacs
+from avit_jax.halting.rule import State, Trace, drop_halted, first_state
 from avit_jax.model.layers import Block
-from avit_jax.model.vit import AViT, AViTOutput, check_images
+from avit_jax.model.output import AViTOutput
+from avit_jax.model.seen import WHOLE_LAYER, Facts, of_attention
+from avit_jax.model.vit import AViT
 
 
 @jax.tree_util.register_dataclass
@@ -28,12 +32,12 @@ class _Packed:
     """The batch between two layers; images sorted by load, each image's tokens that still count first."""
 
     tokens: Float[Array, "b n d"]  # whatever lies behind the active ones is never read
-    state: halting.HaltingState  # in the same order
+    state: State  # in the same order
     index: Int[Array, "b n"]  # where each slot's token lies in its image
     image: Int[Array, " b"]  # where each row's image lies in the batch
 
 
-def _load(state: halting.HaltingState) -> tuple[Bool[Array, "b n"], Int[Array, " b"]]:
+def _load(state: State) -> tuple[Bool[Array, "b n"], Int[Array, " b"]]:
     """Slots that must be computed, and their number: active tokens, and those with a head while their image has any."""
     num_tokens, num_outputs = state.active.shape[1], state.output.shape[1]
     needed = state.active
@@ -43,51 +47,60 @@ def _load(state: halting.HaltingState) -> tuple[Bool[Array, "b n"], Int[Array, "
     return needed, needed.sum(1)
 
 
-def _by_token(state: halting.HaltingState, rows: Array, slots: Array) -> halting.HaltingState:
-    """The state of other rows, their slots in another order."""
-    ordered = {
-        field.name: jnp.take_along_axis(getattr(state, field.name)[rows], slots, axis=1)
-        for field in dataclasses.fields(state)
-        if field.name != "output"
-    }
+def _reordered(state: State, rows: Array, slots: Array) -> State:
+    """The state of the images in `rows`, the slots of each in another order."""
+
+    def by_slot(values: Array) -> Array:
+        return jnp.take_along_axis(values[rows], slots, axis=1)
+
     # Where only the first tokens have an output, these stay in front.
     whole = state.output.shape[1] == slots.shape[1]
-    output = state.output[rows[:, None], slots] if whole else state.output[rows]
-    return halting.HaltingState(output=output, **ordered)
+    return State(
+        active=by_slot(state.active),
+        token_depth=by_slot(state.token_depth),
+        output=state.output[rows[:, None], slots] if whole else state.output[rows],
+        of_tokens={name: by_slot(values) for name, values in state.of_tokens.items()},
+        of_images={name: values[rows] for name, values in state.of_images.items()},
+    )
 
 
 def _run_layer(
-    packed: _Packed, plan: PackedPlan, compute: Callable[[Array, Array], Array], width: int
-) -> tuple[Array, _Packed]:
-    """Tokens after `compute`, [B, width, D], and what they belong to: sorted, packed, group by group.
+    packed: _Packed, plan: PackedPlan, compute: Callable[[Array, Array], tuple[Array, Facts]], width: int
+) -> tuple[Array, Facts, _Packed]:
+    """What `compute` gives for [B, width] tokens, and what they belong to: sorted, packed, group by group.
 
-    compute(tokens [g, c, D], active [g, c]) gives the first rows of the group's tokens after the layer.
+    compute(tokens [g, c, D], active [g, c]) gives the first rows of the group's tokens after the layer, and facts of
+    these rows.
     """
     needed, load = _load(packed.state)
     rows = jnp.argsort(load)
     # The needed slots first, both in their order: a stable argsort of ~needed, six times as fast on a CPU.
     places = jnp.arange(needed.shape[1])
     slots = jnp.sort(jnp.where(needed[rows], places, places + len(places)), axis=1) % len(places)
-    state = _by_token(packed.state, rows, slots)
+    state = _reordered(packed.state, rows, slots)
     index = jnp.take_along_axis(packed.index[rows], slots, axis=1)
-    batch, _, dim = packed.tokens.shape
     capacities = jnp.asarray(plan.capacities)
 
-    def branch(capacity: int) -> Callable[..., Array]:
-        def run(rows: Array, slots: Array, active: Array) -> Array:
-            if capacity == 0:
-                return jnp.zeros((plan.group_size, width, dim), packed.tokens.dtype)
+    def branch(capacity: int) -> Callable[..., tuple[Array, Facts]]:
+        def fitted(values: Array) -> Array:
+            missing = width - min(capacity, width)
+            return jnp.pad(values[:, :width], ((0, 0), (0, missing), *[(0, 0)] * (values.ndim - 2)))
+
+        def run(rows: Array, slots: Array, active: Array) -> tuple[Array, Facts]:
             # The gather is in here: it moves no more than this capacity's tokens.
             tokens = packed.tokens[rows[:, None], slots[:, :capacity]]
             active = active[:, :capacity]
-            result = compute(halting.drop_halted(tokens, active), active)[:, :width]
-            return jnp.pad(result, ((0, 0), (0, width - result.shape[1]), (0, 0)))
+            return jax.tree.map(fitted, compute(drop_halted(tokens, active), active))
 
         return run
 
-    branches = [branch(0), *(branch(capacity) for capacity in plan.capacities)]
+    def nothing(*inputs: Array) -> tuple[Array, Facts]:
+        shapes = jax.eval_shape(branch(plan.capacities[-1]), *inputs)
+        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
 
-    def group(inputs: tuple[Array, ...]) -> Array:
+    branches = [nothing, *(branch(capacity) for capacity in plan.capacities)]
+
+    def group(inputs: tuple[Array, ...]) -> tuple[Array, Facts]:
         rows, slots, active, load = inputs
         most = load.max()
         choice = jnp.where(most == 0, 0, 1 + jnp.searchsorted(capacities, most))
@@ -96,169 +109,149 @@ def _run_layer(
     grouped = jax.tree.map(
         lambda x: x.reshape(-1, plan.group_size, *x.shape[1:]), (rows, slots, state.active, load[rows])
     )
-    tokens = jax.lax.map(group, grouped).reshape(batch, width, dim)
-    return tokens, _Packed(packed.tokens, state, index, packed.image[rows])
-
-
-def _exit_images(state: halting.HaltingState, read: Bool[Array, "b n"]) -> halting.HaltingState:
-    """Drop what is left of the images in which all the tokens that the logits read have halted."""
-    going = (state.active & read).any(1, keepdims=True)
-    dropped = state.active & ~going
-    return dataclasses.replace(
-        state,
-        active=state.active & going,
-        # They weigh what is left of them, as where a token stops by itself.
-        ponder_cost=state.ponder_cost + jnp.where(dropped, state.remainder, 0),
-    )
+    tokens, facts = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), jax.lax.map(group, grouped))
+    return tokens, facts, _Packed(packed.tokens, state, index, packed.image[rows])
 
 
 def _forward(
     model: AViT, images: Float[Array, "b h w c"], count: Int[Array, ""], plan: PackedPlan, image_exit: bool
 ) -> AViTOutput:
     """The model's output for the first `count` images; the rest are empty and cost nothing."""
-    config = model.config
+    config, rule = model.config, model.config.halting
     x = model.embed(images)
     batch, num_tokens, dim = x.shape
     missing = -batch % plan.group_size
     x = jnp.pad(x, ((0, missing), (0, 0), (0, 0)))
     rows = batch + missing
-    state = halting.initial_state(rows, num_tokens, config.num_outputs, dim)
+    state = rule.initial(rows, config) if rule else first_state(rows, num_tokens, config.num_outputs, dim)
     state = dataclasses.replace(state, active=jnp.broadcast_to((jnp.arange(rows) < count)[:, None], (rows, num_tokens)))
     index = jnp.broadcast_to(jnp.arange(num_tokens), (rows, num_tokens))
     packed = _Packed(x, state, index, jnp.arange(rows))
     blocks, stacked = nnx.split(model.blocks)
     tokens_read = jnp.array(config.tokens_read)
+    reads = rule.reads if rule else frozenset()
 
-    def advanced(packed: _Packed, tokens: Array, last: bool) -> tuple[_Packed, Array]:
+    def computed(block: Block, tokens: Array, active: Array) -> tuple[Array, Facts]:
+        y, facts = block.attend(tokens, active, reads=of_attention(reads))
+        return block.transform(y), facts | ({"before": tokens} if "before" in reads else {})
+
+    def read(block: Block, tokens: Array, active: Array) -> tuple[Array, Facts]:
+        return block.read(tokens, active, config.num_outputs), {}
+
+    def advanced(packed: _Packed, tokens: Array, facts: Facts, layer: Any, last: bool) -> tuple[_Packed, Trace]:
         state = packed.state
-        if config.halts:
-            state, scores = halting.advance(state, tokens, **vars(config.halting), is_last=last)
-            if image_exit and not last:
-                state = _exit_images(state, tokens_read[packed.index])
-        else:
-            depth = state.token_depth + state.active
+        if rule is None:
             output = jnp.where(last, tokens[:, : config.num_outputs], 0)
-            state = dataclasses.replace(state, token_depth=depth, ponder_cost=depth + 1.0, output=output)
-            scores = jnp.zeros(state.active.shape)
-        return dataclasses.replace(packed, tokens=tokens, state=state), scores
+            state, trace = (
+                dataclasses.replace(state, token_depth=state.token_depth + state.active, output=output),
+                Trace(),
+            )
+        else:
+            seen = model.seen(rule, tokens, state.active, facts)
+            state, trace = rule.advance(state, seen, layer=layer, is_last=last, module=model.rule_module)
+            if image_exit and not last:  # what is left of the images whose logits are known
+                going = (state.active & tokens_read[packed.index]).any(1, keepdims=True)
+                state = rule.finish(state, ~going)
+        return dataclasses.replace(packed, tokens=tokens, state=state), trace
 
     def block_at(layer: Any) -> Block:
         # One layer's slice at a time: stacked[:-1] would copy nearly all weights in every call.
         return nnx.merge(blocks, jax.tree.map(lambda p: p[layer], stacked))
 
-    def layer(packed: _Packed, index: Array) -> tuple[_Packed, tuple[Array, Array, Array]]:
-        tokens, packed = _run_layer(packed, plan, block_at(index), num_tokens)
-        packed, scores = advanced(packed, tokens, last=False)
-        return packed, (scores, packed.index, packed.image)
+    def layer(packed: _Packed, index: Array) -> tuple[_Packed, tuple[Trace, Array, Array]]:
+        tokens, facts, packed = _run_layer(packed, plan, functools.partial(computed, block_at(index)), num_tokens)
+        packed, trace = advanced(packed, tokens, facts, index, last=False)
+        return packed, (trace, packed.index, packed.image)
 
-    packed, traces = jax.lax.scan(layer, packed, jnp.arange(config.depth - 1))
-    last = block_at(config.depth - 1)
-    if image_exit and config.pool == "token":
-        read = functools.partial(last.read, queries=config.num_outputs)
-        tokens, packed = _run_layer(packed, plan, read, config.num_outputs)
-        tokens = jnp.pad(tokens, ((0, 0), (0, num_tokens - config.num_outputs), (0, 0)))
-        packed, scores = advanced(packed, tokens, last=True)
-        # Nothing is known of the other tokens' last channel 0.
-        scores = jnp.where(jnp.arange(num_tokens)[None] < config.num_outputs, scores, 0)
-    else:
-        tokens, packed = _run_layer(packed, plan, last, num_tokens)
-        packed, scores = advanced(packed, tokens, last=True)
-    scores, index, image = (
-        jnp.concatenate([trace, end[None]])
-        for trace, end in zip(traces, (scores, packed.index, packed.image), strict=True)
-    )
-    return _unpacked(model, packed, scores, index, image, batch)
+    packed, passed = jax.lax.scan(layer, packed, jnp.arange(config.depth - 1))
+    end = config.depth - 1
+    # A rule that looks into attention needs all of the last layer.
+    short = image_exit and config.pool == "token" and not reads & WHOLE_LAYER
+    width = config.num_outputs if short else num_tokens
+    compute = functools.partial(read if short else computed, block_at(end))
+    tokens, facts, packed = _run_layer(packed, plan, compute, width)
+    tokens = jnp.pad(tokens, ((0, 0), (0, num_tokens - width), (0, 0)))
+    packed, trace = advanced(packed, tokens, facts, end, last=True)
+    # Nothing is known of the other tokens' last layer.
+    known = jnp.arange(num_tokens)[None] < width
+    trace = Trace({name: jnp.where(known, values, 0) for name, values in trace.of_tokens.items()}, trace.of_images)
+    last_layer = trace, packed.index, packed.image
+    trace, order, image = jax.tree.map(lambda a, b: jnp.concatenate([a, b[None]]), passed, last_layer)
+    return _unpacked(model, packed, trace, order, image, batch)
 
 
-def _unpacked(model: AViT, packed: _Packed, scores: Array, index: Array, image: Array, batch: int) -> AViTOutput:
-    """The output in the order of the images and their tokens."""
-    state = packed.state
+def _unpacked(model: AViT, packed: _Packed, trace: Trace, index: Array, image: Array, batch: int) -> AViTOutput:
+    """The output in the order of the images and their tokens; trace, index and image are of all layers."""
 
-    def restored(values: Array, index: Array, image: Array) -> Array:
+    def by_token(values: Array, index: Array, image: Array) -> Array:
         return jnp.zeros_like(values).at[image[:, None], index].set(values, unique_indices=True)[:batch]
 
-    if state.output.shape[1] == state.active.shape[1]:
-        outputs = restored(state.output, packed.index, packed.image)
-    else:
-        outputs = jnp.zeros_like(state.output).at[packed.image].set(state.output, unique_indices=True)[:batch]
-    return model.heads(
-        outputs,
-        restored(state.token_depth, packed.index, packed.image),
-        restored(state.ponder_cost, packed.index, packed.image),
-        jax.vmap(restored)(scores, index, image),
+    def by_image(values: Array, image: Array) -> Array:
+        return jnp.zeros_like(values).at[image].set(values, unique_indices=True)[:batch]
+
+    def in_order(tokens: Any) -> Any:
+        return jax.tree.map(lambda values: by_token(values, packed.index, packed.image), tokens)
+
+    state = packed.state
+    whole = state.output.shape[1] == state.active.shape[1]
+    state = State(
+        active=in_order(state.active),
+        token_depth=in_order(state.token_depth),
+        output=in_order(state.output) if whole else by_image(state.output, packed.image),
+        of_tokens=in_order(state.of_tokens),
+        of_images=jax.tree.map(lambda values: by_image(values, packed.image), state.of_images),
     )
+    trace = Trace(
+        {name: jax.vmap(by_token)(values, index, image) for name, values in trace.of_tokens.items()},
+        {name: jax.vmap(by_image)(values, image) for name, values in trace.of_images.items()},
+    )
+    return model.output(state, trace)
 
 
-class PackedModel:
+class PackedModel(CompiledModel):
     """A model compiled for packed execution of up to `batch_size` images, which it is called with.
 
     `jax.export.export(packed.jitted)(*packed.abstract_arguments)` is the program as something to serialise: it takes
     packed.params, images and how many of them count.
     """
 
+    made_by = "compile_packed"
+
     def __init__(self, model: AViT, batch_size: int, plan: PackedPlan, image_exit: bool, mesh: Mesh | None) -> None:
-        self.config = model.config
-        self.batch_size = batch_size
-        devices = 1 if mesh is None else mesh.shape["data"]
+        self._devices = devices = 1 if mesh is None else mesh.shape["data"]
         # A group never has more images than there are: padding it would cost memory and time.
         self.plan = plan = dataclasses.replace(plan, group_size=min(plan.group_size, -(-batch_size // devices)))
-        graphdef, state = nnx.split(model)
-        # Plain dicts can be exported. JAX's arrays never change, NumPy's may.
-        params = jax.tree.map(lambda p: p if isinstance(p, jax.Array) else jnp.array(p), nnx.to_pure_dict(state))
-        self.params = jax.device_put(params, NamedSharding(mesh, PartitionSpec())) if mesh is not None else params
-        self._images = NamedSharding(mesh, PartitionSpec("data")) if mesh is not None else None
-        self.jitted = jax.jit(packed_program(graphdef, plan, image_exit, mesh))
-        self._rows = -(-batch_size // devices) * devices
-        shape = (self._rows, *self.config.image_shape, self.config.in_channels)
-        abstract = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=self._images)
-        self.abstract_arguments = (self.params, abstract, jnp.int32(batch_size))  # for lower and jax.export
-        self.compiled = self.jitted.lower(*self.abstract_arguments).compile()
-        self._halting_seen = not self.config.halts or self.config.depth == 1
+        self._halting_seen = not model.config.halts or model.config.depth == 1
+        graphdef, params = split_model(model, mesh)
+        jitted = jax.jit(packed_program(graphdef, plan, image_exit, mesh))
+        images = NamedSharding(mesh, PartitionSpec("data")) if mesh is not None else None
+        super().__init__(model.config, batch_size, jitted, params, images, devices)
 
-    def __call__(self, images: Shaped[Array | np.ndarray, "..."]) -> AViTOutput:
-        """The output for each image. Raises ValueError for other images than the model takes, or too many of them."""
-        check_images(images, self.config)
-        count = len(images)
-        if count > self.batch_size:
-            raise ValueError(
-                f"{count} images for a program compiled for {self.batch_size}: compile_packed(model, {count})"
-            )
-        if count < self._rows:
-            pad = np.pad if isinstance(images, np.ndarray) else jnp.pad
-            images = pad(images, ((0, self._rows - count), (0, 0), (0, 0), (0, 0)))
-        if self._images is not None:
-            images = jax.device_put(images, self._images)
-        # A compiled program takes no tracers, and does not run where jit is off.
-        no_jit = jax.config.jax_disable_jit  # type: ignore[attr-defined]
-        as_function = no_jit or isinstance(images, jax.core.Tracer)
-        if as_function:
-            output = self.jitted(self.params, jnp.asarray(images), jnp.int32(count))
-        else:
-            output = self.compiled(self.params, images, np.int32(count))
-        if count < self._rows:
-            output = self._first(output, count)
-        if not self._halting_seen and not as_function and count:
-            self._say_whether_it_halts(output)
-        return output
+    def _arguments(self, count: int) -> tuple[np.int32]:
+        return (np.int32(count),)
 
-    def _say_whether_it_halts(self, output: AViTOutput) -> None:
+    def _seen(self, output: AViTOutput) -> None:
         """One line where the first images show that nothing is saved."""
+        if self._halting_seen:
+            return
         self._halting_seen = True
         if output.token_depth.is_fully_addressable and (np.asarray(output.token_depth) == self.config.depth).all():
+            rule = self.config.halting
             print(
                 "packed execution saves nothing: no token of the first images halted before the last layer; "
-                "avit_jax.start_gate(model, images, target_depth=...) or fine-tuning makes tokens halt"
+                f"{rule.advice if rule else ''}"
             )
 
-    def _first(self, output: AViTOutput, count: int) -> AViTOutput:
-        """The output of the first `count` images."""
-        return AViTOutput(
-            output.logits[:count],
-            output.head_logits[:, :count],
-            output.token_depth[:count],
-            output.ponder_cost[:count],
-            output.halting_scores[:, :count],
-        )
+    def executed(self, token_depth: Int[np.ndarray, "b n"], images: int) -> Executed:
+        """What was done for the first `images` of a batch with these depths; the rest are padding, with depths of 0.
+
+        token_depth is the rule's, as without image exit; the exit is counted, whether this program has it or not.
+        """
+        loads = layer_loads(token_depth, self.config, image_exit=True)
+        # Each device packs its own images.
+        by_device = np.stack(np.split(loads, self._devices, axis=1))
+        gmacs = packed_gmacs(self.config, padded_loads(by_device, self.plan), self.plan.group_size, images)
+        return Executed(int(loads.sum()), gmacs)
 
 
 def packed_program(
@@ -312,6 +305,8 @@ def compile_packed(
     """
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}: it must be at least 1")
+    if model.config.reduction is not None:
+        raise ValueError(f"the rule {model.config.reduction.name} is for shrinking execution: use model(images)")
     devices = 1 if mesh is None else mesh.shape["data"]
     plan = plan or default_plan(model.config, -(-batch_size // devices), jax.default_backend())
     if plan.num_tokens != model.config.num_tokens:

@@ -14,7 +14,6 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from avit_jax.execution.work import block_macs, last_block_macs
 from avit_jax.model.config import AViTConfig
 from avit_jax.model.vit import AViT
 from avit_jax.runtime.files import read_json, write_json
@@ -144,19 +143,6 @@ def layer_loads(token_depth: Int[np.ndarray, "b n"], config: AViTConfig, image_e
     if config.pool == "token":  # the tokens with a head keep their slots while their image has any token left
         active[:, :, : config.num_outputs] |= active.any(2, keepdims=True)
     return active.sum(2)
-
-
-def executed_gmacs(loads: Int[np.ndarray, "batches l b"], plan: PackedPlan, config: AViTConfig, images: int) -> float:
-    """10^9 multiply-adds for each of `images` that packed execution performs, padding to capacities included."""
-    tokens = padded_loads(loads, plan).astype(np.float64)
-    first = np.asarray(block_macs(tokens[:, :-1], config.embed_dim, config.mlp_dim)).sum()
-    if config.pool == "token":
-        last = last_block_macs(tokens[:, -1], config.num_outputs, config.embed_dim, config.mlp_dim)
-    else:
-        last = block_macs(tokens[:, -1], config.embed_dim, config.mlp_dim)
-    embedding = (config.num_tokens - config.num_special) * config.patch_size**2 * config.in_channels * config.embed_dim
-    blocks = first + np.asarray(last).sum()
-    return float(blocks * plan.group_size / images + embedding + config.head_macs) / 1e9
 
 
 def _loads(model: AViT, images: Any, batch_size: int) -> np.ndarray:

@@ -1,8 +1,25 @@
-"""Work, counted in multiply-adds from the depths at which tokens stopped (arXiv 2112.07658; papers call it FLOPs)."""
+"""Every count of work, in multiply-adds (arXiv 2112.07658; papers call it FLOPs).
+
+Patch embedding, blocks, heads, and what a rule computes of its own. Norms, softmax, GELU, means over patches, sorting
+and matching do not count, as in the papers.
+"""
+
+import dataclasses
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
+
+from avit_jax.model.config import AViTConfig
+from avit_jax.model.seen import WHOLE_LAYER
+
+
+@dataclasses.dataclass(frozen=True)
+class Executed:
+    """What an execution did for a batch of images."""
+
+    slots: int  # tokens times layers, over all images; padding to capacities left out
+    gmacs: float  # 10^9 multiply-adds for each image, padding included
 
 
 def block_macs(
@@ -21,22 +38,96 @@ def last_block_macs(
     return keys_and_values + num_read * read * (active > 0)
 
 
-def image_gmacs(
-    token_depth: Int[Array, "b n"],
-    *,
-    depth: int,
-    embed_dim: int,
-    mlp_dim: int,
-    patch_values: int,
-    num_special: int,
-    head_macs: int,
-) -> Float[Array, " b"]:
-    """10^9 multiply-adds of each image: patch embedding, the active tokens of every block, and the heads.
+def reducing_block_macs(entering: int, leaving: int, embed_dim: int, mlp_dim: int) -> int:
+    """Multiply-adds of a block that merges or drops tokens between attention and MLP: the MLP sees those that leave."""
+    spared = (entering - leaving) * 2 * embed_dim * mlp_dim
+    return entering * (4 * embed_dim**2 + 2 * embed_dim * mlp_dim) + 2 * entering**2 * embed_dim - spared
 
-    patch_values is patch_size^2 * in_channels, head_macs the multiply-adds of the heads. Norms, softmax, GELU and the
-    mean over patches do not count, as in the papers.
+
+def embedding_macs(config: AViTConfig) -> int:
+    """Multiply-adds of the patch embedding of one image."""
+    patches = config.num_tokens - config.num_special
+    return patches * config.patch_size**2 * config.in_channels * config.embed_dim
+
+
+def head_macs(config: AViTConfig) -> int:
+    """Multiply-adds of the heads for one image."""
+    return (1 + config.distilled) * config.head_inputs * config.num_classes
+
+
+def image_gmacs(config: AViTConfig, token_depth: Int[Array, "b n"]) -> Float[Array, " b"]:
+    """10^9 multiply-adds of each image by the model's rule, without padding and with a last layer as whole as the rest.
+
+    token_depth: layers that computed each token, special tokens first, as AViTOutput has them. With a halting rule
+    every block counts its active tokens. With a reduction rule all images cost the same, whatever their depths.
     """
-    layers = jnp.arange(1, depth + 1)
+    if config.reduction is not None:
+        return jnp.full(len(token_depth), shrinking_gmacs(config, short_last_layer=False))
+    macs = _macs_of_depths(config, token_depth)
+    if config.halting is not None:
+        macs = macs + config.halting.extra_macs(config, token_depth)
+    return macs / 1e9
+
+
+def whole_gmacs(config: AViTConfig) -> float:
+    """10^9 multiply-adds of an image in the same architecture without a rule: every layer computes every token."""
+    return float((_macs_of_depths(config, _full_depth(config)) / 1e9)[0])
+
+
+def masked_gmacs(config: AViTConfig) -> float:
+    """10^9 multiply-adds of an image in masked execution: every token in every layer, and the rule's own work."""
+    return float(image_gmacs(config, _full_depth(config))[0])
+
+
+def _full_depth(config: AViTConfig) -> Int[Array, "1 n"]:
+    return jnp.full((1, config.num_tokens), config.depth, jnp.int32)
+
+
+def _macs_of_depths(config: AViTConfig, token_depth: Int[Array, "b n"]) -> Float[Array, " b"]:
+    layers = jnp.arange(1, config.depth + 1)
     active = (token_depth[:, :, None] >= layers).sum(1).astype(jnp.float32)
-    embedding = (token_depth.shape[1] - num_special) * patch_values * embed_dim
-    return (block_macs(active, embed_dim, mlp_dim).sum(-1) + embedding + head_macs) / 1e9
+    blocks = block_macs(active, config.embed_dim, config.mlp_dim).sum(-1)
+    return blocks + embedding_macs(config) + head_macs(config)
+
+
+def shrinking_gmacs(config: AViTConfig, *, short_last_layer: bool) -> float:
+    """10^9 multiply-adds of an image under the model's reduction rule, without the rule's own work, as papers count.
+
+    short_last_layer: the last layer computes no more than the tokens that the logits read, where these are the first
+    ones. Raises ValueError where the rule does not fit the model.
+    """
+    rule = config.reduction
+    counts = (config.num_tokens,) * config.depth if rule is None else rule.counts(config)
+    entering = (config.num_tokens, *counts[:-1])
+    d, m = config.embed_dim, config.mlp_dim
+    blocks = [reducing_block_macs(n, left, d, m) for n, left in zip(entering, counts, strict=True)]
+    if short_last_layer and config.pool == "token":
+        blocks[-1] = int(last_block_macs(np.array(entering[-1]), config.num_outputs, d, m))
+    return (sum(blocks) + embedding_macs(config) + head_macs(config)) / 1e9
+
+
+def executed_shrinking_gmacs(config: AViTConfig) -> float:
+    """10^9 multiply-adds of an image in shrinking execution: a short last layer, and the rule's own work."""
+    own = () if config.reduction is None else config.reduction.own_macs(config)
+    if config.pool == "token":  # the short last layer reduces nothing
+        own = own[:-1]
+    return shrinking_gmacs(config, short_last_layer=True) + sum(own) / 1e9
+
+
+def packed_gmacs(
+    config: AViTConfig, tokens: Int[np.ndarray, "batches l groups"], group_size: int, images: int
+) -> float:
+    """10^9 multiply-adds for each of `images` that packed execution performs.
+
+    tokens: the capacity with which each group of group_size images runs (padded_loads).
+    """
+    rule, padded = config.halting, tokens.astype(np.float64)
+    first = np.asarray(block_macs(padded[:, :-1], config.embed_dim, config.mlp_dim)).sum()
+    if config.pool != "token" or (rule is not None and rule.reads & WHOLE_LAYER):
+        last = block_macs(padded[:, -1], config.embed_dim, config.mlp_dim)
+    else:
+        last = last_block_macs(padded[:, -1], config.num_outputs, config.embed_dim, config.mlp_dim)
+    blocks = first + np.asarray(last).sum()
+    # What a rule computes of its own is not packed: it looks at every image after every layer.
+    own = 0.0 if rule is None else float(rule.extra_macs(config, _full_depth(config))[0])
+    return float(blocks * group_size / images + embedding_macs(config) + head_macs(config) + own) / 1e9

@@ -36,6 +36,11 @@ class Trace:
     of_images: dict[str, Shaped[Array, "..."]] = dataclasses.field(default_factory=dict)  # [b ...], stacked [l b ...]
 
 
+@dataclasses.dataclass(frozen=True)
+class NoLossSettings:
+    """What the losses of a rule take where there is nothing to set."""
+
+
 def first_state(batch: int, num_tokens: int, num_outputs: int, embed_dim: int) -> State:
     """The state before layer 1, without fields of a rule: all tokens active, nothing accumulated."""
     return State(
@@ -57,10 +62,9 @@ class Halting(Protocol):
     name: ClassVar[str]  # in config.json, and in front of the settings in "NAME(setting=value)"
     masks_in_training: ClassVar[bool]  # False: training computes every token in every layer
     sweeps: ClassVar[tuple[str, ...]]  # its settings that may change at test time
+    advice: ClassVar[str]  # what to do where no token halts
     loss_settings: ClassVar[type]  # a frozen dataclass: what `losses` takes as settings
-    learning_rate_factors: ClassVar[
-        Mapping[str, float]
-    ]  # by the beginning of a parameter's path, such as "rule_module"
+    learning_rate_factors: ClassVar[Mapping[str, float]]  # by part of a parameter's path
 
     @property
     def reads(self) -> frozenset[str]:

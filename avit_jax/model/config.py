@@ -138,6 +138,10 @@ class AViTConfig:
             raise ValueError(
                 f"{len(self.class_names)} class_names for num_classes {self.num_classes}: give one for each"
             )
+        if self.halting is not None:
+            self.halting.check(self)
+        if self.reduction is not None:
+            self.reduction.counts(self)  # refuses a model that it does not fit
 
     @property
     def image_shape(self) -> tuple[int, int]:
@@ -176,11 +180,6 @@ class AViTConfig:
         return (2 if self.pool == "token_and_mean" else 1) * self.embed_dim
 
     @property
-    def head_macs(self) -> int:
-        """Multiply-adds of the heads for one image."""
-        return (1 + self.distilled) * self.head_inputs * self.num_classes
-
-    @property
     def num_tokens(self) -> int:
         """Special tokens and patches."""
         return self.num_special + self.patch_grid[0] * self.patch_grid[1]
@@ -203,6 +202,11 @@ class AViTConfig:
     def reduction(self) -> Reduction | None:
         """The rule by which every image has the same number of tokens, if that is the kind in force."""
         return self.rule if isinstance(self.rule, Reduction) else None
+
+    @property
+    def rule_in_force(self) -> Halting | Reduction | None:
+        """The rule of either kind, A-ViT's gate included; None: every token runs through all layers."""
+        return self.reduction or self.halting
 
     @property
     def halts(self) -> bool:
@@ -249,6 +253,24 @@ _NEEDED = (
 )
 _PREPROCESSING = tuple(field.name for field in dataclasses.fields(Preprocessing))
 
+# With these other weights are needed, or the same weights would be another network.
+WEIGHTS_DEPEND_ON = (
+    "patch_size",
+    "in_channels",
+    "num_classes",
+    "embed_dim",
+    "depth",
+    "num_heads",
+    "mlp_dim",
+    "qkv_bias",
+    "distilled",
+    "class_token",
+    "num_registers",
+    "pool",
+)
+# A change to the same weights in which every token runs through all layers.
+NO_RULE: dict[str, Any] = {"rule": None, "gate_scale": None, "gate_center": None}
+
 # DeiT's sizes (arXiv 2012.12877); the gates are those of the published recipe (base: our choice, as small).
 _SIZES: dict[str, dict[str, Any]] = {
     "tiny": {"embed_dim": 192, "num_heads": 3},
@@ -279,8 +301,13 @@ def config_from(preset: str | None, **overrides: Any) -> AViTConfig:
     """
     if preset is not None and preset not in PRESETS:
         raise ValueError(f"there is no preset {preset!r}: {nearest(preset, PRESETS)}")
+    return changed(PRESETS[preset] if preset else AViTConfig(), **overrides)
+
+
+def changed(config: AViTConfig, **changes: Any) -> AViTConfig:
+    """The configuration with fields replaced. Raises ValueError for an unknown one, naming the nearest."""
     fields = {field.name for field in dataclasses.fields(AViTConfig)}
-    for name in overrides:
+    for name in changes:
         if name not in fields:
             raise ValueError(f"AViTConfig has no field {name!r}: {nearest(name, fields)}")
-    return dataclasses.replace(PRESETS[preset] if preset else AViTConfig(), **overrides)
+    return dataclasses.replace(config, **changes)

@@ -7,6 +7,8 @@ from jaxtyping import Array, Bool, Float, Shaped
 
 # What attention tells a rule that asks for it by name in `reads`.
 FROM_ATTENTION = frozenset({"class_attention", "attention_received", "key_mean", "value_norm"})
+# What is known only where a layer computes all its tokens, not those alone that the heads read.
+WHOLE_LAYER = FROM_ATTENTION | {"before"}
 
 
 @jax.tree_util.register_dataclass

@@ -1,49 +1,21 @@
-"""AViT: a vision transformer whose tokens halt at their own layers; masked execution (every token computed)."""
+"""AViT: a vision transformer, and the rule by which its tokens go on; masked execution (every token computed)."""
 
-import dataclasses
 from typing import Any
 
 import jax
-import jax.export
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int, PRNGKeyArray, Shaped
+from jaxtyping import Array, Bool, Float, PRNGKeyArray, Shaped
 
-from avit_jax.halting import avit as halting
-from avit_jax.model.config import AViTConfig, config_from
+from avit_jax.halting.rule import Halting, State, Trace, drop_halted
+from avit_jax.model.check_images import check_images
+from avit_jax.model.config import WEIGHTS_DEPEND_ON, AViTConfig, changed, config_from
 from avit_jax.model.layers import INIT, Block, PatchEmbed, layer_norm, linear
+from avit_jax.model.output import AViTOutput
+from avit_jax.model.positions import resize_positions
+from avit_jax.model.seen import Facts, Seen, of_attention
 from avit_jax.runtime.mesh import check_platform
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class AViTOutput:
-    """What a model says of a batch; N counts the special tokens first."""
-
-    logits: Float[Array, "b c"]  # mean of the heads; with num_classes 0 what they would read
-    head_logits: Float[Array, "heads b c"]  # class head, then distillation head
-    token_depth: Int[Array, "b n"]  # layers that processed the token, 1..L
-    ponder_cost: Float[Array, "b n"]  # layers + remainder
-    halting_scores: Float[Array, "l b n"]  # 0 where the token had halted
-
-
-def _output_of(aux_data: Any, children: Any) -> AViTOutput:
-    """jax.export builds it of shapes, which the constructor's types do not allow."""
-    output = object.__new__(AViTOutput)
-    for field, child in zip(dataclasses.fields(AViTOutput), children, strict=True):
-        object.__setattr__(output, field.name, child)
-    return output
-
-
-# What jax.export needs to write a program that returns it.
-jax.export.register_pytree_node_serialization(
-    AViTOutput,
-    serialized_name="avit_jax.AViTOutput",
-    serialize_auxdata=lambda _: b"",
-    deserialize_auxdata=lambda _: (),
-    from_children=_output_of,
-)
 
 
 def _stack_blocks(config: AViTConfig, rngs: nnx.Rngs) -> Block:
@@ -57,7 +29,7 @@ def _stack_blocks(config: AViTConfig, rngs: nnx.Rngs) -> Block:
 
 
 class AViT(nnx.Module):
-    """Vision transformer with adaptive tokens (arXiv 2112.07658); with gate_scale None the plain ViT / DeiT.
+    """Vision transformer with the rule of its configuration: A-ViT's gate (arXiv 2112.07658), another one, or none.
 
     Raises ValueError for images that are not float32 [B, H, W, C] of the configured size.
     """
@@ -80,27 +52,45 @@ class AViT(nnx.Module):
             if config.distilled:
                 self.head_dist = linear(config.head_inputs, config.num_classes, "float32", rngs)
         self.drop = nnx.Dropout(config.drop_rate)
+        # What the rule has to learn, where checkpoints and the optimiser see it.
+        self.rule_module = config.halting.module(self) if config.halting is not None else None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "config" and "config" in vars(self):
+            raise AttributeError(
+                "the configuration of a model is fixed, since its layers are made for it: model.with_config(...) gives "
+                "the same weights with other settings"
+            )
+        super().__setattr__(name, value)
 
     def __call__(
         self, images: Shaped[Array | np.ndarray, "..."], *, deterministic: bool = True, rngs: nnx.Rngs | None = None
     ) -> AViTOutput:
-        """Masked execution: fixed shapes, every token computed, halted ones masked."""
-        config = self.config
-        check_images(images, config)
+        """The output for a batch: masked execution, or shrinking execution under a rule that reduces the tokens."""
+        check_images(images, self.config)
         if not deterministic and rngs is None:
             raise ValueError("deterministic=False draws dropout: pass rngs=nnx.Rngs(dropout=key)")
-        key = None if deterministic or rngs is None else rngs.dropout()
+        return self.forward(images, None if deterministic or rngs is None else rngs.dropout())[0]
+
+    def forward(
+        self, images: Shaped[Array | np.ndarray, "b h w c"], key: PRNGKeyArray | None = None
+    ) -> tuple[AViTOutput, Trace, State | None]:
+        """The output, what the halting rule left in every layer (stacked), and its final state (None: no such rule).
+
+        key: given in training. It draws dropout and stochastic depth, and a rule may then compute every token.
+        """
+        config, rule = self.config, self.config.halting
+        if config.reduction is not None:
+            from avit_jax.execution import shrinking  # which needs this module
+
+            return shrinking.forward(self, images, config.reduction, key=key), Trace(), None
         x = self.embed(jnp.asarray(images), key)
-        batch, num_tokens, _ = x.shape
-        state = None
-        if config.halts:
-            state = halting.initial_state(batch, num_tokens, config.num_outputs, config.embed_dim)
-        x, state, scores = self._layers(x, state, key)
-        if state is None or scores is None:
-            scores = jnp.zeros((config.depth, batch, num_tokens))
-            token_depth = jnp.full((batch, num_tokens), config.depth, jnp.int32)
-            return self.heads(x[:, : config.num_outputs], token_depth, token_depth + 1.0, scores)
-        return self.heads(state.output, state.token_depth, state.ponder_cost, scores)
+        x, state, trace = self._layers(x, rule, None if rule is None else rule.initial(len(x), config), key)
+        if state is None:
+            token_depth = jnp.full(x.shape[:2], config.depth, jnp.int32)
+            active = jnp.zeros(x.shape[:2], bool)
+            return self.output(State(active, token_depth, x[:, : config.num_outputs]), trace), trace, None
+        return self.output(state, trace), trace, state
 
     def embed(self, images: Float[Array, "b h w c"], key: PRNGKeyArray | None = None) -> Float[Array, "b n d"]:
         """Special tokens, then patches, with their positions added."""
@@ -116,29 +106,51 @@ class AViT(nnx.Module):
         return self.drop(x, deterministic=False, rngs=jax.random.fold_in(key, config.depth))
 
     def _layers(
-        self, x: Array, state: halting.HaltingState | None, key: PRNGKeyArray | None
-    ) -> tuple[Array, halting.HaltingState | None, Array | None]:
+        self, x: Array, rule: Halting | None, state: State | None, key: PRNGKeyArray | None
+    ) -> tuple[Array, State | None, Trace]:
         config = self.config
         graphdef, stacked = nnx.split(self.blocks)
         rates = jnp.linspace(0, config.drop_path_rate, config.depth) if key is not None else None
 
-        def layer(carry: Any, inputs: Any) -> tuple[Any, Array | None]:
+        def layer(carry: Any, inputs: Any) -> tuple[Any, Trace]:
             x, state = carry
             params, index, rate = inputs
             block = nnx.merge(graphdef, params)
             layer_key = None if key is None else jax.random.fold_in(key, index)
             if config.drop_path_rate == 0:
                 rate = None
-            if state is None:
-                return (block(x, None, rate, layer_key), None), None
-            x = block(halting.drop_halted(x, state.active), state.active, rate, layer_key)
-            state, score = halting.advance(state, x, **vars(config.halting), is_last=index == config.depth - 1)
-            return (x, state), score
+            if rule is None:
+                return (block(x, None, rate, layer_key), None), Trace()
+            masked = rule.masks_in_training or key is None
+            before = drop_halted(x, state.active) if masked else x
+            mass = state.active if masked else None
+            y, facts = block.attend(before, mass, rate, layer_key, of_attention(rule.reads))
+            x = block.transform(y, rate, layer_key)
+            seen = self.seen(rule, x, state.active, facts | ({"before": before} if "before" in rule.reads else {}))
+            last = index == config.depth - 1
+            state, trace = rule.advance(state, seen, layer=index, is_last=last, module=self.rule_module)
+            return (x, state), trace
 
         if config.remat:
             layer = jax.checkpoint(layer, prevent_cse=False)
-        (x, state), scores = jax.lax.scan(layer, (x, state), (stacked, jnp.arange(config.depth), rates))
-        return x, state, scores
+        (x, state), trace = jax.lax.scan(layer, (x, state), (stacked, jnp.arange(config.depth), rates))
+        return x, state, trace
+
+    def seen(self, rule: Halting, tokens: Float[Array, "b n d"], active: Bool[Array, "b n"], facts: Facts) -> Seen:
+        """What a rule sees after a layer of what it reads; facts: those that only the layer itself knows."""
+        logits = self.head_logits(tokens[:, : self.config.num_outputs]) if "logits" in rule.reads else None
+        return Seen(tokens=tokens, active=active, logits=logits, **facts)
+
+    def output(self, state: State, trace: Trace) -> AViTOutput:
+        """The model's output from the final state, and the trace of all layers."""
+        rule, token_depth = self.config.halting, state.token_depth
+        # Without a rule, and under one that does not score or ponder, these are the figures of the plain ViT.
+        ponder_cost = state.of_tokens.get("ponder_cost", token_depth + 1.0)
+        scores = trace.of_tokens.get("halting_score", jnp.zeros((self.config.depth, *token_depth.shape)))
+        head_logits = rule.head_logits(state) if rule is not None else None
+        if head_logits is None:
+            head_logits = self.head_logits(state.output)
+        return AViTOutput(head_logits.mean(0), head_logits, token_depth, ponder_cost, scores)
 
     def heads(
         self,
@@ -152,13 +164,19 @@ class AViT(nnx.Module):
 
         size: the patches that each token stands for, where tokens were merged; None: 1.
         """
+        head_logits = self.head_logits(outputs, size)
+        return AViTOutput(head_logits.mean(0), head_logits, token_depth, ponder_cost, scores)
+
+    def head_logits(
+        self, outputs: Float[Array, "b s d"], size: Float[Array, "b k"] | None = None
+    ) -> Float[Array, "heads b c"]:
+        """The logits of each head from the values of its tokens (as `heads` takes them)."""
         features = self._pooled(outputs, size)
         if self.config.num_classes:
             features[0] = self.head(features[0])
             if self.config.distilled:
                 features[1] = self.head_dist(features[1])
-        head_logits = jnp.stack(features).astype(jnp.float32)
-        return AViTOutput(head_logits.mean(0), head_logits, token_depth, ponder_cost, scores)
+        return jnp.stack(features).astype(jnp.float32)
 
     def _pooled(self, outputs: Float[Array, "b s d"], size: Float[Array, "b k"] | None) -> list[Array]:
         """What each head reads, [b, head_inputs]."""
@@ -179,34 +197,35 @@ class AViT(nnx.Module):
         mean = patch_mean(outputs)
         return [mean if config.pool == "norm_mean" else jnp.concatenate([outputs[:, 0], mean], axis=-1)]
 
+    def with_config(self, **changes: Any) -> "AViT":
+        """The same weights with other settings, such as gate, rule, dtype, image size or drop rates; arrays are shared.
 
-def check_images(images: Any, config: AViTConfig) -> None:
-    """Raises ValueError, with the reason, unless images are float32 [B, H, W, C] as the configuration says."""
-    height, width = config.image_shape
-    wanted = f"float32 [batch, {height}, {width}, {config.in_channels}]"
-    if not isinstance(images, jax.Array | np.ndarray):
-        kind = f"{type(images).__module__}.{type(images).__qualname__}".removeprefix("builtins.")
-        raise ValueError(
-            f"the model takes images as a NumPy or JAX array, {wanted}, but this is a {kind}: use np.asarray(images) "
-            "for a tensor, avit_jax.preprocess(images, model.config) for pictures"
-        )
-    shape = tuple(images.shape)
-    reason = None
-    if images.dtype != jnp.float32:
-        by = (
-            "astype('float32')"
-            if jnp.issubdtype(images.dtype, jnp.floating)
-            else "avit_jax.preprocess(images, model.config)"
-        )
-        reason = f"they are {images.dtype}: use {by}"
-    elif len(shape) != 4:
-        reason = f"their shape is {shape}" + (": add a batch axis" if len(shape) == 3 else "")
-    elif shape[1:] == (config.in_channels, height, width):
-        reason = f"their shape is {shape}, channels first: use images.transpose(0, 2, 3, 1)"
-    elif shape[1:] != (height, width, config.in_channels):
-        reason = f"their shape is {shape}: resize with avit_jax.preprocess(images, model.config)"
-    if reason:
-        raise ValueError(f"the model takes images as {wanted}, but {reason}")
+        changes: fields of AViTConfig; NO_RULE of model.config is the plain ViT. Positions are resized for another image
+        size, as `load` does. A rule that brings parameters keeps those of this model where it has the same kind of
+        rule; else they are made from norm and heads.
+        Raises ValueError for an unknown field, and for one that the shapes of the weights depend on.
+        """
+        config = changed(self.config, **changes)
+        fixed = [name for name in WEIGHTS_DEPEND_ON if getattr(config, name) != getattr(self.config, name)]
+        if fixed:
+            raise ValueError(
+                f"with_config cannot change {fixed[0]}: the weights are those of {fixed[0]} "
+                f"{getattr(self.config, fixed[0])}; make another model with avit_jax.create, or avit_jax.load"
+            )
+        graphdef, abstract = nnx.split(nnx.eval_shape(lambda: AViT(config, rngs=nnx.Rngs(0))))
+        arrays = nnx.to_pure_dict(nnx.state(self))
+        if config.patch_grid != self.config.patch_grid:
+            grids = self.config.patch_grid, config.patch_grid
+            antialias = config.num_registers > 0
+            resized = resize_positions(arrays["pos_embed"], config.num_special, *grids, antialias=antialias)
+            arrays["pos_embed"] = jnp.asarray(resized)
+        own = arrays.pop("rule_module", None)
+        if config.halting is not None and "rule_module" in nnx.to_pure_dict(abstract):
+            if own is None or type(config.halting) is not type(self.config.halting):
+                own = nnx.to_pure_dict(nnx.state(config.halting.module(self)))
+            arrays["rule_module"] = own
+        nnx.replace_by_pure_dict(abstract, arrays)
+        return nnx.merge(graphdef, abstract)
 
 
 def create(preset: str, *, seed: int = 0, **overrides: Any) -> AViT:

@@ -15,7 +15,8 @@ from PIL import Image, ImageDraw, ImageFont
 from avit_jax.data.pipeline import evaluation_images
 from avit_jax.data.preprocessing import normalize
 from avit_jax.data.sources import Images
-from avit_jax.evaluate.figures import Evaluation, predict
+from avit_jax.evaluate.figures import Evaluation
+from avit_jax.execution.compiled import predict
 from avit_jax.model.config import AViTConfig
 from avit_jax.model.vit import AViT
 from avit_jax.report.depth_colours import coloured, ticks

@@ -3,6 +3,7 @@
 import unicodedata
 
 from avit_jax.model.config import AViTConfig
+from avit_jax.runtime.text import escaped
 
 LONGEST = 80  # characters of a class name in the page and in report.json
 _JOINERS = "\u200c\u200d"  # invisible, and part of how some scripts and emoji are written
@@ -14,17 +15,13 @@ def printable(text: str, most: int | None = None) -> str:
     most: characters; a longer text ends in an ellipsis.
     """
     short = text if most is None else text[: most + 1]  # no more than is shown is looked at
-    shown = "".join(character if _is_plain(character) else _escaped(character) for character in short)
+    shown = escaped(short, _is_plain)
     return shown if most is None or len(shown) <= most else f"{shown[: most - 1]}…"
 
 
 def _is_plain(character: str) -> bool:
     # Cf, Zl and Zp hold the marks that turn the direction of text round or break a line without being seen.
     return character in _JOINERS or unicodedata.category(character) not in ("Cc", "Cf", "Cs", "Zl", "Zp")
-
-
-def _escaped(character: str) -> str:
-    return character.encode("unicode_escape").decode()
 
 
 def class_names(config: AViTConfig, most: int = LONGEST) -> tuple[str, ...]:

@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 
 from avit_jax.evaluate.calibration import reliability
-from avit_jax.evaluate.figures import Evaluation, ImageFigures, whole_gmacs
+from avit_jax.evaluate.figures import Evaluation, ImageFigures
 from avit_jax.evaluate.intervals import bootstrap_difference, bootstrap_means, share
+from avit_jax.execution.work import whole_gmacs
 from avit_jax.model.config import AViTConfig
 from avit_jax.report.names import class_names, printable
 

@@ -1,13 +1,12 @@
 """Images per second of each way to run a model, each at its best batch size; and what they were measured on."""
 
-import dataclasses
 import math
 import platform
 import shlex
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,9 @@ from jaxtyping import Array, Int
 from avit_jax.data.pipeline import evaluation_images
 from avit_jax.data.preprocessing import normalize
 from avit_jax.data.sources import Images
-from avit_jax.evaluate.figures import masked_program
-from avit_jax.execution.packed import compile_packed
+from avit_jax.evaluate.timing import Timed, sample_in_turn
+from avit_jax.execution.packed import PackedModel
+from avit_jax.execution.program import compile
 from avit_jax.model.vit import AViT
 from avit_jax.runtime.bars import Steps
 from avit_jax.runtime.mesh import available_cores, batch_sharding, data_mesh
@@ -32,31 +32,8 @@ SAMPLE_SECONDS = (
 )
 MOST_BATCHES = 8  # different ones in a sample
 LONGEST_RUN = 1.0  # seconds; a larger batch is not tried where the dense model takes longer than this
-Variants = Mapping[str, tuple[AViT, str]]  # by name: the model, and "masked" or "packed"
-
-
-@dataclasses.dataclass
-class _Timed:
-    """A program at one batch size, the batches it runs on, and the images/s of each round."""
-
-    run: Callable[[Array], Any]
-    batches: list[Array]
-    calls: int
-    plan: str | None
-    rates: list[float] = dataclasses.field(default_factory=list)
-
-    def sample(self) -> None:
-        """Run for SAMPLE_SECONDS or once; outputs are awaited."""
-        began = time.perf_counter()
-        for call in range(self.calls):
-            jax.block_until_ready(self.run(self.batches[call % len(self.batches)]))
-        images = self.calls * len(self.batches[0])
-        self.rates.append(images / (time.perf_counter() - began))
-
-    def figures(self, batch: int) -> dict[str, Any]:
-        """Median of the rounds, the least and the most."""
-        middle = statistics.median(self.rates)
-        return {"batch": batch, "images_per_second": middle, "low": min(self.rates), "high": max(self.rates)}
+Variants = Mapping[str, tuple[AViT, str]]  # by name: the model, and its execution
+_FASTEST = ("packed", "shrinking")  # what is compared with dense
 
 
 def batch_sizes(batch_size: int, images: int) -> list[int]:
@@ -79,7 +56,7 @@ def measure_speeds(
     Images are spread evenly over `indices` of the data, which may be sorted by class. A sample lasts SAMPLE_SECONDS at
     least; medians of ROUNDS samples, arrays on the devices, outputs awaited.
     """
-    found: dict[int, dict[str, _Timed]] = {}
+    found: dict[int, dict[str, Timed]] = {}
     for size in batch_sizes(batch_size, len(indices)):
         with steps.step("batch", f"compiling for batches of {size} images"):
             timed = _compiled(variants, split, indices, size, None if not found else LONGEST_RUN)
@@ -101,10 +78,11 @@ def measure_speeds(
         "best_batch": {name: row["batch"] for name, row in best.items()},
         "images_per_second": {name: row["images_per_second"] for name, row in best.items()},
     }
-    if "packed" in variants and "dense" in variants:
-        ours, dense = (found[best[name]["batch"]][name].rates for name in ("packed", "dense"))
+    own = next((name for name in _FASTEST if name in variants), None)
+    if own and "dense" in variants:
+        ours, dense = (found[best[name]["batch"]][name].rates for name in (own, "dense"))
         ratios = [a / b for a, b in zip(ours, dense, strict=True)]
-        value = best["packed"]["images_per_second"] / best["dense"]["images_per_second"]
+        value = best[own]["images_per_second"] / best["dense"]["images_per_second"]
         speeds["speed_up"] = {"value": value, "low": min(ratios), "high": max(ratios)}
     return speeds
 
@@ -113,7 +91,7 @@ def measure_at(
     batches: Mapping[str, int], variants: Variants, split: Images, indices: Int[np.ndarray, " n"], steps: Steps
 ) -> dict[str, float]:
     """images/s of each variant at its own batch size, all in turn; steps has kinds "setting" (one each) and "round"."""
-    timed: dict[int, dict[str, _Timed]] = {size: {} for size in batches.values()}
+    timed: dict[int, dict[str, Timed]] = {size: {} for size in batches.values()}
     for name, variant in variants.items():
         with steps.step("setting", f"compiling {name}"):
             timed[batches[name]] |= _compiled({name: variant}, split, indices, batches[name], None) or {}
@@ -126,7 +104,7 @@ def measure_at(
 
 def _compiled(
     variants: Variants, split: Images, indices: Int[np.ndarray, " n"], size: int, longest: float | None
-) -> dict[str, _Timed] | None:
+) -> dict[str, Timed] | None:
     """The variants compiled and warm at this batch size; None where the first takes more than `longest` seconds."""
     mesh = data_mesh(size)
     config = next(iter(variants.values()))[0].config
@@ -137,18 +115,18 @@ def _compiled(
         # Every batch is itself spread over the data.
         return [jax.device_put(images[start::count], batch_sharding(mesh)) for start in range(count)]
 
-    found: dict[str, _Timed] = {}
+    found: dict[str, Timed] = {}
     first = batches(1)
     for name, (model, execution) in variants.items():
-        packed = compile_packed(model, size, mesh=mesh) if execution == "packed" else None
-        run = packed or masked_program(model, mesh)
+        run = compile(model, size, execution=execution, mesh=mesh)
         jax.block_until_ready(run(first[0]))
         began = time.perf_counter()
         jax.block_until_ready(run(first[0]))
         took = time.perf_counter() - began
         if longest is not None and not found and took > longest:
             return None
-        found[name] = _Timed(run, first, max(1, math.ceil(SAMPLE_SECONDS / took)), str(packed.plan) if packed else None)
+        plan = str(run.plan) if isinstance(run, PackedModel) else None
+        found[name] = Timed(run, first, max(1, math.ceil(SAMPLE_SECONDS / took)), plan)
     most = min(max(timed.calls for timed in found.values()), len(indices) // size, MOST_BATCHES)
     if most > 1:
         several = batches(most)
@@ -157,12 +135,10 @@ def _compiled(
     return found
 
 
-def _sample(found: Mapping[int, Mapping[str, _Timed]], steps: Steps) -> None:
+def _sample(found: Mapping[int, Mapping[str, Timed]], steps: Steps) -> None:
     for number in range(ROUNDS):
         with steps.step("round", f"timing, round {number + 1} of {ROUNDS}"):
-            for timed in found.values():
-                for program in timed.values():
-                    program.sample()
+            sample_in_turn(program for timed in found.values() for program in timed.values())
 
 
 def environment() -> dict[str, Any]:

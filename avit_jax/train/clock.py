@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 from jax.sharding import Mesh
 
-from avit_jax.evaluate.figures import whole_gmacs
+from avit_jax.execution.work import whole_gmacs
 from avit_jax.model.config import AViTConfig
 from avit_jax.train.settings import parse_profile
 

@@ -40,12 +40,12 @@ class Display:
             tqdm.write(line, file=sys.stdout)
             sys.stdout.flush()
 
-    def begin(self, model: AViTConfig, parameters: int, data: str, workdir: Path) -> None:
+    def begin(self, model_config: AViTConfig, parameters: int, data: str, workdir: Path) -> None:
         """Say what is trained on what, and where it is written."""
-        gate = "A-ViT" if model.halts else "dense ViT"
+        gate = "A-ViT" if model_config.halts else "dense ViT"
         self.say(
-            f"training {gate}: {model.depth} layers of width {model.embed_dim}, {parameters:,} parameters; {data}; "
-            f"{self._steps} steps of {self._batch_size} images; writes to {workdir}"
+            f"training {gate}: {model_config.depth} layers of width {model_config.embed_dim}, {parameters:,} "
+            f"parameters; {data}; {self._steps} steps of {self._batch_size} images; writes to {workdir}"
         )
 
     def start(self, step: int) -> None:

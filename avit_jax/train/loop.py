@@ -223,8 +223,8 @@ class _Run:
         )
 
     def _save(self, now: bool) -> None:
-        # With the metrics since the last line: the next line after a resume is the same mean.
         self.progress.seconds = self.seconds()
+        # The progress has the metrics since the last line: the next line after a resume is the same mean.
         step, items = self.progress.step, state_items(self.state)
         self.checkpoints.save(
             step, items, self.progress.to_json(), self.batches.get_state(), self.model.config, self.progress.top1

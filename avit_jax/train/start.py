@@ -8,7 +8,7 @@ import numpy as np
 from flax import nnx
 
 from avit_jax.checkpoints.convert.weight_files import read_config
-from avit_jax.checkpoints.model_folder import is_foreign, load
+from avit_jax.checkpoints.model_folder import is_foreign, load, no_checkpoint
 from avit_jax.data.pipeline import evaluation_images
 from avit_jax.data.preprocessing import normalize
 from avit_jax.data.settings import DataSettings
@@ -34,7 +34,7 @@ def check_starts(settings: TrainSettings) -> None:
             way = f"train that model first, or give --config.{name}=CHECKPOINT"
         else:
             way = f"give --config.{name}=CHECKPOINT, a run, a saved model or a file of weights"
-        raise ValueError(f"there is no checkpoint at {path} (config.{name}): {way}")
+        raise no_checkpoint(path, way, f"config.{name}")
 
 
 def resolve_model_config(model: ModelSettings, data: DataSettings, dataset: Dataset) -> AViTConfig:

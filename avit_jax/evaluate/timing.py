@@ -1,0 +1,68 @@
+"""Programs timed in turn, so that what else the machine does meets all of them alike."""
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Float
+
+from avit_jax.model.vit import AViTOutput
+from avit_jax.runtime.mesh import batch_sharding
+
+
+@dataclasses.dataclass
+class Timed:
+    """A program, the batches it runs on, and the images/s of each round."""
+
+    run: Callable[[Array], Any]
+    batches: list[Array]
+    calls: int = 1  # in a sample; short runs are repeated
+    plan: str | None = None  # of packed execution
+    rates: list[float] = dataclasses.field(default_factory=list)
+
+    def sample(self) -> None:
+        """One more rate, from `calls` runs; outputs are awaited."""
+        began = time.perf_counter()
+        for call in range(self.calls):
+            jax.block_until_ready(self.run(self.batches[call % len(self.batches)]))
+        images = self.calls * len(self.batches[0])
+        self.rates.append(images / (time.perf_counter() - began))
+
+    def figures(self, batch: int) -> dict[str, Any]:
+        """Median of the rounds, the least and the most."""
+        return {
+            "batch": batch,
+            "images_per_second": statistics.median(self.rates),
+            "low": min(self.rates),
+            "high": max(self.rates),
+        }
+
+
+def sample_in_turn(programs: Iterable[Timed]) -> None:
+    """One round: a sample of each."""
+    for program in programs:
+        program.sample()
+
+
+def images_per_second(
+    programs: Sequence[Callable[[Array | np.ndarray], AViTOutput]],
+    images: Float[np.ndarray, "b h w c"],
+    mesh: Mesh,
+    rounds: int = 7,
+) -> list[float]:
+    """Throughput of each program on the same batch: median of `rounds` (at least 5) warm runs, the programs in turn.
+
+    The batch lies on the mesh's devices, split over them; outputs are awaited.
+    """
+    batch = jax.device_put(images, batch_sharding(mesh))
+    timed = [Timed(program, [batch]) for program in programs]
+    for program in programs:
+        jax.block_until_ready(program(batch))
+    for _ in range(max(rounds, 5)):
+        sample_in_turn(timed)
+    return [statistics.median(program.rates) for program in timed]

@@ -1,0 +1,75 @@
+"""The one place that chooses how a model is run."""
+
+from jax.sharding import Mesh
+
+from avit_jax.execution.compiled import Program
+from avit_jax.execution.masked import MaskedModel
+from avit_jax.execution.packed import compile_packed
+from avit_jax.execution.plan import PackedPlan
+from avit_jax.execution.shrinking import ShrinkingModel
+from avit_jax.model.config import AViTConfig
+from avit_jax.model.vit import AViT
+
+EXECUTIONS = ("masked", "packed", "shrinking")
+AUTO = "auto"
+
+
+def compile(
+    model: AViT,
+    batch_size: int,
+    *,
+    execution: str = AUTO,
+    plan: PackedPlan | None = None,
+    image_exit: bool = True,
+    mesh: Mesh | None = None,
+) -> Program:
+    """Compile the model for up to batch_size images: a function of images [b, h, w, c] that gives an AViTOutput.
+
+    execution: "masked" (every token is computed), "packed" (halted tokens are gone), "shrinking" (merged and dropped
+    tokens are gone), or "auto": packed for a halting rule, shrinking for a reduction rule, masked without a rule. All
+    that fit a rule give the same result but for rounding. plan and image_exit are those of compile_packed; other
+    executions compute every token to its end. mesh: devices that the images are split over, with an
+    axis `data`; one without it. The weights are those of this moment: later changes of the model do not reach the
+    result. Raises ValueError for an unknown execution, one that does not fit the model's rule, a plan without packed
+    execution, and a batch size below 1.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}: it must be at least 1")
+    chosen = checked_execution(model.config, execution)
+    if plan is not None and chosen != "packed":
+        raise ValueError(f"a plan is for packed execution and this one is {chosen}: leave plan out")
+    if chosen == "packed":
+        return compile_packed(model, batch_size, plan, image_exit=image_exit, mesh=mesh)
+    kind = ShrinkingModel if chosen == "shrinking" else MaskedModel
+    return kind(model, batch_size, mesh)
+
+
+def fitting_executions(config: AViTConfig) -> tuple[str, ...]:
+    """The executions that can run the model's rule; the one that "auto" takes comes first."""
+    if config.reduction is not None:
+        return ("shrinking",)
+    return ("packed", "masked") if config.halting is not None else ("masked", "packed")
+
+
+def checked_execution(config: AViTConfig, execution: str) -> str:
+    """The execution's own name, for "auto" too. Raises ValueError for one that is unknown or does not fit the rule."""
+    if execution not in (*EXECUTIONS, AUTO):
+        raise ValueError(f"execution {execution!r} is unknown: choose one of {', '.join((*EXECUTIONS, AUTO))}")
+    fitting = fitting_executions(config)
+    if execution == AUTO:
+        return fitting[0]
+    if execution not in fitting:
+        rule = config.rule_in_force
+        kind = "a model without a rule" if rule is None else f"the rule {rule.name!r}"
+        raise ValueError(f"{execution} execution cannot run {kind}: choose {' or '.join((*fitting, AUTO))}")
+    return execution
+
+
+def suited_execution(config: AViTConfig, execution: str) -> str:
+    """The execution asked for where a halting rule leaves a choice, else the one that "auto" takes.
+
+    For commands whose flag applies to every model that they are given. Raises ValueError for an unknown execution.
+    """
+    if execution in EXECUTIONS and (config.halting is None or execution not in fitting_executions(config)):
+        execution = AUTO
+    return checked_execution(config, execution)

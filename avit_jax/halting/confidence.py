@@ -1,0 +1,154 @@
+"""Confidence exit: a whole image stops at the first layer in which its class is sure enough (BranchyNet, DeeBERT)."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from avit_jax.halting.rule import NoLossSettings, State, Trace, first_state
+from avit_jax.model.seen import Seen
+
+
+@dataclasses.dataclass(frozen=True)
+class ConfidenceExit:
+    """An image leaves after the first layer l >= first_layer with max softmax(e_l(x_l)) > threshold, or after the last.
+
+    Its logits are then e_l's, the exit's of that layer; layers count from 0. With own_heads every layer has a LayerNorm
+    and linear heads of its own, started from the model's; else all share the model's norm and heads, and nothing is
+    learnt. A distilled model's e_l is the mean of both heads. Training computes every layer of every image, and the
+    loss is the mean over the layers of the classification loss of e_l (arXiv 1709.01686); threshold takes no part.
+
+    Raises ValueError for a threshold outside 0..1, and for a first_layer below 0.
+    """
+
+    threshold: float
+    own_heads: bool = False
+    first_layer: int = 0
+
+    name: ClassVar[str] = "confidence"
+    masks_in_training: ClassVar[bool] = False
+    sweeps: ClassVar[tuple[str, ...]] = ("threshold",)
+    advice: ClassVar[str] = "a lower threshold lets images leave earlier"
+    loss_settings: ClassVar[type] = NoLossSettings
+    learning_rate_factors: ClassVar[Mapping[str, float]] = {}
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.threshold <= 1:
+            raise ValueError(f"threshold is {self.threshold}: it must lie between 0 and 1")
+        if self.first_layer < 0:
+            raise ValueError(f"first_layer is {self.first_layer}: it must be at least 0")
+
+    @property
+    def reads(self) -> frozenset[str]:
+        """The logits of the model's heads, unless the layers have their own."""
+        return frozenset() if self.own_heads else frozenset({"logits"})
+
+    def describe(self) -> str:
+        """Such as "confidence exit above 0.9, own heads"."""
+        first = f" from layer {self.first_layer}" if self.first_layer else ""
+        return f"confidence exit above {self.threshold:g}{first}{', own heads' if self.own_heads else ''}"
+
+    def check(self, config: Any) -> None:
+        """Raises ValueError for a model without classes, of fewer layers, or whose own heads would read a mean."""
+        if not config.num_classes:
+            raise ValueError("a confidence exit asks for the classes and num_classes is 0: load a model with a head")
+        if self.first_layer >= config.depth:
+            raise ValueError(f"first_layer is {self.first_layer} and the last layer is {config.depth - 1}: lower it")
+        if self.own_heads and config.pool != "token":
+            raise ValueError(f"own_heads read the class token and pool is {config.pool!r}: give own_heads=False")
+
+    def module(self, model: Any) -> "ExitHeads | None":
+        """The heads of every layer, started from the model's."""
+        if not self.own_heads:
+            return None
+        heads = [model.head, model.head_dist] if model.config.distilled else [model.head]
+        return ExitHeads(model.norm, heads, model.config.depth)
+
+    def initial(self, batch: int, config: Any, draw: Any = None) -> State:
+        """All images going on, without logits."""
+        state = first_state(batch, config.num_tokens, config.num_outputs, config.embed_dim)
+        logits = jnp.zeros((batch, 1 + config.distilled, config.num_classes))
+        return dataclasses.replace(state, of_images={"head_logits": logits})
+
+    def advance(
+        self,
+        state: State,
+        seen: Seen,
+        *,
+        layer: Int[Array, ""] | int,
+        is_last: Bool[Array, ""] | bool,
+        module: Any = None,
+    ) -> tuple[State, Trace]:
+        """The state after a layer, and the logits of its exit [b heads k] as "logits"."""
+        assert seen.tokens is not None
+        num_outputs = state.output.shape[1]
+        logits = module(seen.tokens[:, :num_outputs], layer) if self.own_heads else seen.logits
+        assert logits is not None
+        going = state.active.any(1)
+        sure = jax.nn.softmax(logits.mean(0)).max(-1) > self.threshold
+        exits = going & ((sure & (layer >= self.first_layer)) | is_last)
+        by_image = logits.swapaxes(0, 1)
+        new_state = State(
+            active=state.active & ~exits[:, None],
+            token_depth=state.token_depth + state.active,
+            output=jnp.where(exits[:, None, None], seen.tokens[:, :num_outputs], state.output),
+            of_images={"head_logits": jnp.where(exits[:, None, None], by_image, state.of_images["head_logits"])},
+        )
+        return new_state, Trace(of_images={"logits": by_image})
+
+    def finish(self, state: State, images: Bool[Array, "b 1"]) -> State:
+        """These images stop with what they have."""
+        return dataclasses.replace(state, active=state.active & ~images)
+
+    def head_logits(self, state: State) -> Float[Array, "heads b k"]:
+        """What the exit of each image said."""
+        return state.of_images["head_logits"].swapaxes(0, 1)
+
+    def losses(
+        self,
+        trace: Trace,
+        state: State,
+        head_logits: Float[Array, "heads b k"],
+        *,
+        classify: Callable[[Float[Array, "heads b k"]], Float[Array, ""]],
+        settings: NoLossSettings,
+        image_weight: Float[Array, " b"] | None = None,
+    ) -> dict[str, Float[Array, ""]]:
+        """The mean over the layers of the classification loss of their exits."""
+        of_layers = trace.of_images["logits"].swapaxes(1, 2)
+        return {"classification": jax.vmap(classify)(of_layers).mean()}
+
+    def extra_macs(self, config: Any, token_depth: Int[Array, "b n"]) -> Float[Array, " b"]:
+        """D * C for every head and layer in which it was asked; the one that gave the logits is counted as the head."""
+        asked = jnp.maximum(token_depth[:, 0] - 1 - self.first_layer, 0)
+        return asked.astype(jnp.float32) * (1 + config.distilled) * config.head_inputs * config.num_classes
+
+
+class ExitHeads(nnx.Module):
+    """A LayerNorm and heads for every layer, stacked on a layer axis."""
+
+    def __init__(self, norm: nnx.LayerNorm, heads: list[nnx.Linear], depth: int) -> None:
+        self.norm = _stacked(norm, depth)
+        self.head = _stacked(heads[0], depth)
+        self.head_dist = _stacked(heads[1], depth) if len(heads) > 1 else None
+
+    def __call__(self, outputs: Float[Array, "b s d"], layer: Int[Array, ""] | int) -> Float[Array, "heads b k"]:
+        """The logits of the heads of a layer from the values of their tokens in it."""
+        outputs = _of_layer(self.norm, layer)(outputs)
+        heads = [self.head] if self.head_dist is None else [self.head, self.head_dist]
+        return jnp.stack([_of_layer(head, layer)(outputs[:, token]) for token, head in enumerate(heads)])
+
+
+def _stacked(module: Any, depth: int) -> Any:
+    """The module with its parameters repeated on a leading layer axis."""
+    graphdef, state = nnx.split(module)
+    return nnx.merge(graphdef, jax.tree.map(lambda p: jnp.broadcast_to(p, (depth, *p.shape)), state))
+
+
+def _of_layer(stacked: Any, layer: Int[Array, ""] | int) -> Any:
+    graphdef, state = nnx.split(stacked)
+    return nnx.merge(graphdef, jax.tree.map(lambda p: p[layer], state))
