@@ -19,7 +19,7 @@ from avit_jax.data.sources import Split
 from avit_jax.evaluate.calibration import reliability
 from avit_jax.evaluate.figures import ImageFigures, evaluate, figures, totals
 from avit_jax.evaluate.intervals import bootstrap_difference, bootstrap_means, share
-from avit_jax.evaluate.sweep import Sweep, parse_sweep, unbeaten, with_gate
+from avit_jax.evaluate.sweep import Sweep, parse_sweep, unbeaten
 from avit_jax.execution.compiled import predict
 from avit_jax.report.numbers import _right_and_wrong, as_json, by_class, by_depth, disagreements, evaluation_numbers
 from tests.harness.builders import small_config, spread_gate
@@ -227,7 +227,7 @@ def test_sweeps_are_lists_or_ranges(text: str, values: tuple[float, ...]) -> Non
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ("gate_centre:1", "there is no gate setting 'gate_centre': did you mean 'gate_center'"),
+        ("gate_centre:1", "no rule has a setting 'gate_centre' to sweep: did you mean 'gate_center'"),
         ("gate_center", "'' is no list of numbers: write FIELD:VALUE"),
         ("gate_center:a,b", "'a,b' is no list of numbers"),
         ("gate_center:1:2", "a range has a first value, a last and a count"),
@@ -257,7 +257,7 @@ def test_unbeaten_settings_are_those_of_a_double_loop() -> None:
 def test_another_gate_leaves_weights_and_model_alone() -> None:
     model, split = spread_gate(CONFIG), drawn_split(6)
     before = evaluate(model, split, 6)
-    later = evaluate(with_gate(model, gate_center=6.0), split, 6)
-    never = evaluate(with_gate(model, gate_scale=None, gate_center=None), split, 6)
+    later = evaluate(model.with_config(gate_center=6.0), split, 6)
+    never = evaluate(model.with_config(gate_scale=None, gate_center=None), split, 6)
     assert before.mean_depth < later.mean_depth < never.mean_depth == 4
     assert evaluate(model, split, 6).mean_depth == before.mean_depth

@@ -1,6 +1,5 @@
 """What eval.py does: any checkpoint on a data set, as a table and as a page."""
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from avit_jax.data.open import open_dataset
 from avit_jax.data.settings import DataSettings
 from avit_jax.data.sources import Dataset, Split
 from avit_jax.evaluate.figures import Evaluation, evaluate
-from avit_jax.evaluate.sweep import parse_sweep
+from avit_jax.evaluate.sweep import parse_sweep, rule_with
 from avit_jax.model.config import AViTConfig
 from avit_jax.model.vit import AViT
 from avit_jax.report.numbers import only_layer
@@ -59,7 +58,7 @@ def evaluate_checkpoint(
     def loaded(path: str | Path, ema: bool) -> AViT:
         found = _evaluable(path, config, dataset, ema, model_fields)
         if class_names:
-            found.config = dataclasses.replace(found.config, class_names=read_class_names(class_names, found.config))
+            found = found.with_config(class_names=read_class_names(class_names, found.config))
         return found
 
     def subject(path: str | Path, found: AViT) -> Subject:
@@ -69,11 +68,12 @@ def evaluate_checkpoint(
     ours = loaded(path, ema)
     other = loaded(baseline, False) if baseline else None
     doubt = None if class_names else _compare_names(path, ours.config, baseline, other, dataset.class_names)
-    for found in (ours, other):
-        if found is not None and found.config.class_names is None:
-            found.config = dataclasses.replace(found.config, class_names=dataset.class_names)
-    if settings and not ours.config.halts:
+    ours = _named(ours, dataset.class_names)
+    other = _named(other, dataset.class_names) if other else None
+    if settings and not ours.config.halts and ours.config.reduction is None:
         raise ValueError(f"--sweep moves a gate and {path} has none: it never halts; leave --sweep out")
+    if settings:
+        rule_with(ours.config, settings.field)  # refuses what its rule has not
     evaluated = subject(path, ours)
     lines = [f"warning: {doubt}"] if doubt else []
     lines.append(format_evaluation(evaluated.result, ours.config))
@@ -90,6 +90,10 @@ def evaluate_checkpoint(
         )
         lines.append(f"report: {page}")
     return "\n".join(lines)
+
+
+def _named(model: AViT, names: tuple[str, ...]) -> AViT:
+    return model if model.config.class_names is not None else model.with_config(class_names=names)
 
 
 def _compare_names(

@@ -1,6 +1,5 @@
 """A person's own pictures: what the model says of each, how sure it is, and where its layers went."""
 
-import dataclasses
 import hashlib
 import os
 from collections.abc import Iterator
@@ -48,7 +47,7 @@ def predict_checkpoint(
     if model.config.in_channels not in (1, 3):
         raise ValueError(f"the model takes {model.config.in_channels} channels and picture files have 1 or 3")
     if class_names:
-        model.config = dataclasses.replace(model.config, class_names=read_class_names(class_names, model.config))
+        model = model.with_config(class_names=read_class_names(class_names, model.config))
     out = writable_folder(folder or Path("runs", Path(checkpoint).name, "images")) if model.config.halts else None
     yield from predict_files(model, files, root, out, execution)
 

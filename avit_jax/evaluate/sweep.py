@@ -1,24 +1,24 @@
-"""One checkpoint at several gate settings, without training: what each costs, and which nothing beats."""
+"""One checkpoint at several settings of its rule, without training: what each costs, and which nothing beats."""
 
 import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from flax import nnx
 from jaxtyping import Bool
 
-from avit_jax.model.config import nearest
+from avit_jax.model.config import AViTConfig, nearest
 from avit_jax.model.vit import AViT
+from avit_jax.rules import RULES
 
-FIELDS = ("gate_center", "gate_scale")
-SYNTAX = "FIELD:VALUE,VALUE,... or FIELD:FIRST:LAST:COUNT, FIELD being gate_center or gate_scale"
+FIELDS = tuple(sorted({field for rule in RULES.values() for field in rule.sweeps}))
+SYNTAX = f"FIELD:VALUE,VALUE,... or FIELD:FIRST:LAST:COUNT, FIELD being {', '.join(FIELDS[:-1])} or {FIELDS[-1]}"
 MOST = 40  # settings; each is a program to compile
 
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
-    """Gate settings to try: a field of AViTConfig and its values."""
+    """A setting of a rule, and the values to try."""
 
     field: str
     values: tuple[float, ...]
@@ -31,7 +31,7 @@ def parse_sweep(text: str) -> Sweep:
     """
     field, _, values = text.partition(":")
     if field not in FIELDS:
-        raise ValueError(f"--sweep={text}: there is no gate setting {field!r}: {nearest(field, FIELDS)}")
+        raise ValueError(f"--sweep={text}: no rule has a setting {field!r} to sweep: {nearest(field, FIELDS)}")
     parts = values.split(":") if ":" in values else values.split(",")
     try:
         numbers = [float(part) for part in parts]
@@ -49,11 +49,24 @@ def parse_sweep(text: str) -> Sweep:
     return Sweep(field, settings)
 
 
-def with_gate(model: AViT, **gate: Any) -> AViT:
-    """The same weights under another gate; gate_scale=None, gate_center=None: no token ever halts."""
-    other = nnx.merge(*nnx.split(model))
-    other.config = dataclasses.replace(model.config, **gate)
-    return other
+def with_setting(model: AViT, sweep: Sweep, value: float) -> AViT:
+    """The same weights with one setting of the model's rule changed.
+
+    Raises ValueError where the model has no rule, or one that cannot change this setting at test time.
+    """
+    rule = rule_with(model.config, sweep.field)
+    whole = isinstance(getattr(rule, sweep.field), int) and value.is_integer()
+    return model.with_config(rule=dataclasses.replace(rule, **{sweep.field: int(value) if whole else value}))
+
+
+def rule_with(config: AViTConfig, field: str) -> Any:
+    """The rule in force, which has this setting to sweep. Raises ValueError where there is none."""
+    rule = config.halting or config.reduction
+    if rule is None:
+        raise ValueError(f"a sweep moves {field} and the model has no rule: no token ever halts or merges")
+    if field not in rule.sweeps:
+        raise ValueError(f"the rule {rule.name} has no setting {field} to sweep: it has {', '.join(rule.sweeps)}")
+    return rule
 
 
 def unbeaten(gain: Sequence[float], cost: Sequence[float]) -> Bool[np.ndarray, " n"]:

@@ -8,7 +8,8 @@ import numpy as np
 
 from avit_jax.data.sources import Images
 from avit_jax.evaluate.figures import evaluate
-from avit_jax.evaluate.sweep import Sweep, unbeaten, with_gate
+from avit_jax.evaluate.sweep import Sweep, rule_with, unbeaten, with_setting
+from avit_jax.execution.program import AUTO
 from avit_jax.model.vit import AViT
 from avit_jax.report import charts
 from avit_jax.runtime.bars import Steps
@@ -34,9 +35,9 @@ def evaluate_settings(model: AViT, split: Images, batch_size: int, sweep: Sweep,
     mesh = data_mesh(batch_size)
     found = []
     for value in sweep.values:
-        other = with_gate(model, **{sweep.field: value})
+        other = with_setting(model, sweep, value)
         with steps.step("evaluation", f"evaluating {sweep.field} {value:g}"):
-            result = evaluate(other, split, batch_size, "packed", mesh)
+            result = evaluate(other, split, batch_size, AUTO, mesh)
         names = ("top1", "mean_depth", "class_token_depth", "gmacs", "executed_gmacs")
         found.append(Setting(value, other, {name: getattr(result, name) for name in names}))
     return found
@@ -51,7 +52,7 @@ def sweep_numbers(
     maps: Sequence[np.ndarray],
 ) -> dict[str, Any]:
     """The settings with their speeds, the depths of the fixed images, and whether nothing beats them."""
-    own = getattr(model.config, sweep.field)
+    own = getattr(rule_with(model.config, sweep.field), sweep.field)
     speeds = [rates[setting_name(setting)] for setting in settings]
     top1 = [setting.figures["top1"] for setting in settings]
     costs = {"gmacs": [setting.figures["gmacs"] for setting in settings], "images_per_second": [-s for s in speeds]}

@@ -13,9 +13,9 @@ from flax import nnx
 
 from avit_jax.data.sources import Images
 from avit_jax.evaluate.figures import Evaluation
-from avit_jax.evaluate.sweep import Sweep, with_gate
+from avit_jax.evaluate.sweep import Sweep
 from avit_jax.execution.work import whole_gmacs
-from avit_jax.model.config import AViTConfig
+from avit_jax.model.config import NO_RULE, AViTConfig
 from avit_jax.model.vit import AViT
 from avit_jax.report import charts, gallery
 from avit_jax.report.depth_colours import legend
@@ -179,9 +179,9 @@ def _saved_work(result: Evaluation, config: AViTConfig, batch_size: int) -> dict
 
 
 def _variants(subject: Subject, baseline: Subject | None) -> Variants:
-    """What is timed: dense is the model itself with the gate taken out."""
+    """What is timed: dense is the model itself with the rule taken out."""
     model = subject.model
-    variants = {"dense": (with_gate(model, gate_scale=None, gate_center=None), "masked")}
+    variants = {"dense": (model.with_config(**NO_RULE), "masked")}
     if model.config.halts:
         variants |= {"masked": (model, "masked"), "packed": (model, "packed")}
     if baseline:
