@@ -23,8 +23,8 @@ from avit_jax.report.depth_colours import legend
 from avit_jax.report.names import class_names, verdict
 from avit_jax.report.numbers import as_json, disagreements, evaluation_numbers, only_layer
 from avit_jax.report.page import render, write_page
-from avit_jax.report.speed import ROUNDS, Variants, batch_sizes, environment, measure_at, measure_speeds
 from avit_jax.report.sweep_part import Setting, evaluate_settings, setting_name, sweep_charts, sweep_numbers
+from avit_jax.report.throughput import ROUNDS, Variants, batch_sizes, environment, measure_at, measure_speeds
 from avit_jax.runtime.bars import Steps
 from avit_jax.runtime.files import writable_folder, write_json
 
