@@ -172,17 +172,17 @@ def _describe(subject: Subject) -> dict[str, Any]:
     }
 
 
-def _own_execution(config: AViTConfig) -> str:
+def _own_execution(model_config: AViTConfig) -> str:
     """What the page compares with dense."""
-    return checked_execution(config, AUTO)
+    return checked_execution(model_config, AUTO)
 
 
-def _saved_work(result: Evaluation, config: AViTConfig, batch_size: int) -> dict[str, Any]:
+def _saved_work(result: Evaluation, model_config: AViTConfig, batch_size: int) -> dict[str, Any]:
     """How much faster the model's execution were if time were multiply-adds alone: dense's over its own.
 
     Its own are counted by a packed evaluation, padding included; a masked one saves nothing and knows the rule's alone.
     """
-    whole = whole_gmacs(config)
+    whole = whole_gmacs(model_config)
     counted = result.executed_gmacs < whole
     gmacs = result.executed_gmacs if counted else result.gmacs
     return {"allows": whole / gmacs, "share": gmacs / whole, "padding_counted": counted, "batch": batch_size}
