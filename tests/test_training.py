@@ -206,7 +206,7 @@ def test_the_last_good_checkpoint_outlives_a_loss_that_is_not_finite(
             state, metrics = step(*arguments)
             return state, metrics | {"ponder": jnp.where(state.step == 6, jnp.nan, metrics["ponder"])}
 
-        return poisoned_step
+        return jax.jit(poisoned_step)
 
     monkeypatch.setattr(setup, "make_train_step", poisoned)
     with pytest.raises(FloatingPointError, match="the ponder is nan at step 6"):
