@@ -99,7 +99,6 @@ def test_configs_are_parsed_at_the_door() -> None:
     assert known == {"commands"}
 
 
-@pytest.mark.xfail(reason="they are being gathered in one file")
 def test_private_names_of_jax_have_one_place() -> None:
     """runtime/jax_private.py says of each why there is no public one."""
     private = {name_of(file) for file in FILES for _, name in imports(file) if name.startswith("jax._src")}
