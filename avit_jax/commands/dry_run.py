@@ -130,12 +130,13 @@ def made_up_batch(model_config: AViTConfig, count: int) -> dict[str, np.ndarray]
 
 def _model_lines(model_config: AViTConfig, params: nnx.State, config: ConfigDict) -> Iterator[str]:
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
-    gate = f"gate {model_config.gate_scale:g} / {model_config.gate_center:g}" if model_config.halts else "never halts"
+    rule = model_config.rule_in_force
+    said = "never halts" if rule is None else rule.describe()
     height, width = model_config.image_shape
     yield (
         f"model     {config.model.get('preset') or 'of its own'}: {model_config.depth} layers of width "
         f"{model_config.embed_dim}, {height}x{width} images in patches of {model_config.patch_size}, "
-        f"{model_config.num_classes} classes, {gate}, {model_config.dtype}"
+        f"{model_config.num_classes} classes, {said}, {model_config.dtype}"
     )
     yield (
         f"          {count:,} parameters, {whole_gmacs(model_config):.3g} GMACs an image with all layers; starts from "
