@@ -33,7 +33,8 @@ def imports(file: Path) -> Iterator[tuple[int, str]]:
 def allowed() -> dict[str, set[str]]:
     """The table of docs/house.md: for each room the rooms and modules it may import."""
     page = (ROOT / "docs" / "house.md").read_text(encoding="utf-8")
-    rows = re.findall(r"^\| `([\w.]+)` +\|(.*?)\|", page, re.MULTILINE)
+    table = page[page.index("| Room ") :].partition("\n\n")[0]
+    rows = re.findall(r"^\| `([\w.]+)` +\|(.*?)\|", table, re.MULTILINE)
     return {room: set(re.findall(r"`([\w.]+)`", cell)) for room, cell in rows}
 
 
