@@ -1,7 +1,6 @@
 """README and docs: code blocks run, commands have the options and keys they use, files and functions exist."""
 
 import dataclasses
-import importlib
 import json
 import re
 import shutil
@@ -157,10 +156,10 @@ def test_the_readme_is_short_and_has_the_commands_of_the_first_minutes() -> None
     assert "pip install -r requirements-dev.txt && pytest" in text
 
 
-def test_the_page_of_settings_is_that_of_the_code(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(ROOT / "docs")
-    settings_page = importlib.import_module("settings_page")
-    assert settings_page.PAGE.read_text() == settings_page.page(), "run python docs/settings_page.py"
+def test_the_page_of_settings_is_that_of_the_code() -> None:
+    from docs import settings_page
+
+    assert settings_page.PAGE.read_text() == settings_page.page(), "run python -m docs.settings_page"
 
 
 def test_the_citation_has_the_version() -> None:
