@@ -95,6 +95,10 @@ def evaluate_checkpoint(
     return "\n".join(lines)
 
 
+def _named(model: AViT, names: tuple[str, ...]) -> AViT:
+    return model if model.config.class_names is not None else model.with_config(class_names=names)
+
+
 def _compare_names(
     path: str | Path, ours: AViTConfig, baseline: str | Path | None, other: AViT | None, of_data: tuple[str, ...]
 ) -> str | None:

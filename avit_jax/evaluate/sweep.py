@@ -32,7 +32,7 @@ def parse_sweep(text: str) -> Sweep:
     """
     field, _, values = text.partition(":")
     if field not in FIELDS:
-        raise ValueError(f"--sweep={text}: there is no gate setting {field!r}: {nearest(field, FIELDS)}")
+        raise ValueError(f"--sweep={text}: no rule has a setting {field!r} to sweep: {nearest(field, FIELDS)}")
     parts = values.split(":") if ":" in values else values.split(",")
     try:
         numbers = [float(part) for part in parts]

@@ -9,7 +9,7 @@ from avit_jax.model.settings import ModelSettings
 from avit_jax.runtime.mesh import MeshSettings
 from avit_jax.runtime.settings import Settings, part, setting
 from avit_jax.train.gate_start import GateStartSettings
-from avit_jax.train.losses import ClassificationLoss
+from avit_jax.train.objective import ClassificationLoss
 from avit_jax.train.optim import OptimSettings
 
 Loss = TypeVar("Loss")

@@ -36,7 +36,7 @@ def spread_gate(model_config: AViTConfig, seed: int = 0, factor: float = 4.0) ->
     return model
 
 
-def toy_arrays(count: int = 120, classes: int = 3, size: int = 8, seed: int = 0) -> dict[str, np.ndarray]:
+def toy_arrays(count: int = 120, classes: int = 3, size: int = 8, seed: int = 0) -> dict[str, Any]:
     """Images whose class is the position of a bright band: learnt within a few steps."""
     rng = np.random.default_rng(seed)
     labels = np.arange(count) % classes
@@ -73,7 +73,7 @@ def quick_start() -> dict[str, str]:
 
     tensorboardX would import torch, two seconds: a module of that name stands in its way.
     """
-    programs = Path(jax.config.jax_compilation_cache_dir)
+    programs = Path(jax.config.jax_compilation_cache_dir)  # type: ignore[attr-defined]
     modules = programs.with_name(f"{programs.name}_modules")
     modules.mkdir(exist_ok=True)
     (modules / "torch.py").write_text("raise ImportError\n")

@@ -30,8 +30,7 @@ from avit_jax.train.settings import TrainSettings
 from avit_jax.train.setup import prepare
 from tests.harness.collectives import collectives, said, what_crosses
 
-if not jax.config.jax_platforms:
-    jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_platforms", os.environ.get("JAX_PLATFORMS") or "cpu")
 
 
 def topology_mesh(name: str, fsdp: int = 1) -> Mesh:
