@@ -24,7 +24,7 @@ from tests.harness.doc_blocks import PAGES, ROOT, page_name
 from tests.harness.published_names import published_state
 
 WITH_CODE = [page for page in PAGES if doc_blocks.python_blocks(page.read_text())]
-SMALL = {"depth": 2, "embed_dim": 24, "num_heads": 2, "image_size": 32}
+SMALL = {"depth": 12, "embed_dim": 24, "num_heads": 2, "image_size": 32}
 
 
 def random_model(config: avit_jax.AViTConfig) -> avit_jax.AViT:
