@@ -222,7 +222,7 @@ def test_sweeps_are_lists_or_ranges(text: str, values: tuple[float, ...]) -> Non
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ("gate_centre:1", "there is no gate setting 'gate_centre': did you mean 'gate_center'"),
+        ("gate_centre:1", "no rule has a setting 'gate_centre' to sweep: did you mean 'gate_center'"),
         ("gate_center", "'' is no list of numbers: write FIELD:VALUE"),
         ("gate_center:a,b", "'a,b' is no list of numbers"),
         ("gate_center:1:2", "a range has a first value, a last and a count"),
@@ -240,7 +240,7 @@ def test_a_setting_of_another_rule_is_refused() -> None:
     model = spread_gate(dataclasses.replace(CONFIG, **NO_RULE | {"rule": ToMe(1)}))
     assert with_setting(model, "r", 2.0).config.rule == ToMe(2)
     for field, value, sentence in (
-        ("threshold", 0.5, "--sweep moves threshold and the model has 'tome', which sweeps r: sweep another setting"),
+        ("threshold", 0.5, "the rule tome has no setting threshold to sweep: it has r"),
         ("r", 1.5, "ToMe's r is 1.5"),
     ):
         with pytest.raises(ValueError, match=sentence):

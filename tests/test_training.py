@@ -23,11 +23,13 @@ from avit_jax.commands.run import run
 from avit_jax.data.settings import AugmentSettings, DataSettings
 from avit_jax.data.sources import load_dataset
 from avit_jax.evaluate.compare import format_summary
+from avit_jax.halting.prior import prior_loss
 from avit_jax.runtime.mesh import training_mesh
 from avit_jax.train import loop as training
-from avit_jax.train import losses, setup
+from avit_jax.train import setup
 from avit_jax.train.clock import TIMES
 from avit_jax.train.logs import read_metrics
+from avit_jax.train.objective import distillation_loss
 from avit_jax.train.optim import learning_rate_schedule, make_optimizer, update_average, weight_decay_mask
 from avit_jax.train.start import initial_model
 from avit_jax.train.state import initial_state, teacher_weights
@@ -296,7 +298,7 @@ def test_a_teacher_is_followed(config: ConfigDict, kind: str) -> None:
     teacher.head.kernel[...] = 50 * teacher.head.kernel[...]  # decided, unlike the student
     config.loss.update({"distillation": kind, "distillation_weight": 0.7, "distillation_temperature": 2.0})
     metrics, batch = first_step(config, student, teacher)
-    expected = losses.distillation_loss(
+    expected = distillation_loss(
         student(batch["image"]).head_logits,
         batch["label"],
         teacher(batch["image"]).logits,
@@ -437,7 +439,7 @@ def test_the_step_minimises_the_total_loss(config: ConfigDict) -> None:
         soft = jax.nn.one_hot(batch["label"], 3) * (1 - config.loss.label_smoothing) + config.loss.label_smoothing / 3
         classification = -(soft * jax.nn.log_softmax(output.logits)).sum(-1).mean()
         ponder = config.loss.ponder_weight * output.ponder_cost.mean()
-        prior = losses.prior_loss(output.halting_scores.mean((1, 2)), "kl", config.loss.prior_target_depth)
+        prior = prior_loss(output.halting_scores.mean((1, 2)), "kl", config.loss.prior_target_depth)
         return classification + ponder + config.loss.prior_weight * prior
 
     value, gradient = jax.value_and_grad(loss)(params)

@@ -10,9 +10,9 @@ from ml_collections import ConfigDict
 
 from avit_jax.checkpoints.model_folder import checkpoint_steps
 from avit_jax.data.settings import AugmentSettings, DataSettings
+from avit_jax.halting.prior import PRIORS
 from avit_jax.runtime.files import read_table
 from avit_jax.train.clock import parse_profile
-from avit_jax.train.losses import PRIORS
 
 # Keys that may change when a run resumes, because neither its steps nor its log depend on them.
 MAY_CHANGE = {

@@ -9,6 +9,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
+from avit_jax.halting.avit import AViTGate
 from avit_jax.model.check_images import check_images
 from avit_jax.model.config import AViTConfig
 from avit_jax.model.vit import AViT
@@ -65,7 +66,7 @@ def start_gate(
     between 1 and L, and for other images than the model takes, or none.
     """
     config = model.config
-    if config.gate_scale is None or config.gate_center is None:
+    if config.gate_scale is None or config.gate_center is None or not isinstance(config.halting, AViTGate):
         raise ValueError(
             "a model that never halts has no gate to start: give it gate_scale and gate_center "
             "(such as 10.0 and 30.0) where it is loaded or created"

@@ -30,8 +30,6 @@ from avit_jax.train.progress import Metrics, Progress
 from avit_jax.train.setup import prepare
 from avit_jax.train.state import TrainState, initial_state, state_items, state_with, teacher_weights
 
-LOSS_TERMS = ("classification", "ponder", "prior", "gradient_norm")
-
 
 class Stopped(Exception):
     """The run was asked to stop and has written its checkpoint; the message says how to go on."""
@@ -286,7 +284,9 @@ def _means(window: list[Metrics]) -> Metrics:
 def _checked(step: int, metrics: dict[str, Array]) -> Metrics:
     """The metrics on the host. Raises FloatingPointError, naming the step and the term, where one is not finite."""
     values = {name: np.asarray(value, np.float64).tolist() for name, value in jax.device_get(metrics).items()}
-    for term in LOSS_TERMS:
+    # A term that is not finite makes the loss and the gradient so too: the term is what to name.
+    scalars = [name for name, value in values.items() if not isinstance(value, list)]
+    for term in sorted(scalars, key=lambda name: name in ("gradient_norm", "loss")):
         if not math.isfinite(values[term]):
             raise FloatingPointError(
                 f"the {term.replace('_', ' ')} is {values[term]} at step {step}: training stopped, the last good "

@@ -1,6 +1,7 @@
 """The optimiser: AdamW with warm-up and cosine decay, weight decay by parameter name, and the moving average."""
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -68,13 +69,28 @@ def weight_decay_mask(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(lambda path, _: "kernel" in jax.tree_util.keystr(path), params)
 
 
-def make_optimizer(config: ConfigDict, schedule: optax.Schedule) -> optax.GradientTransformation:
-    """AdamW (config.optim), after gradient clipping by global norm where clip_norm is not 0."""
+def make_optimizer(
+    config: ConfigDict, schedule: optax.Schedule, factors: Mapping[str, float] | None = None
+) -> optax.GradientTransformation:
+    """AdamW (config.optim), after gradient clipping by global norm where clip_norm is not 0.
+
+    factors: by part of a parameter's path, such as "rule_module", what its learning rate is multiplied with.
+    """
     adamw = optax.adamw(
         schedule, b1=config.beta1, b2=config.beta2, weight_decay=config.weight_decay, mask=weight_decay_mask
     )
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
-    return optax.chain(clip, adamw)
+    return optax.chain(clip, adamw, *([_scaled(factors)] if factors else []))
+
+
+def _scaled(factors: Mapping[str, float]) -> optax.GradientTransformation:
+    """Updates multiplied with the factor of each part of a path that is in theirs."""
+
+    def scale(path: Any, update: Array) -> Array:
+        name = jax.tree_util.keystr(path)
+        return update * math.prod(factor for part, factor in factors.items() if part in name)
+
+    return optax.stateless(lambda updates, _: jax.tree_util.tree_map_with_path(scale, updates))
 
 
 def update_average(average: Any, params: Any, decay: float) -> Any:

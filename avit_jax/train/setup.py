@@ -33,7 +33,8 @@ def prepare(config: ConfigDict, model: AViT, mesh: Mesh, images: int, teacher: A
     """
     steps = max(1, round(config.epochs * images / config.batch_size))
     schedule = learning_rate_schedule(config.optim, steps, epochs=config.epochs, batch_size=config.batch_size)
-    optimizer = make_optimizer(config.optim, schedule)
+    rule = model.config.halting
+    optimizer = make_optimizer(config.optim, schedule, rule.learning_rate_factors if rule is not None else None)
     state = state_shapes(model, optimizer, config.optim.ema_decay)
     teacher_graphdef = None if teacher is None else nnx.graphdef(teacher)
     step = make_train_step(nnx.graphdef(model), optimizer, config, mesh, state, teacher_graphdef)

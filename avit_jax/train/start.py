@@ -154,5 +154,5 @@ def _own_fields(path: str | Path, model_config: AViTConfig) -> dict[str, Any]:
     """What a checkpoint cannot tell of itself: of a foreign file all but classes, gate and image size."""
     if not Path(path).is_file() or read_config(Path(path)):
         return {}
-    own = ("num_classes", "class_names", "gate_scale", "gate_center", "image_size")
+    own = ("num_classes", "class_names", "gate_scale", "gate_center", "rule", "image_size")
     return {name: value for name, value in vars(model_config).items() if name not in own} | {"gate_scale": None}

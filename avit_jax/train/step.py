@@ -1,5 +1,6 @@
-"""The jitted training step: forward, the three loss terms, backward, update, on any mesh."""
+"""The jitted training step: forward, the terms of the objective, backward, update, on any mesh."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -13,8 +14,10 @@ from ml_collections import ConfigDict
 
 from avit_jax.data.mix import augment_on_device
 from avit_jax.data.settings import AugmentSettings
+from avit_jax.halting.image_mean import image_mean
+from avit_jax.halting.prior import AViTLoss
 from avit_jax.runtime.mesh import batch_sharding, replicated, state_shardings
-from avit_jax.train import losses
+from avit_jax.train.objective import distillation_loss, objective_terms
 from avit_jax.train.optim import update_average
 from avit_jax.train.state import TrainState
 
@@ -52,47 +55,40 @@ def build_train_step(
     """What make_train_step compiles: (state, batch, the teacher's weights) -> (state, metrics)."""
     loss_config, parts = config.loss, config.accumulation
     augment = AugmentSettings.from_config(dict(config.augment))
+    rule_loss = AViTLoss(**{field.name: loss_config[field.name] for field in dataclasses.fields(AViTLoss)})
 
     def loss_function(params: nnx.State, batch: dict[str, Array], key: Array, teacher_state: Any) -> Any:
         model = nnx.merge(graphdef, params)
-        output = model(batch["image"], deterministic=False, rngs=nnx.Rngs(dropout=key))
+        output, trace, final = model.forward(batch["image"], nnx.Rngs(dropout=key).dropout())
         teacher_logits = None
         if teacher_graphdef is not None:
             teacher_logits = jax.lax.stop_gradient(nnx.merge(teacher_graphdef, teacher_state)(batch["image"]).logits)
-        weight = batch.get("weight")
-        classification = losses.distillation_loss(
-            output.head_logits,
-            batch["target"],
-            teacher_logits,
-            kind=loss_config.distillation,
-            weight=loss_config.distillation_weight,
-            temperature=loss_config.distillation_temperature,
-            image_weight=weight,
-        )
-        ponder = prior = jnp.zeros(())
-        if model.config.halts:
-            ponder, prior = losses.halting_losses(
-                output.halting_scores,
-                output.ponder_cost,
-                ponder_weight=loss_config.ponder_weight,
-                prior_weight=loss_config.prior_weight,
-                prior=loss_config.prior,
-                prior_target_depth=loss_config.prior_target_depth,
-                prior_deviation=loss_config.prior_deviation,
+        weight, rule = batch.get("weight"), model.config.halting
+
+        def classify(head_logits: Array) -> Array:
+            return distillation_loss(
+                head_logits,
+                batch["target"],
+                teacher_logits,
+                kind=loss_config.distillation,
+                weight=loss_config.distillation_weight,
+                temperature=loss_config.distillation_temperature,
                 image_weight=weight,
             )
-        terms = losses.LossTerms(classification, ponder, prior)
+
+        terms = objective_terms(rule, output.head_logits, trace, final, classify, rule_loss, weight)
+        total = sum(terms.values(), start=jnp.zeros(()))
         right = (output.logits.argmax(-1) == batch["label"]).astype(jnp.float32)
+        # Logs have always had these two, also where nothing halts.
+        named = terms if rule is not None else {"ponder": jnp.zeros(()), "prior": jnp.zeros(()), **terms}
         metrics = {
-            "loss": terms.total,
-            "classification": classification,
-            "ponder": ponder,
-            "prior": prior,
-            "accuracy": losses.image_mean(right, weight),
-            "mean_depth": losses.image_mean(output.token_depth.astype(jnp.float32), weight),
-            "halting_by_layer": jax.vmap(losses.image_mean, (0, None))(output.halting_scores, weight),
+            "loss": total,
+            **named,
+            "accuracy": image_mean(right, weight),
+            "mean_depth": image_mean(output.token_depth.astype(jnp.float32), weight),
+            "halting_by_layer": jax.vmap(image_mean, (0, None))(output.halting_scores, weight),
         }
-        return terms.total, metrics
+        return total, metrics
 
     gradient = jax.grad(loss_function, has_aux=True)
 
