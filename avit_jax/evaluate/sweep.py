@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool
 
-from avit_jax.model.config import AViTConfig, nearest
+from avit_jax.model.config import AViTConfig
 from avit_jax.model.vit import AViT
 from avit_jax.rules import RULES
+from avit_jax.runtime.hints import nearest
 
 _RULES: Any = RULES.values()
 FIELDS: tuple[str, ...] = tuple(sorted({field for rule in _RULES for field in rule.sweeps}))
