@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from tqdm import tqdm
 
-from avit_jax.model.config import nearest
+from avit_jax.runtime.hints import nearest
 from avit_jax.runtime.mesh import available_cores
 from benchmarks.results import save_results
 from tests.harness.builders import toy_data

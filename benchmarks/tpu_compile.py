@@ -22,10 +22,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from ml_collections import ConfigDict
-
+from avit_jax.commands.typed_config import parse
 from avit_jax.model.config import config_from
 from avit_jax.runtime.files import write_json
+from avit_jax.train.settings import TrainSettings
 from configs import imagenet_avit
 from tests.harness.collectives import said
 from tests.harness.tpu_programs import (
@@ -44,12 +44,12 @@ CHIP_BYTES = 16e9  # of a v5e
 OUT = Path("runs/benchmarks/tpu_compile.json")
 
 
-def experiment(size: str, topology: str) -> ConfigDict:
+def experiment(size: str, topology: str) -> TrainSettings:
     """configs/imagenet_avit.py at a sensible batch size, in parts if there are too many images for a chip."""
     config = imagenet_avit.get_config(size)
     config.batch_size = GLOBAL_BATCH[topology]
     config.accumulation = max(1, config.batch_size // (topology_mesh(topology).size * IMAGES_AT_ONCE[size]))
-    return config
+    return parse(config)
 
 
 def compiled_row(program: str, size: str, topology: str) -> dict[str, Any]:
@@ -62,10 +62,10 @@ def compiled_row(program: str, size: str, topology: str) -> dict[str, Any]:
         images, parts, allowed = IMAGES_AT_ONCE[size], 1, set[str]()
         compiled = compile_packed_evaluation(model, images, mesh)
     else:
-        config = experiment(size, topology)
-        model, images, parts = model_of(config), config.batch_size // mesh.size, config.accumulation
+        settings = experiment(size, topology)
+        model, images, parts = model_of(settings), settings.batch_size // mesh.size, settings.accumulation
         allowed = {"gradients", "scalars", "statistics"} | ({"parameters"} if fsdp > 1 else set())
-        compiled = compile_train_step(config, mesh)
+        compiled = compile_train_step(settings, mesh)
     seconds = time.perf_counter() - began
     row = {"program": program, "model": size, "topology": topology, "images_a_chip": images, "parts": parts}
     needed = bytes_needed(compiled)

@@ -222,7 +222,7 @@ def test_sweeps_are_lists_or_ranges(text: str, values: tuple[float, ...]) -> Non
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ("gate_centre:1", "there is no gate setting 'gate_centre': did you mean 'gate_center'"),
+        ("gate_centre:1", "no rule has a setting 'gate_centre' to sweep: did you mean 'gate_center'"),
         ("gate_center", "'' is no list of numbers: write FIELD:VALUE"),
         ("gate_center:a,b", "'a,b' is no list of numbers"),
         ("gate_center:1:2", "a range has a first value, a last and a count"),

@@ -26,7 +26,7 @@ from avit_jax.execution.compiled import predict
 from avit_jax.execution.work import image_gmacs
 from avit_jax.halting.confidence import ConfidenceExit
 from avit_jax.reduction.tome import ToMe
-from avit_jax.report import gallery, speed, writer
+from avit_jax.report import gallery, throughput, writer
 from avit_jax.report.page import interval, percent, render
 from avit_jax.report.writer import Subject, write_report
 from avit_jax.runtime.files import read_json
@@ -55,8 +55,8 @@ def written(folder: Path, model: AViT, split: Split, **more: Any) -> tuple[str, 
 def short_timing() -> Iterator[None]:
     """One batch size and short samples: most of a small page's time would be timing."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(speed, "FACTORS", (1,))
-        patch.setattr(speed, "SAMPLE_SECONDS", 0.001)
+        patch.setattr(throughput, "FACTORS", (1,))
+        patch.setattr(throughput, "SAMPLE_SECONDS", 0.001)
         yield
 
 

@@ -19,15 +19,14 @@ import numpy as np
 from flax import nnx
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from ml_collections import ConfigDict
 
 from avit_jax import AViT
 from avit_jax.commands.dry_run import IMAGENET_IMAGES
 from avit_jax.execution.packed import packed_program
 from avit_jax.execution.plan import default_plan
 from avit_jax.model.config import AViTConfig, config_from
-from avit_jax.model.settings import given_fields
 from avit_jax.runtime.mesh import batch_sharding, replicated, state_shardings
+from avit_jax.train.settings import TrainSettings
 from avit_jax.train.setup import prepare
 from tests.harness.collectives import collectives, said, what_crosses
 
@@ -41,22 +40,21 @@ def topology_mesh(name: str, fsdp: int = 1) -> Mesh:
     return Mesh(np.asarray(devices).reshape(-1, fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto, AxisType.Auto))
 
 
-def model_of(config: ConfigDict) -> AViTConfig:
+def model_of(settings: TrainSettings) -> AViTConfig:
     """The architecture of config.model."""
-    preset, fields = given_fields(config.model)
-    return config_from(preset, **fields)
+    return config_from(settings.model.preset, **settings.model.given)
 
 
-def compile_train_step(config: ConfigDict, mesh: Mesh) -> Any:
+def compile_train_step(settings: TrainSettings, mesh: Mesh) -> Any:
     """The compiled train step of an experiment, built as training builds it."""
-    model = model_of(config)
+    model = model_of(settings)
     shapes = nnx.eval_shape(lambda: AViT(model, rngs=nnx.Rngs(0)))
-    setup = prepare(config, shapes, mesh, IMAGENET_IMAGES)
+    setup = prepare(settings, shapes, mesh, IMAGENET_IMAGES)
     layout = state_shardings(mesh, setup.state)
     state = jax.tree.map(
         lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), setup.state, layout
     )
-    shape = (config.batch_size, *model.image_shape, model.in_channels)
+    shape = (settings.batch_size, *model.image_shape, model.in_channels)
     batch = {
         "image": jax.ShapeDtypeStruct(shape, jnp.uint8, sharding=batch_sharding(mesh)),
         "label": jax.ShapeDtypeStruct(shape[:1], jnp.int32, sharding=batch_sharding(mesh)),
