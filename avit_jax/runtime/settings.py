@@ -63,7 +63,7 @@ def setting(
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def part(kind: type[Part]) -> Part:
+def part(kind: type) -> Any:
     """A field that holds other settings, which have their section of the config."""
     return dataclasses.field(default=kind())
 
