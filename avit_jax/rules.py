@@ -12,7 +12,7 @@ from avit_jax.reduction.tome import ToMe
 from avit_jax.runtime.files import shown
 from avit_jax.runtime.json_fields import typed_fields
 
-RULES: dict[str, type] = {rule.name: rule for rule in (AViTGate, ConfidenceExit, ToMe)}
+RULES: dict[str, Any] = {rule.name: rule for rule in (AViTGate, ConfidenceExit, ToMe)}
 _MOST_TEXT = 1000  # characters of a rule on the command line
 
 

@@ -41,7 +41,7 @@ from avit_jax.data.elements import BadImages, Decode, EvaluationCrop, ToArray
 from avit_jax.data.open import open_dataset
 from avit_jax.data.pipeline import evaluation_batches, training_batches
 from avit_jax.data.randaugment import RandAugment
-from avit_jax.data.settings import DataSettings
+from avit_jax.data.settings import AugmentSettings, DataSettings
 from avit_jax.runtime.files import write_json
 from avit_jax.runtime.mesh import available_cores
 
@@ -49,7 +49,7 @@ PARTS = ("speed", "stages", "memory", "start")
 FILES, CLASSES, BATCH = {"train": 2000, "val": 1000}, 4, 50
 LINKS = 25  # names of each training file, because shuffling a few images is slower than shuffling many
 MODEL = PRESETS["avit_tiny_patch16_224"]
-DEIT = {"crop_scale": (0.08, 1.0), "flip": 0.5, "randaugment": "rand-m9-mstd0.5-inc1"}
+DEIT = AugmentSettings(crop_scale=(0.08, 1.0), flip=0.5, randaugment="rand-m9-mstd0.5-inc1")
 MAKE_TFDS = """
 import sys
 from pathlib import Path

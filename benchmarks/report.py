@@ -30,7 +30,7 @@ from avit_jax import AViT, AViTConfig, Preprocessing
 from avit_jax.data.settings import DataSettings
 from avit_jax.data.sources import Images, Split
 from avit_jax.evaluate.figures import evaluate
-from avit_jax.report.speed import environment
+from avit_jax.report.throughput import environment
 from avit_jax.report.writer import Subject, write_report
 from avit_jax.runtime.mesh import data_mesh, use_all_cores
 from benchmarks.results import save_results

@@ -89,26 +89,27 @@ def _answer(worker: subprocess.Popen[str]) -> str:
 def trained(checkpoint_every: int, steps: int) -> dict[str, float]:
     """The default job's first steps: seconds of the loop after the first log line, and the shares spent waiting."""
     from avit_jax import load
+    from avit_jax.commands.typed_config import parse
     from avit_jax.data.open import open_dataset
-    from avit_jax.data.settings import DataSettings
     from avit_jax.train.logs import read_metrics
     from avit_jax.train.loop import train
     from avit_jax.train.start import initial_model
     from configs import mnist_avit
 
     config = mnist_avit.get_config()
-    dataset = open_dataset(DataSettings.from_config(dict(config.data)))
+    dataset = open_dataset(parse(config).data)
     config.epochs = steps * config.batch_size / len(dataset.train)
     config.optim.warmup_steps = min(config.optim.warmup_steps, steps - 1)
     config.checkpoint_every, config.eval_every = checkpoint_every, steps
-    model, teacher = initial_model(config, dataset), load(config.teacher)
+    settings = parse(config)
+    model, teacher = initial_model(settings, dataset), load(settings.teacher)
     with tempfile.TemporaryDirectory() as folder:
         with contextlib.redirect_stderr(io.StringIO()):  # the progress bar
-            train(config, dataset, model, Path(folder), teacher)
+            train(settings, dataset, model, Path(folder), teacher)
         lines = [line for line in read_metrics(Path(folder)) if line["split"] == "train"][1:]
     # images_per_second leaves out checkpoints, but their share is of the whole time.
     seconds = [
-        config.log_every * config.batch_size / line["images_per_second"] / (1 - line["checkpoint_wait"])
+        settings.log_every * settings.batch_size / line["images_per_second"] / (1 - line["checkpoint_wait"])
         for line in lines
     ]
     total = sum(seconds)
@@ -116,7 +117,7 @@ def trained(checkpoint_every: int, steps: int) -> dict[str, float]:
         name: sum(line[name] * s for line, s in zip(lines, seconds, strict=True)) / total
         for name in ("data_wait", "checkpoint_wait")
     }
-    return {"seconds": total, "steps": config.log_every * len(lines)} | waits
+    return {"seconds": total, "steps": settings.log_every * len(lines)} | waits
 
 
 def checkpoints(rounds: int, steps: int) -> dict[str, list[dict[str, float]]]:

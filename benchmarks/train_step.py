@@ -24,7 +24,9 @@ import numpy as np
 from flax import nnx
 
 from avit_jax import PRESETS, AViT, AViTConfig
-from avit_jax.model.config import config_from, nearest
+from avit_jax.commands.typed_config import parse
+from avit_jax.model.config import config_from
+from avit_jax.runtime.hints import nearest
 from avit_jax.runtime.mesh import available_cores, global_batch, training_mesh, use_all_cores
 from avit_jax.train.optim import learning_rate_schedule, make_optimizer
 from avit_jax.train.state import initial_state
@@ -40,14 +42,15 @@ def jax_step(model_config: AViTConfig, batch_size: int) -> Callable[[], None]:
     """A function that takes one training step, as train.py does."""
     experiment = mnist_avit.get_config()
     experiment.batch_size = batch_size
-    experiment.loss.distillation = "none"  # a teacher's forward pass is not part of the comparison
+    experiment.loss.distillation, experiment.teacher = "none", ""  # its forward pass is not part of the comparison
+    settings = parse(experiment)
     optimizer = make_optimizer(
-        experiment.optim, learning_rate_schedule(experiment.optim, 10_000, epochs=100.0, batch_size=batch_size)
+        settings.optim, learning_rate_schedule(settings.optim, 10_000, epochs=100.0, batch_size=batch_size)
     )
     model = AViT(model_config, rngs=nnx.Rngs(0))
-    mesh = training_mesh(-1, 1, batch_size)
+    mesh = training_mesh(settings.mesh, batch_size)
     state = initial_state(model, optimizer, 0.0, mesh)
-    step = make_train_step(nnx.graphdef(model), optimizer, experiment, mesh, state)
+    step = make_train_step(nnx.graphdef(model), optimizer, settings.step, mesh, state)
     images, labels = random_batch(model_config, batch_size)
     batch = global_batch({"image": images, "label": labels}, mesh)
 

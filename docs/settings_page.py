@@ -1,6 +1,6 @@
 """Writes docs/reference/settings.md, every key of a config, from the settings' dataclasses.
 
-python docs/settings_page.py
+python -m docs.settings_page
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ INTRODUCTION = """# Settings
 
 Every key of a config, with its neutral default and what it means. `python train.py --config=NAME --help_config`
 prints the same list with the values of that config. `--config.KEY=VALUE` sets a key on the command line. This page is
-written by `python docs/settings_page.py`.
+written by `python -m docs.settings_page`.
 
 A stopped run that resumes must keep its settings, with two exceptions. Keys marked *may change* may have another value
 then. Keys marked *log* may change too: the log changes from there on, the training does not.

@@ -1,7 +1,6 @@
 """README and docs: code blocks run, commands have the options and keys they use, files and functions exist."""
 
 import dataclasses
-import importlib
 import json
 import re
 import shutil
@@ -9,20 +8,32 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+from flax import nnx
 from PIL import Image
 
 import avit_jax
 from avit_jax.commands import command_line, config_files
 from tests.harness import doc_blocks
-from tests.harness.builders import spread_gate, tiny_experiment
+from tests.harness.builders import tiny_experiment
 from tests.harness.doc_blocks import PAGES, ROOT, page_name
 from tests.harness.published_names import published_state
 
 WITH_CODE = [page for page in PAGES if doc_blocks.python_blocks(page.read_text())]
-SMALL = {"depth": 3, "embed_dim": 24, "num_heads": 2, "image_size": 32}
+SMALL = {"depth": 12, "embed_dim": 24, "num_heads": 2, "image_size": 32}
+
+
+def random_model(config: avit_jax.AViTConfig) -> avit_jax.AViT:
+    """Weights from NumPy: JAX would compile a program for every shape."""
+    graphdef, shapes = nnx.split(nnx.eval_shape(lambda: avit_jax.AViT(config, rngs=nnx.Rngs(0))))
+    rng = np.random.default_rng(0)
+    return nnx.merge(
+        graphdef, jax.tree.map(lambda leaf: jnp.asarray(rng.normal(0, 0.1, leaf.shape), "float32"), shapes)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -31,19 +42,18 @@ def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("docs")
     (folder / "docs").symlink_to(ROOT / "docs")
     digits = avit_jax.AViTConfig(
-        image_size=8, patch_size=4, in_channels=1, num_classes=10, embed_dim=16, depth=3, num_heads=2,
+        image_size=(4, 8), patch_size=4, in_channels=1, num_classes=10, embed_dim=16, depth=2, num_heads=2,
         gate_scale=4.0, gate_center=1.0, preprocessing=avit_jax.Preprocessing(mean=(0.5,), std=(0.5,)),
     )  # fmt: skip
-    model = spread_gate(digits)
-    avit_jax.save(model, folder / "runs/mnist_avit")
+    avit_jax.save(random_model(digits), folder / "runs/mnist_avit")
     for path in ("checkpoints/fashion_mnist_avit", "old_model"):
         shutil.copytree(folder / "runs/mnist_avit", folder / path)
     (folder / "old_model/digests.json").unlink()
     static = dataclasses.replace(digits, gate_scale=None, gate_center=None)
-    avit_jax.save(spread_gate(static), folder / "checkpoints/fashion_mnist_dense")
-    deit = avit_jax.create("deit_tiny_patch16_224", **SMALL)
-    avit_jax.save_torch(deit, folder / "deit_tiny.pth")
-    avit_jax.save_torch(avit_jax.create("deit_tiny_patch16_224", depth=1), folder / "vit.safetensors")
+    avit_jax.save(random_model(static), folder / "checkpoints/fashion_mnist_dense")
+    deit = avit_jax.PRESETS["deit_tiny_patch16_224"]
+    avit_jax.save_torch(random_model(dataclasses.replace(deit, **SMALL)), folder / "deit_tiny.pth")
+    avit_jax.save_torch(random_model(dataclasses.replace(deit, depth=1)), folder / "vit.safetensors")
     (folder / "vit").mkdir()
     vit = {"model_type": "vit", "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 24}
     vit |= {"architectures": ["ViTForImageClassification"], "patch_size": 8, "num_channels": 3, "hidden_act": "gelu"}
@@ -146,10 +156,10 @@ def test_the_readme_is_short_and_has_the_commands_of_the_first_minutes() -> None
     assert "pip install -r requirements-dev.txt && pytest" in text
 
 
-def test_the_page_of_settings_is_that_of_the_code(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(ROOT / "docs")
-    settings_page = importlib.import_module("settings_page")
-    assert settings_page.PAGE.read_text() == settings_page.page(), "run python docs/settings_page.py"
+def test_the_page_of_settings_is_that_of_the_code() -> None:
+    from docs import settings_page
+
+    assert settings_page.PAGE.read_text() == settings_page.page(), "run python -m docs.settings_page"
 
 
 def test_the_citation_has_the_version() -> None:

@@ -14,9 +14,9 @@ from ml_collections import ConfigDict
 
 from avit_jax.checkpoints.model_folder import checkpoint_steps
 from avit_jax.commands import command_line as cli
-from avit_jax.commands.checks import check_values
 from avit_jax.commands.run import run
-from avit_jax.runtime.mesh import state_shardings, training_mesh
+from avit_jax.commands.typed_config import parse
+from avit_jax.runtime.mesh import MeshSettings, state_shardings, training_mesh
 from avit_jax.runtime.signals import FolderLock
 from avit_jax.train import loop as training
 from avit_jax.train.logs import read_metrics
@@ -117,11 +117,11 @@ def test_a_folder_that_is_a_file(config: ConfigDict, tmp_path: Path) -> None:
 def test_the_mesh_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     count = len(jax.devices())
     with pytest.raises(ValueError, match=f"data=3, fsdp=2 and there are {count} devices: their product"):
-        training_mesh(3, 2, 12)
+        training_mesh(MeshSettings(3, 2), 12)
     with pytest.raises(ValueError, match=f"data=-1, fsdp={count + 1} and there are {count} devices: their product"):
-        training_mesh(-1, count + 1, 12)
+        training_mesh(MeshSettings(-1, count + 1), 12)
     with pytest.raises(ValueError, match="give numbers of devices, or data=-1"):
-        training_mesh(0, 1, 12)
+        MeshSettings(0, 1)
 
 
 def test_state_is_split_along_its_longest_axis_but_never_over_layers() -> None:
@@ -166,7 +166,7 @@ def test_numbers_that_no_run_can_work_with_are_refused(key: str, value: float | 
     config = mnist_avit.get_config()
     config.update_from_flattened_dict({key: value})
     with pytest.raises(ValueError, match=f"config.{key} .*{value}.*{sentence}"):
-        check_values(config)
+        parse(config)
 
 
 def test_the_other_reads_of_a_damaged_checkpoint_show_no_traceback(

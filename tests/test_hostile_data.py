@@ -258,7 +258,7 @@ from avit_jax.data.settings import DataSettings
 if __name__ == "__main__":
     split = open_dataset(DataSettings(source="folder", path=sys.argv[1], workers=2)).train
     model = AViTConfig(image_size=16, patch_size=8, num_classes=3)
-    batches = training_batches(split, model, batch_size=6, seed=0, augment={"flip": 0.5})
+    batches = training_batches(split, model, batch_size=6, seed=0, augment=AugmentSettings(flip=0.5))
     next(batches)
     print(*(process.pid for process in multiprocessing.active_children()), flush=True)
     time.sleep(600)

@@ -25,6 +25,7 @@ from avit_jax.data.crop import RandomResizedCrop
 from avit_jax.data.decode import BadImage, decode
 from avit_jax.data.pipeline import evaluation_batches, training_batches
 from avit_jax.data.preprocessing import LARGEST_RESIZED, RESAMPLING, resize_and_crop
+from avit_jax.data.settings import AugmentSettings
 from tests.harness.builders import small_config
 from tests.test_image_files import MODEL, image_folder, opened, own_cache, photograph
 
@@ -246,7 +247,7 @@ def test_errors_after_decoding_are_bad_images(
         lines = list(predict_files(model, sorted(marked.parent.iterdir()), marked.parent, None, "masked"))
         assert lines[0] == "unreadable: dog_3.JPEG cannot be resized (MemoryError): replace the file"
         return
-    augment = {"crop_scale": (0.08, 1.0)}
+    augment = AugmentSettings(crop_scale=(0.08, 1.0))
     if place == "evaluation":
         batches = evaluation_batches(opened(root, on_bad_image="skip").val, MODEL, 102)
     else:

@@ -21,7 +21,7 @@ from avit_jax.data.sources import Dataset
 from avit_jax.evaluate.figures import evaluate
 
 MODEL = AViTConfig(image_size=16, patch_size=8, num_classes=3)
-FULL = {"crop_scale": (0.08, 1.0), "flip": 0.5, "randaugment": "rand-m9-mstd0.5-inc1"}
+FULL = AugmentSettings(crop_scale=(0.08, 1.0), flip=0.5, randaugment="rand-m9-mstd0.5-inc1")
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,8 @@ import pytest
 import scipy.special
 import scipy.stats
 
-from avit_jax.train import losses
+from avit_jax.halting import prior as avit
+from avit_jax.train import objective
 from tests.harness.builders import small_config, spread_gate
 
 H = np.array([0.02, 0.001, 0.1, 0.3, 0.2, 0.15, 0.02, 0.3, 0.25, 0.4, 0.1, 0.05], np.float32)
@@ -18,13 +19,13 @@ def test_kl_prior_is_the_divergence_that_scipy_computes(target: float, deviation
     q = H.astype(np.float64) / H.sum(dtype=np.float64)
     p = scipy.stats.norm.pdf(np.arange(1, 13), target, deviation)
     expected = scipy.stats.entropy(q, p)  # KL(q || p / sum(p))
-    np.testing.assert_allclose(losses.prior_loss(jnp.asarray(H), "kl", target, deviation), expected, rtol=1e-5)
+    np.testing.assert_allclose(avit.prior_loss(jnp.asarray(H), "kl", target, deviation), expected, rtol=1e-5)
 
 
 def test_kl_prior_is_zero_on_target_and_positive_elsewhere() -> None:
     p = scipy.stats.norm.pdf(np.arange(1, 8), 4.0, 1).astype(np.float32)
-    assert abs(losses.prior_loss(jnp.asarray(p), "kl", 4.0)) < 1e-6
-    assert losses.prior_loss(jnp.asarray(p), "kl", 5.0) > 0.1
+    assert abs(avit.prior_loss(jnp.asarray(p), "kl", 4.0)) < 1e-6
+    assert avit.prior_loss(jnp.asarray(p), "kl", 5.0) > 0.1
 
 
 @pytest.mark.parametrize("length", [12, 24])
@@ -35,7 +36,7 @@ def test_official_prior_agrees_with_scipy(length: int) -> None:
     p = density * 0.98 / density[:8].sum()
     expected = (scipy.special.xlogy(p, p) - p * np.log(q)).sum() / length
     assert expected > 0
-    np.testing.assert_allclose(losses.prior_loss(jnp.asarray(halting, jnp.float32), "official"), expected, rtol=1e-5)
+    np.testing.assert_allclose(avit.prior_loss(jnp.asarray(halting, jnp.float32), "official"), expected, rtol=1e-5)
 
 
 def test_official_prior_counts_only_when_positive() -> None:
@@ -45,15 +46,15 @@ def test_official_prior_counts_only_when_positive() -> None:
     p = density * 0.98 / density.sum()
     q = np.asarray(few) / np.asarray(few).sum()
     value = (p * (np.log(p) - np.log(q))).sum() / 4
-    np.testing.assert_allclose(losses.prior_loss(few, "official"), max(value, 0), atol=1e-6)
-    assert losses.prior_loss(jnp.asarray(p / 50, jnp.float32), "official") >= 0
+    np.testing.assert_allclose(avit.prior_loss(few, "official"), max(value, 0), atol=1e-6)
+    assert avit.prior_loss(jnp.asarray(p / 50, jnp.float32), "official") >= 0
 
 
-@pytest.mark.parametrize("kind", losses.PRIORS)
+@pytest.mark.parametrize("kind", avit.PRIORS)
 @pytest.mark.parametrize("center", [30.0, 75.0, 105.0])
 def test_gradients_are_finite_at_far_gates(kind: str, center: float) -> None:
     def loss(gate_input: jax.Array) -> jax.Array:
-        return losses.prior_loss(jax.nn.sigmoid(10 * gate_input - center).mean(1), kind, 7.0)
+        return avit.prior_loss(jax.nn.sigmoid(10 * gate_input - center).mean(1), kind, 7.0)
 
     gate_input = jax.random.normal(jax.random.key(0), (12, 50)) * 0.02
     value, gradient = jax.value_and_grad(loss)(gate_input)
@@ -68,13 +69,8 @@ def test_halting_terms_reach_the_parameters_through_a_far_gate() -> None:
     def loss(params: nnx.State) -> jax.Array:
         output = nnx.merge(graphdef, params)(jnp.ones((2, 12, 8, 2)))
         return sum(
-            losses.halting_losses(
-                output.halting_scores,
-                output.ponder_cost,
-                ponder_weight=1.0,
-                prior_weight=1.0,
-                prior="official",
-                prior_target_depth=3.0,
+            avit.halting_losses(
+                output.halting_scores, output.ponder_cost, avit.AViTLoss(1.0, 1.0, "official", prior_target_depth=3.0)
             )
         )
 
@@ -88,9 +84,8 @@ def test_halting_terms_are_weighted_means_over_all_images_and_tokens(batch: int)
     scores = rng.uniform(0, 0.5, (6, batch, 5)).astype(np.float32)
     scores[:, 0] *= np.arange(1, 7)[:, None] / 6  # the first image is unlike the others
     cost = rng.uniform(1, 7, (batch, 5)).astype(np.float32)
-    ponder, prior = losses.halting_losses(
-        jnp.asarray(scores), jnp.asarray(cost), ponder_weight=0.3, prior_weight=0.2, prior="kl", prior_target_depth=4.5
-    )
+    settings = avit.AViTLoss(ponder_weight=0.3, prior_weight=0.2, prior="kl", prior_target_depth=4.5)
+    ponder, prior = avit.halting_losses(jnp.asarray(scores), jnp.asarray(cost), settings)
     mean = [sum(float(scores[layer, b, n]) for b in range(batch) for n in range(5)) for layer in range(6)]
     divergence = scipy.stats.entropy(mean, scipy.stats.norm.pdf(np.arange(1, 7), 4.5, 1))
     np.testing.assert_allclose(ponder, 0.3 * cost.mean(dtype=np.float64), rtol=1e-6)
@@ -105,15 +100,15 @@ def test_classification_of_labels_and_soft_targets(smoothing: float) -> None:
     smooth = one_hot * (1 - smoothing) + smoothing / 5
     expected = -(smooth * scipy.special.log_softmax(logits, 1)).sum(1).mean()
     for targets in (jnp.asarray(labels), jnp.asarray(one_hot)):
-        value = losses.classification_loss(jnp.asarray(logits), targets, smoothing)
+        value = objective.classification_loss(jnp.asarray(logits), targets, smoothing)
         np.testing.assert_allclose(value, expected, rtol=1e-6)
 
 
 def test_soft_targets_mix_linearly() -> None:
     logits = jnp.asarray(np.random.default_rng(0).normal(size=(4, 5)), jnp.float32)
     a, b = jnp.eye(5)[:4], jnp.eye(5)[1:]
-    mixed = losses.classification_loss(logits, 0.3 * a + 0.7 * b)
-    apart = 0.3 * losses.classification_loss(logits, a) + 0.7 * losses.classification_loss(logits, b)
+    mixed = objective.classification_loss(logits, 0.3 * a + 0.7 * b)
+    apart = 0.3 * objective.classification_loss(logits, a) + 0.7 * objective.classification_loss(logits, b)
     np.testing.assert_allclose(mixed, apart, rtol=1e-6)
 
 
@@ -124,7 +119,7 @@ def test_hard_distillation_follows_the_teachers_decision() -> None:
     log_p = scipy.special.log_softmax(heads, -1)
     own = -log_p[0][np.arange(6), labels].mean()
     taught = -log_p[1][np.arange(6), teacher.argmax(1)].mean()
-    value = losses.distillation_loss(
+    value = objective.distillation_loss(
         jnp.asarray(heads), jnp.asarray(labels), jnp.asarray(teacher), kind="hard", weight=0.3
     )
     np.testing.assert_allclose(value, 0.7 * own + 0.3 * taught, rtol=1e-6)
@@ -136,7 +131,7 @@ def test_soft_distillation_is_the_tempered_divergence() -> None:
     labels = np.zeros(6, np.int64)
     p, q = scipy.special.softmax(teacher / 3, -1), scipy.special.softmax(heads[1] / 3, -1)
     expected = 9 * scipy.special.rel_entr(p, q).sum(1).mean()
-    value = losses.distillation_loss(
+    value = objective.distillation_loss(
         jnp.asarray(heads), jnp.asarray(labels), jnp.asarray(teacher), kind="soft", weight=1.0, temperature=3.0
     )
     np.testing.assert_allclose(value, expected, rtol=1e-5)
@@ -146,15 +141,15 @@ def test_without_a_teacher_the_mean_of_the_heads_is_judged() -> None:
     heads = jnp.asarray(np.random.default_rng(0).normal(size=(2, 6, 5)), jnp.float32)
     labels = jnp.arange(6) % 5
     np.testing.assert_allclose(
-        losses.distillation_loss(heads, labels), losses.classification_loss(heads.mean(0), labels)
+        objective.distillation_loss(heads, labels), objective.classification_loss(heads.mean(0), labels)
     )
 
 
 def test_unknown_names_are_refused() -> None:
     heads, labels = jnp.zeros((1, 2, 3)), jnp.zeros(2, jnp.int32)
     with pytest.raises(ValueError, match="'gauss' is unknown: choose one of official, kl"):
-        losses.prior_loss(jnp.asarray(H), "gauss")
+        avit.prior_loss(jnp.asarray(H), "gauss")
     with pytest.raises(ValueError, match="'mild' is unknown"):
-        losses.distillation_loss(heads, labels, kind="mild")
+        objective.distillation_loss(heads, labels, kind="mild")
     with pytest.raises(ValueError, match="needs the teacher's logits"):
-        losses.distillation_loss(heads, labels, kind="hard")
+        objective.distillation_loss(heads, labels, kind="hard")

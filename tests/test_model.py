@@ -11,9 +11,11 @@ from flax import nnx
 
 import avit_jax
 from avit_jax import AViT, AViTConfig
-from avit_jax.halting import avit as halting
+from avit_jax.halting.avit import AViTGate
+from avit_jax.halting.rule import State
 from avit_jax.model import layers
 from avit_jax.model.layers import Block, drop_path
+from avit_jax.model.seen import Seen
 from tests.harness.builders import small_config, spread_gate
 
 PARAMETERS = {
@@ -28,9 +30,7 @@ PARAMETERS = {
 
 def reconfigured(model: AViT, **changes: object) -> AViT:
     """The same weights under a changed configuration."""
-    other = AViT(dataclasses.replace(model.config, **changes), rngs=nnx.Rngs(0))
-    nnx.update(other, nnx.state(model, nnx.Param))
-    return other
+    return model.with_config(**changes)
 
 
 @pytest.mark.parametrize("family", ["avit", "deit"])
@@ -125,20 +125,22 @@ def test_changing_halted_tokens_changes_no_logit(
     model: AViT, images: jax.Array, poison: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clean = model(images)
-    advance, touched = halting.advance, []
+    advance, touched = AViTGate.advance, []
 
-    def poisoned_advance(state: halting.HaltingState, tokens: jax.Array, **gate: object) -> object:
+    def poisoned_advance(self: AViTGate, state: State, seen: Seen, **where: object) -> object:
         touched.append(True)
-        return advance(state, jnp.where(state.active[..., None], tokens, poison), **gate)
+        tokens = jnp.where(state.active[..., None], seen.tokens, poison)
+        return advance(self, state, dataclasses.replace(seen, tokens=tokens), **where)
 
-    monkeypatch.setattr(halting, "advance", poisoned_advance)
-    original = Block.__call__
+    monkeypatch.setattr(AViTGate, "advance", poisoned_advance)
+    original = Block.attend
 
-    def poisoning_block(self: Block, x: jax.Array, active: jax.Array, *rest: object) -> jax.Array:
-        # What a halted token holds after a block, whatever it is, meets the next layer only through drop_halted.
-        return jnp.where(active[..., None], original(self, x, active, *rest), poison)
+    def poisoning_attention(self: Block, x: jax.Array, active: jax.Array, *rest: object) -> object:
+        # What a halted token holds in a block, whatever it is, meets the next layer only through drop_halted.
+        y, facts = original(self, x, active, *rest)
+        return jnp.where(active[..., None], y, poison), facts
 
-    monkeypatch.setattr(Block, "__call__", poisoning_block)
+    monkeypatch.setattr(Block, "attend", poisoning_attention)
     dirty = model(images)
     assert touched
     np.testing.assert_array_equal(clean.logits, dirty.logits)

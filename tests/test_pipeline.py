@@ -11,10 +11,9 @@ import pytest
 from avit_jax.data.augment import affine
 from avit_jax.data.device import DeviceBatches
 from avit_jax.data.pipeline import evaluation_batches, training_batches
+from avit_jax.data.settings import AugmentSettings
 from avit_jax.data.sources import Dataset, Split, load_dataset
 from tests.harness.builders import small_config, toy_arrays
-
-PLAIN = {"rotate": 0.0, "scale": 0.0, "shear": 0.0, "translate": 0.0}
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +30,7 @@ def numbered(count: int) -> Split:
 
 def stream(split: Split, seed: int = 0, batch_size: int = 4, **augment: float) -> object:
     config = small_config(preprocessing=grey_preprocessing())
-    return training_batches(split, config, batch_size=batch_size, seed=seed, augment=PLAIN | augment)
+    return training_batches(split, config, batch_size=batch_size, seed=seed, augment=AugmentSettings(**augment))
 
 
 def grey_preprocessing() -> object:

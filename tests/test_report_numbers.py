@@ -18,6 +18,7 @@ from avit_jax.evaluate.intervals import bootstrap_difference, bootstrap_means, s
 from avit_jax.evaluate.sweep import Sweep, parse_sweep, unbeaten, with_setting
 from avit_jax.execution.compiled import predict
 from avit_jax.model.config import NO_RULE
+from avit_jax.reduction.tome import ToMe
 from avit_jax.report.numbers import _right_and_wrong, as_json, by_class, by_depth, disagreements, evaluation_numbers
 from tests.harness.builders import small_config, spread_gate
 from tests.harness.devices import run_on_devices
@@ -221,7 +222,7 @@ def test_sweeps_are_lists_or_ranges(text: str, values: tuple[float, ...]) -> Non
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ("gate_centre:1", "there is no gate setting 'gate_centre': did you mean 'gate_center'"),
+        ("gate_centre:1", "no rule has a setting 'gate_centre' to sweep: did you mean 'gate_center'"),
         ("gate_center", "'' is no list of numbers: write FIELD:VALUE"),
         ("gate_center:a,b", "'a,b' is no list of numbers"),
         ("gate_center:1:2", "a range has a first value, a last and a count"),
@@ -233,6 +234,17 @@ def test_sweeps_are_lists_or_ranges(text: str, values: tuple[float, ...]) -> Non
 def test_other_sweeps_are_refused(text: str, sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         parse_sweep(text)
+
+
+def test_a_setting_of_another_rule_is_refused() -> None:
+    model = spread_gate(dataclasses.replace(CONFIG, **NO_RULE | {"rule": ToMe(1)}))
+    assert with_setting(model, "r", 2.0).config.rule == ToMe(2)
+    for field, value, sentence in (
+        ("threshold", 0.5, "--sweep moves threshold and the model has 'tome', which sweeps r: sweep another setting"),
+        ("r", 1.5, "ToMe's r is 1.5"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            with_setting(model, field, value)
 
 
 def test_unbeaten_settings_are_those_of_a_double_loop() -> None:

@@ -11,15 +11,16 @@ import pytest
 from flax import nnx
 
 from avit_jax import AViT
+from avit_jax.commands.typed_config import parse
 from avit_jax.execution.packed import packed_program
 from avit_jax.execution.plan import default_plan
-from avit_jax.runtime.mesh import training_mesh
+from avit_jax.runtime.mesh import MeshSettings, training_mesh
 from avit_jax.train.optim import learning_rate_schedule, make_optimizer
 from avit_jax.train.state import TrainState
 from avit_jax.train.step import build_train_step
-from benchmarks.collectives import Collective, collectives, what_crosses
 from configs import npz_avit
 from tests.harness.builders import small_config
+from tests.harness.collectives import Collective, collectives, what_crosses
 from tests.harness.devices import run_on_devices
 
 
@@ -44,14 +45,15 @@ def test_it_compiles_for_a_tpu() -> None:
 def test_train_step_and_packed_evaluation_lower_for_cuda(gate: tuple[float | None, float | None]) -> None:
     model = small_config(dtype="bfloat16", gate_scale=gate[0], gate_center=gate[1])
     config = npz_avit.get_config("")
-    config.loss.distillation = "none"
+    config.loss.distillation, config.teacher = "none", ""
     config.augment.update({"mixup": 0.8, "cutmix": 1.0, "erasing": 0.25})
-    optimizer = make_optimizer(config.optim, learning_rate_schedule(config.optim, 1000, epochs=1.0, batch_size=4))
+    settings = parse(config)
+    optimizer = make_optimizer(settings.optim, learning_rate_schedule(settings.optim, 1000, epochs=1.0, batch_size=4))
     graphdef, params = nnx.split(nnx.eval_shape(lambda: AViT(model, rngs=nnx.Rngs(0))), nnx.Param)
     state = TrainState(jax.ShapeDtypeStruct((), "int32"), params, params, jax.eval_shape(optimizer.init, params))
     batch = {"image": jax.ShapeDtypeStruct((4, 12, 8, 2), "float32"), "label": jax.ShapeDtypeStruct((4,), "int32")}
-    mesh = training_mesh(-1, 1, 1)  # one device
-    step = jax.jit(build_train_step(graphdef, optimizer, config, mesh, None), donate_argnums=0)
+    mesh = training_mesh(MeshSettings(), 1)  # one device
+    step = jax.jit(build_train_step(graphdef, optimizer, settings.step, mesh, None), donate_argnums=0)
     exported = jax.export.export(step, platforms=["cuda"])(state, batch, None)
     assert exported.platforms == ("cuda",)
     state_out, metrics = jax.tree.unflatten(exported.out_tree, exported.out_avals)
@@ -65,11 +67,11 @@ def test_train_step_and_packed_evaluation_lower_for_cuda(gate: tuple[float | Non
 
 def test_each_part_of_a_batch_is_split_over_all_devices() -> None:
     count = len(jax.devices())
-    assert training_mesh(count, 1, 12 * count, 4).size == count
+    assert training_mesh(MeshSettings(count), 12 * count, 4).size == count
     with pytest.raises(
         ValueError, match=rf"{12 * count} cannot be split in 5 parts over {count} devices: choose {10 * count}$"
     ):
-        training_mesh(count, 1, 12 * count, 5)
+        training_mesh(MeshSettings(count), 12 * count, 5)
 
 
 PROGRAM = """HloModule jit_f

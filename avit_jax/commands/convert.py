@@ -95,6 +95,6 @@ def format_conversion(conversion: Conversion) -> str:
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     config = conversion.model.config
-    gate = f"gate {config.gate_scale:g} / {config.gate_center:g}" if config.halts else "no gate"
+    gate = "no gate" if config.rule_in_force is None else config.rule_in_force.describe()
     summary = f"{total:,} parameters in {len(rows) - 1} arrays; layout: {conversion.layout}; {gate}"
     return "\n".join([*lines, summary, *conversion.notes])

@@ -11,6 +11,7 @@ from avit_jax.commands.config_files import DEFAULT_CONFIG
 from avit_jax.commands.run_config import config_of_checkpoint
 from avit_jax.runtime.mesh import check_platform
 
+READS = ("name", "data", "model", "eval_batch_size")  # of the config
 DEFAULT_RUN = f"runs/{DEFAULT_CONFIG}"
 
 
@@ -60,7 +61,7 @@ def main() -> None:
         print(evaluate_checkpoint(config.value, path, report=report.value, model=model, **settings, **comparison))
 
     options = [checkpoint, ema, execution, report, baseline, sweep, images, class_names]
-    run_main(command, options, "Evaluate a checkpoint on a test set, or on pictures.", _default_config)
+    run_main(command, options, "Evaluate a checkpoint on a test set, or on pictures.", _default_config, READS)
 
 
 def _default_config(options: Mapping[str, str]) -> str:

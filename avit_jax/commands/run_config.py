@@ -7,8 +7,9 @@ from ml_collections import ConfigDict
 
 from avit_jax.checkpoints.convert.weight_files import read_config
 from avit_jax.checkpoints.model_folder import no_checkpoint
-from avit_jax.commands.config_files import load_config
+from avit_jax.commands.typed_config import config_dict
 from avit_jax.runtime.files import read_json, shown_value
+from avit_jax.train.settings import TrainSettings
 
 FILE = "train_config.json"
 MOST_IMAGES = 65_536  # in a batch; the file may come from a stranger
@@ -50,9 +51,7 @@ def get_config(arg: str) -> ConfigDict:
     saved = saved.get("config") if isinstance(saved, dict) else None
     if not isinstance(saved, dict):
         raise ValueError(f"{arg} is damaged: it holds no config")
-    config = load_config("mnist_dense")
-    for name in ("mean", "std"):  # those of the digits
-        config.data[name] = ()
+    config = config_dict(TrainSettings())
     for name in ("name", "eval_batch_size"):
         if name in saved:
             _set(config, name, saved[name], f"{arg}: config.{name}")
@@ -60,9 +59,6 @@ def get_config(arg: str) -> ConfigDict:
         given = saved.get(section, {})
         if not isinstance(given, dict):
             raise ValueError(f"{arg}: config.{section} is {shown_value(given)}: it must hold keys and values")
-        if section == "model":
-            for name in config.model:
-                config.model[name] = None
         for name, value in given.items():
             if name not in config[section]:
                 raise ValueError(

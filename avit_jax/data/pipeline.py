@@ -1,7 +1,7 @@
 """Batches: an endless shuffled stream for training whose state is one number, and one exact pass for evaluation."""
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import grain
@@ -79,16 +79,16 @@ def training_batches(
     *,
     batch_size: int,
     seed: int,
-    augment: Mapping[str, Any],
+    augment: AugmentSettings,
     process_index: int = 0,
     process_count: int = 1,
 ) -> TrainingBatches:
     """Augmented batches, shuffled again each epoch: this process's rows of every batch of batch_size images.
 
-    seed: the same seed gives the same batches for any number of workers, threads and processes. augment: config.augment
-    (AugmentSettings). "image" is normalised float32 for arrays in memory. For images from disk it is uint8, a quarter
-    of the bytes, and the device normalises it (mix.py). With on_bad_image "skip" there is a "weight". Raises ValueError
-    if a batch is larger than the data or cannot be divided among the processes; next() raises it for unusable data.
+    seed: the same seed gives the same batches for any number of workers, threads and processes. "image" is normalised
+    float32 for arrays in memory. For images from disk it is uint8, a quarter of the bytes, and the device normalises it
+    (mix.py). With on_bad_image "skip" there is a "weight". Raises ValueError if a batch is larger than the data or
+    cannot be divided among the processes; next() raises it for unusable data.
     """
     settings = split.settings
     _check_shares(batch_size, process_count)
@@ -97,7 +97,7 @@ def training_batches(
     dataset = grain.MapDataset.source(Numbered(split)).seed(seed).shuffle().repeat()
     if settings.repeated_augmentation > 1:
         dataset = _Reindexed(dataset, RepeatedRows(settings.repeated_augmentation, batch_size))
-    dataset = _augmented(dataset, split, model_config, AugmentSettings.from_config(augment))
+    dataset = _augmented(dataset, split, model_config, augment)
     if process_count > 1:
         dataset = _Reindexed(dataset, OwnRows(batch_size, process_index, process_count))
     finish = functools.partial(

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
 from avit_jax.data.preprocessing import RESAMPLING
-from avit_jax.model.config import nearest
+from avit_jax.runtime.hints import nearest
 
 FULL = 10.0  # the magnitude at which an operation is at its strongest
 PROBABILITY = 0.5  # of each chosen operation

@@ -11,8 +11,8 @@ from jaxtyping import Int, UInt8
 
 from avit_jax.data.arrays import check_labels, named_classes, read_idx, read_npz
 from avit_jax.data.settings import DataSettings
-from avit_jax.model.config import nearest
 from avit_jax.runtime.files import shown
+from avit_jax.runtime.hints import nearest
 
 
 @runtime_checkable

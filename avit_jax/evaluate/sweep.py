@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool
 
-from avit_jax.model.config import nearest
 from avit_jax.model.vit import AViT
 from avit_jax.rules import RULES
+from avit_jax.runtime.hints import nearest
 
 _RULES: Any = RULES.values()
 FIELDS: tuple[str, ...] = tuple(field for rule in _RULES for field in rule.sweeps)
@@ -32,7 +32,7 @@ def parse_sweep(text: str) -> Sweep:
     """
     field, _, values = text.partition(":")
     if field not in FIELDS:
-        raise ValueError(f"--sweep={text}: there is no gate setting {field!r}: {nearest(field, FIELDS)}")
+        raise ValueError(f"--sweep={text}: no rule has a setting {field!r} to sweep: {nearest(field, FIELDS)}")
     parts = values.split(":") if ":" in values else values.split(",")
     try:
         numbers = [float(part) for part in parts]

@@ -24,9 +24,11 @@ def _is_plain(character: str) -> bool:
     return character in _JOINERS or unicodedata.category(character) not in ("Cc", "Cf", "Cs", "Zl", "Zp")
 
 
-def class_names(config: AViTConfig, most: int = LONGEST) -> tuple[str, ...]:
+def class_names(model_config: AViTConfig, most: int = LONGEST) -> tuple[str, ...]:
     """The checkpoint's class names, or numbers; each printable and at most so many characters long."""
-    return tuple(printable(name, most) for name in config.class_names or map(str, range(config.num_classes)))
+    return tuple(
+        printable(name, most) for name in model_config.class_names or map(str, range(model_config.num_classes))
+    )
 
 
 def verdict(prediction: str, label: str | None, right: bool | None) -> str:

@@ -30,9 +30,9 @@ _plain_text = matplotlib.rc_context({"text.parse_math": False, "text.usetex": Fa
 _DENSE, _ADAPTIVE = "#7a7a7a", "#21698a"
 
 
-def depth_map(token_depth: Int[np.ndarray, " n"], config: AViTConfig) -> Int[np.ndarray, "rows columns"]:
+def depth_map(token_depth: Int[np.ndarray, " n"], model_config: AViTConfig) -> Int[np.ndarray, "rows columns"]:
     """The patches' depths laid out as the image is: row 0 at the top."""
-    return token_depth[config.num_special :].reshape(config.patch_grid)
+    return token_depth[model_config.num_special :].reshape(model_config.patch_grid)
 
 
 @_plain_text

@@ -23,8 +23,8 @@ from avit_jax.report.depth_colours import legend
 from avit_jax.report.names import class_names, verdict
 from avit_jax.report.numbers import as_json, disagreements, evaluation_numbers, only_layer
 from avit_jax.report.page import render, write_page
-from avit_jax.report.speed import ROUNDS, Variants, batch_sizes, environment, measure_at, measure_speeds
 from avit_jax.report.sweep_part import Setting, evaluate_settings, setting_name, sweep_charts, sweep_numbers
+from avit_jax.report.throughput import ROUNDS, Variants, batch_sizes, environment, measure_at, measure_speeds
 from avit_jax.runtime.bars import Steps
 from avit_jax.runtime.files import writable_folder, write_json
 
@@ -172,17 +172,17 @@ def _describe(subject: Subject) -> dict[str, Any]:
     }
 
 
-def _own_execution(config: AViTConfig) -> str:
+def _own_execution(model_config: AViTConfig) -> str:
     """What the page compares with dense."""
-    return checked_execution(config, AUTO)
+    return checked_execution(model_config, AUTO)
 
 
-def _saved_work(result: Evaluation, config: AViTConfig, batch_size: int) -> dict[str, Any]:
+def _saved_work(result: Evaluation, model_config: AViTConfig, batch_size: int) -> dict[str, Any]:
     """How much faster the model's execution were if time were multiply-adds alone: dense's over its own.
 
     Its own are counted by a packed evaluation, padding included; a masked one saves nothing and knows the rule's alone.
     """
-    whole = whole_gmacs(config)
+    whole = whole_gmacs(model_config)
     counted = result.executed_gmacs < whole
     gmacs = result.executed_gmacs if counted else result.gmacs
     return {"allows": whole / gmacs, "share": gmacs / whole, "padding_counted": counted, "batch": batch_size}

@@ -1,11 +1,30 @@
 """Devices and shardings. The batch is split over all devices, the training state over the axis `fsdp`."""
 
+import dataclasses
 import os
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+
+from avit_jax.runtime.settings import Settings, setting
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshSettings(Settings):
+    """config.mesh: how many devices split what. Raises ValueError for numbers that cannot be."""
+
+    section = "mesh"
+
+    data: int = setting(-1, "Groups of devices that split each batch; -1: as many as fsdp leaves.", resume="free")
+    fsdp: int = setting(1, "Devices that split the training state as well.", resume="free")
+
+    def __post_init__(self) -> None:
+        if self.fsdp < 1 or (self.data < 1 and self.data != -1):
+            raise ValueError(
+                f"config.mesh is data={self.data}, fsdp={self.fsdp}: give numbers of devices, or data=-1 for the rest"
+            )
 
 
 def available_cores() -> int:
@@ -48,7 +67,7 @@ def data_mesh(batch_size: int) -> Mesh:
     return jax.make_mesh((count,), ("data",), axis_types=(AxisType.Auto,), devices=devices[:count])
 
 
-def training_mesh(data: int, fsdp: int, batch_size: int, parts: int = 1) -> Mesh:
+def training_mesh(settings: MeshSettings, batch_size: int, parts: int = 1) -> Mesh:
     """The mesh of config.mesh: the batch is split over `data` and `fsdp`, the training state over `fsdp`.
 
     data, fsdp: devices along each axis. data -1 takes all devices that fsdp leaves, or on one machine without
@@ -56,9 +75,8 @@ def training_mesh(data: int, fsdp: int, batch_size: int, parts: int = 1) -> Mesh
     config.accumulation; each part is split over all devices. Raises ValueError if the product of the axes is not the
     number of devices, or if the devices do not divide a part.
     """
+    data, fsdp = settings.data, settings.fsdp
     devices = jax.devices()
-    if fsdp < 1 or (data < 1 and data != -1):
-        raise ValueError(f"config.mesh is data={data}, fsdp={fsdp}: give numbers of devices, or data=-1 for the rest")
     if data == -1 and jax.process_count() == 1 and jax.default_backend() == "cpu":
         fitting = [n for n in range(1, len(devices) // fsdp + 1) if batch_size % (n * fsdp * parts) == 0]
         devices = devices[: fitting[-1] * fsdp] if fitting else devices

@@ -1,5 +1,6 @@
 """Where an A-ViT's gate starts: a static ViT's channel 0 made free, then filled with which patches are attended to."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -9,9 +10,25 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
+from avit_jax.halting.avit import AViTGate
 from avit_jax.model.check_images import check_images
 from avit_jax.model.config import AViTConfig
 from avit_jax.model.vit import AViT
+from avit_jax.runtime.settings import Settings, setting
+
+
+@dataclasses.dataclass(frozen=True)
+class GateStartSettings(Settings):
+    """config.gate_start. Raises ValueError for values that cannot be."""
+
+    section = "gate_start"
+
+    images: int = setting(
+        0, "Training images that the gate of init_from starts from; 0: it stays where its channel 0 has it.", least=0
+    )
+    target_depth: float = setting(0.0, "Mean token depth that the gate starts at, in layers.")
+    deviation: float = setting(0.0, "Deviation of that depth between the patches, in layers.")
+
 
 # What writes into the residual stream, its channels on the last axis.
 _WRITERS = ("patch_embed.proj", "cls_token", "dist_token", "reg_token", "pos_embed", "attn.proj", "mlp.fc2")
@@ -65,7 +82,7 @@ def start_gate(
     between 1 and L, and for other images than the model takes, or none.
     """
     config = model.config
-    if config.gate_scale is None or config.gate_center is None:
+    if config.gate_scale is None or config.gate_center is None or not isinstance(config.halting, AViTGate):
         raise ValueError(
             "a model that never halts has no gate to start: give it gate_scale and gate_center "
             "(such as 10.0 and 30.0) where it is loaded or created"

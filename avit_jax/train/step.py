@@ -1,4 +1,4 @@
-"""The jitted training step: forward, the three loss terms, backward, update, on any mesh."""
+"""The jitted training step: forward, the terms of the objective, backward, update, on any mesh."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,20 +9,20 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array
-from ml_collections import ConfigDict
 
 from avit_jax.data.mix import augment_on_device
-from avit_jax.data.settings import AugmentSettings
+from avit_jax.halting.image_mean import image_mean
 from avit_jax.runtime.mesh import batch_sharding, replicated, state_shardings
-from avit_jax.train import losses
+from avit_jax.train.objective import distillation_loss, objective_terms
 from avit_jax.train.optim import update_average
+from avit_jax.train.settings import StepSettings
 from avit_jax.train.state import TrainState
 
 
 def make_train_step(
     graphdef: nnx.GraphDef,
     optimizer: optax.GradientTransformation,
-    config: ConfigDict,
+    settings: StepSettings,
     mesh: Mesh,
     state: TrainState,
     teacher_graphdef: nnx.GraphDef | None = None,
@@ -30,12 +30,12 @@ def make_train_step(
     """One jitted function (state, batch, the teacher's weights or None) -> (state, metrics); it donates the old state.
 
     state: arrays or shapes, which say how the state is laid out. The batch is split over the mesh, means are over the
-    whole of it; with config.accumulation above 1 it is worked on in as many parts, and the prior, which is no mean, is
+    whole of it; with accumulation above 1 it is worked on in as many parts, and the prior, which is no mean, is
     the mean of the parts' own. Images whose batch["weight"] is 0 count for nothing.
     """
     layout, everywhere = state_shardings(mesh, state), replicated(mesh)
     return jax.jit(
-        build_train_step(graphdef, optimizer, config, mesh, teacher_graphdef),
+        build_train_step(graphdef, optimizer, settings, mesh, teacher_graphdef),
         donate_argnums=0,
         in_shardings=(layout, batch_sharding(mesh), everywhere),
         out_shardings=(layout, everywhere),
@@ -45,54 +45,45 @@ def make_train_step(
 def build_train_step(
     graphdef: nnx.GraphDef,
     optimizer: optax.GradientTransformation,
-    config: ConfigDict,
+    settings: StepSettings,
     mesh: Mesh,
     teacher_graphdef: nnx.GraphDef | None,
 ) -> Callable[[TrainState, dict[str, Array], Any], tuple[TrainState, dict[str, Array]]]:
     """What make_train_step compiles: (state, batch, the teacher's weights) -> (state, metrics)."""
-    loss_config, parts = config.loss, config.accumulation
-    augment = AugmentSettings.from_config(dict(config.augment))
+    classifying, rule_loss, parts = settings.classification, settings.halting_loss, settings.accumulation
 
     def loss_function(params: nnx.State, batch: dict[str, Array], key: Array, teacher_state: Any) -> Any:
         model = nnx.merge(graphdef, params)
-        output = model(batch["image"], deterministic=False, rngs=nnx.Rngs(dropout=key))
+        output, trace, final = model.forward(batch["image"], nnx.Rngs(dropout=key).dropout())
         teacher_logits = None
         if teacher_graphdef is not None:
             teacher_logits = jax.lax.stop_gradient(nnx.merge(teacher_graphdef, teacher_state)(batch["image"]).logits)
-        weight = batch.get("weight")
-        classification = losses.distillation_loss(
-            output.head_logits,
-            batch["target"],
-            teacher_logits,
-            kind=loss_config.distillation,
-            weight=loss_config.distillation_weight,
-            temperature=loss_config.distillation_temperature,
-            image_weight=weight,
-        )
-        ponder = prior = jnp.zeros(())
-        if model.config.halts:
-            ponder, prior = losses.halting_losses(
-                output.halting_scores,
-                output.ponder_cost,
-                ponder_weight=loss_config.ponder_weight,
-                prior_weight=loss_config.prior_weight,
-                prior=loss_config.prior,
-                prior_target_depth=loss_config.prior_target_depth,
-                prior_deviation=loss_config.prior_deviation,
+        weight, rule = batch.get("weight"), model.config.halting
+
+        def classify(head_logits: Array) -> Array:
+            return distillation_loss(
+                head_logits,
+                batch["target"],
+                teacher_logits,
+                kind=classifying.distillation,
+                weight=classifying.distillation_weight,
+                temperature=classifying.distillation_temperature,
                 image_weight=weight,
             )
-        terms = losses.LossTerms(classification, ponder, prior)
+
+        terms = objective_terms(rule, output.head_logits, trace, final, classify, rule_loss, weight)
+        total = sum(terms.values(), start=jnp.zeros(()))
         right = (output.logits.argmax(-1) == batch["label"]).astype(jnp.float32)
+        # Logs have always had these two, also where nothing halts.
+        named = terms if rule is not None else {"ponder": jnp.zeros(()), "prior": jnp.zeros(()), **terms}
         metrics = {
-            "loss": terms.total,
-            "classification": classification,
-            "ponder": ponder,
-            "prior": prior,
-            "accuracy": losses.image_mean(right, weight),
-            "mean_depth": losses.image_mean(output.token_depth.astype(jnp.float32), weight),
-            "halting_by_layer": jax.vmap(losses.image_mean, (0, None))(output.halting_scores, weight),
+            "loss": total,
+            **named,
+            "accuracy": image_mean(right, weight),
+            "mean_depth": image_mean(output.token_depth.astype(jnp.float32), weight),
+            "halting_by_layer": jax.vmap(image_mean, (0, None))(output.halting_scores, weight),
         }
-        return terms.total, metrics
+        return total, metrics
 
     gradient = jax.grad(loss_function, has_aux=True)
 
@@ -116,15 +107,15 @@ def build_train_step(
     def train_step(
         state: TrainState, batch: dict[str, Array], teacher_state: Any
     ) -> tuple[TrainState, dict[str, Array]]:
-        key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+        key = jax.random.fold_in(jax.random.key(settings.seed), state.step)
         model_config = nnx.merge(graphdef, state.params).config
         images, targets = augment_on_device(
             jax.random.fold_in(key, 1),
             batch["image"],
             batch["label"],
-            augment,
+            settings.augment,
             model_config,
-            label_smoothing=loss_config.label_smoothing,
+            label_smoothing=classifying.label_smoothing,
             weight=batch.get("weight"),
         )
         batch = batch | {"image": images, "target": targets}
@@ -134,7 +125,7 @@ def build_train_step(
         grads = jax.lax.with_sharding_constraint(grads, state_shardings(mesh, grads))
         updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
-        ema = None if state.ema is None else update_average(state.ema, params, config.optim.ema_decay)
+        ema = None if state.ema is None else update_average(state.ema, params, settings.ema_decay)
         metrics["gradient_norm"] = optax.tree.norm(grads)
         return TrainState(state.step + 1, params, ema, optimizer_state), metrics
 

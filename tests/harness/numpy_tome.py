@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from scipy.special import erf
@@ -98,7 +99,7 @@ def tome(model: AViT, image: np.ndarray, r: list[int], proportional: bool = True
     """One image through a model without rule, tokens merged by ToMe."""
     config = model.config
     parameters = nnx.to_pure_dict(nnx.state(model, nnx.Param))
-    embedded = np.asarray(model.embed(image[None]), np.float64)[0]
+    embedded = np.asarray(model.embed(jnp.asarray(image[None])), np.float64)[0]
     tokens = [Token(value, [i], i < config.num_special) for i, value in enumerate(embedded)]
     depth = [0] * len(tokens)
     layers = []

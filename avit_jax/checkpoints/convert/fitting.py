@@ -10,10 +10,13 @@ from flax import nnx
 from flax.traverse_util import unflatten_dict
 
 from avit_jax.checkpoints.convert.architecture import square
-from avit_jax.model.config import AViTConfig
+from avit_jax.halting.avit import AViTGate
+from avit_jax.model.config import NO_RULE, AViTConfig
 from avit_jax.model.layers import linear
 from avit_jax.model.positions import resize_positions
 from avit_jax.model.vit import AViT
+
+_OWN = "rule_module."  # parameters that a rule brings
 
 
 @dataclasses.dataclass
@@ -39,7 +42,7 @@ def fit(
     changed: dict[str, str] = {}
     _fit_positions(parameters, model_config, saved, notes, changed)
     _fit_heads(parameters, model_config, "num_classes" in given, notes, changed)
-    if model_config.halts and (saved is None or not saved.halts):
+    if isinstance(model_config.halting, AViTGate) and (saved is None or not isinstance(saved.halting, AViTGate)):
         # The files of other programs do not say whether they were trained with a gate.
         which = (
             "weights that were trained without a gate" if saved is None else "the checkpoint has no gate: its weights"
@@ -48,7 +51,37 @@ def fit(
             f"{which} halt no token, or only by chance, until avit_jax.start_gate(model, images, target_depth=...) "
             "or fine-tuning"
         )
-    return Conversion(_filled(model_config, parameters), "avit_jax", notes, changed)
+    return Conversion(_with_rule(model_config, saved, parameters, notes, changed), "avit_jax", notes, changed)
+
+
+def _with_rule(
+    model_config: AViTConfig,
+    saved: AViTConfig | None,
+    flat: dict[str, Any],
+    notes: list[str],
+    changed: dict[str, str],
+) -> AViT:
+    """The filled model; what its rule has to learn is the checkpoint's, or starts from norm and head."""
+    own = [name for name in flat if name.startswith(_OWN)]
+    kept = saved is not None and type(saved.halting) is type(model_config.halting)
+    brings = "rule_module" in nnx.to_pure_dict(nnx.state(nnx.eval_shape(lambda: AViT(model_config, rngs=nnx.Rngs(0)))))
+    if own and kept and brings:
+        return _filled(model_config, flat)
+    for name in own:
+        del flat[name]
+    if own:
+        notes.append("what the checkpoint's rule had learnt was left out, as the model has another rule")
+    if not brings:
+        return _filled(model_config, flat)
+    model = _filled(dataclasses.replace(model_config, **NO_RULE), flat)
+    notes.append("what the rule learns starts from the checkpoint's norm and head")
+    model = model.with_config(**{name: getattr(model_config, name) for name in NO_RULE})
+    changed |= {name: "new" for name in map(_dotted, nnx.to_flat_state(nnx.state(model))) if name.startswith(_OWN)}
+    return model
+
+
+def _dotted(item: tuple[tuple[Any, ...], Any]) -> str:
+    return ".".join(map(str, item[0]))
 
 
 def _fit_positions(

@@ -22,7 +22,7 @@ from avit_jax.train.clock import TIMES
 from avit_jax.train.logs import read_metrics
 from configs import npz_avit
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PATIENCE = 900.0  # seconds in which a process must end, even on a busy machine; longer is a hang
 SETTINGS: dict[str, Any] = {
     "init_from": "",

@@ -8,7 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from avit_jax.halting import avit as halting
+from avit_jax.halting.avit import AViTGate
+from avit_jax.halting.rule import State
+from avit_jax.model.seen import Seen
 
 GATE = {"gate_scale": 3.0, "gate_center": 1.0, "halt_epsilon": 0.01}
 BATCH, TOKENS, WIDTH, LAYERS = 4, 9, 6, 7
@@ -20,13 +22,24 @@ def values() -> np.ndarray:
     return np.random.default_rng(0).normal(size=(LAYERS, BATCH, TOKENS, WIDTH)).astype(np.float32)
 
 
-def run(values: np.ndarray, special: int = TOKENS, **gate: float) -> tuple[list[halting.HaltingState], np.ndarray]:
-    state = halting.initial_state(BATCH, TOKENS, special, WIDTH)
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """As much of a configuration as the rule asks for."""
+
+    num_outputs: int = TOKENS
+    num_tokens: int = TOKENS
+    embed_dim: int = WIDTH
+
+
+def run(values: np.ndarray, special: int = TOKENS, **gate: float) -> tuple[list[State], np.ndarray]:
+    rule = AViTGate(**(GATE | gate))
+    state = rule.initial(BATCH, Sizes(special))
     states, scores = [], []
     for layer, tokens in enumerate(values):
-        state, score = halting.advance(state, jnp.asarray(tokens), **(GATE | gate), is_last=layer == len(values) - 1)
+        seen = Seen(tokens=jnp.asarray(tokens))
+        state, trace = rule.advance(state, seen, layer=layer, is_last=layer == len(values) - 1)
         states.append(state)
-        scores.append(score)
+        scores.append(trace.of_tokens["halting_score"])
     return states, np.stack(scores)
 
 
@@ -52,9 +65,9 @@ def test_agrees_with_a_slow_loop_over_single_tokens(values: np.ndarray) -> None:
         for token in range(TOKENS):
             slow = slow_token(values[:, image, token, 0], **GATE)
             assert last.token_depth[image, token] == slow["depth"]
-            np.testing.assert_allclose(last.remainder[image, token], slow["remainder"], atol=1e-6)
+            np.testing.assert_allclose(last.of_tokens["remainder"][image, token], slow["remainder"], atol=1e-6)
             cost = slow["depth"] + slow["remainder"]
-            np.testing.assert_allclose(last.ponder_cost[image, token], cost, atol=2e-6)
+            np.testing.assert_allclose(last.of_tokens["ponder_cost"][image, token], cost, atol=2e-6)
             np.testing.assert_allclose(scores[:, image, token], slow["scores"], atol=1e-6)
             output = np.einsum("l,ld->d", slow["weights"], values[:, image, token])
             np.testing.assert_allclose(last.output[image, token], output, atol=2e-6)
@@ -85,7 +98,7 @@ def test_halted_stays_halted(values: np.ndarray) -> None:
 def test_a_gate_that_never_fires_costs_all_layers_and_one(values: np.ndarray) -> None:
     states, scores = run(values, gate_center=1e4)
     np.testing.assert_array_equal(states[-1].token_depth, LAYERS)
-    np.testing.assert_array_equal(states[-1].ponder_cost, LAYERS + 1)
+    np.testing.assert_array_equal(states[-1].of_tokens["ponder_cost"], LAYERS + 1)
     np.testing.assert_array_equal(states[-1].output, values[-1])
     assert not scores.any()
 
@@ -99,8 +112,7 @@ def test_values_of_halted_tokens_change_nothing(values: np.ndarray, poison: floa
     assert not np.array_equal(poisoned, values)
     others, other_scores = run(poisoned)
     np.testing.assert_array_equal(scores, other_scores)
-    for field in dataclasses.fields(halting.HaltingState):
-        np.testing.assert_array_equal(getattr(states[-1], field.name), getattr(others[-1], field.name))
+    jax.tree.map(np.testing.assert_array_equal, states[-1], others[-1])
 
 
 def test_gradients_pass_by_halted_nans(values: np.ndarray) -> None:
@@ -110,8 +122,8 @@ def test_gradients_pass_by_halted_nans(values: np.ndarray) -> None:
     poisoned[halted] = np.nan
 
     def loss(tokens: jax.Array) -> jax.Array:
-        state, score = halting.advance(states[2], tokens, **GATE, is_last=False)
-        return state.output.sum() + state.ponder_cost.sum() + score.sum()
+        state, trace = AViTGate(**GATE).advance(states[2], Seen(tokens=tokens), layer=3, is_last=False)
+        return state.output.sum() + state.of_tokens["ponder_cost"].sum() + trace.of_tokens["halting_score"].sum()
 
     gradient = np.asarray(jax.grad(loss)(jnp.asarray(poisoned)))
     assert np.isfinite(gradient).all() and not gradient[halted].any() and gradient[~halted].any()

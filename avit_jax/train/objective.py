@@ -1,0 +1,109 @@
+"""The training objective: classification, with distillation, and what the model's rule makes of it or adds to it."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int
+
+from avit_jax.halting.image_mean import image_mean
+from avit_jax.halting.rule import Halting, State, Trace
+from avit_jax.runtime.settings import Settings, setting
+
+DISTILLATIONS = ("none", "hard", "soft")
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassificationLoss(Settings):
+    """The part of config.loss that any model has. Raises ValueError for values that cannot be."""
+
+    section = "loss"
+
+    label_smoothing: float = setting(
+        0.0, "The part of each target that is spread evenly over all classes.", least=0, below=1
+    )
+    distillation: str = setting(
+        "none", "How the teacher is followed: its decision (hard), its distribution (soft).", choices=DISTILLATIONS
+    )
+    distillation_weight: float = setting(
+        0.5, "The teacher's part of the classification loss; the labels have the rest.", least=0, most=1
+    )
+    distillation_temperature: float = setting(
+        1.0, "With soft, logits of teacher and student are divided by it.", above=0
+    )
+
+
+def classification_loss(
+    logits: Float[Array, "b c"],
+    targets: Int[Array, " b"] | Float[Array, "b c"],
+    label_smoothing: float = 0.0,
+    image_weight: Float[Array, " b"] | None = None,
+) -> Float[Array, ""]:
+    """Mean cross entropy, in nats; targets are labels or distributions (mixup), smoothed towards uniform."""
+    if jnp.issubdtype(targets.dtype, jnp.integer):
+        targets = jax.nn.one_hot(targets, logits.shape[-1])
+    entropy = optax.softmax_cross_entropy(logits, optax.smooth_labels(targets, label_smoothing))
+    return image_mean(entropy, image_weight)
+
+
+def distillation_loss(
+    head_logits: Float[Array, "heads b c"],
+    targets: Int[Array, " b"] | Float[Array, "b c"],
+    teacher_logits: Float[Array, "b c"] | None = None,
+    *,
+    kind: str = "none",
+    weight: float = 0.5,
+    temperature: float = 1.0,
+    label_smoothing: float = 0.0,
+    image_weight: Float[Array, " b"] | None = None,
+) -> Float[Array, ""]:
+    """Classification with a teacher (DeiT, arXiv 2012.12877, equations 2 and 3), in nats.
+
+    (1 - weight) * CE(class head, targets) + weight * term, where the term of the last head is CE with the teacher's
+    decision ("hard") or temperature^2 * KL(teacher || student) ("soft"). "none": the mean logits against the targets.
+    Raises ValueError for an unknown kind, or where the teacher's logits are missing.
+    """
+    if kind not in DISTILLATIONS:
+        raise ValueError(f"distillation {kind!r} is unknown: choose one of {', '.join(DISTILLATIONS)}")
+    if kind == "none":
+        return classification_loss(head_logits.mean(0), targets, label_smoothing, image_weight)
+    if teacher_logits is None:
+        raise ValueError(f"distillation {kind!r} needs the teacher's logits")
+    student = head_logits[-1]
+    if kind == "hard":
+        term = classification_loss(student, teacher_logits.argmax(-1), image_weight=image_weight)
+    else:
+        log_student = jax.nn.log_softmax(student / temperature)
+        log_teacher = jax.nn.log_softmax(teacher_logits / temperature)
+        divergence = optax.losses.kl_divergence_with_log_targets(log_student, log_teacher)
+        term = temperature**2 * image_mean(divergence, image_weight)
+    own = classification_loss(head_logits[0], targets, label_smoothing, image_weight)
+    return (1 - weight) * own + weight * term
+
+
+def objective_terms(
+    rule: Halting | None,
+    head_logits: Float[Array, "heads b c"],
+    trace: Trace,
+    state: State | None,
+    classify: Callable[[Float[Array, "heads b c"]], Float[Array, ""]],
+    settings: Any,
+    image_weight: Float[Array, " b"] | None = None,
+) -> dict[str, Float[Array, ""]]:
+    """The terms of the objective by name, weighted; what is minimised is their sum.
+
+    Args:
+        rule: The model's halting rule, whose losses they are; None: classification alone.
+        head_logits: Logits of each head.
+        trace, state: What AViT.forward returns beside its output.
+        classify: The mean classification loss of logits, in nats.
+        settings: A `loss_settings` of the rule; of another rule's, this one's defaults are taken.
+        image_weight: 0 for images that count for nothing.
+    """
+    if rule is None or state is None:
+        return {"classification": classify(head_logits)}
+    settings = settings if isinstance(settings, rule.loss_settings) else rule.loss_settings()
+    return rule.losses(trace, state, head_logits, classify=classify, settings=settings, image_weight=image_weight)
