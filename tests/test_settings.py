@@ -213,7 +213,9 @@ def other(value: Any) -> Any:
         return not value
     if isinstance(value, int):
         return value + 1 if value > 0 else 1
-    return value / 2 + 0.25 if isinstance(value, float) else (0.5,)
+    if isinstance(value, float):
+        return 0.3 if value == 0.5 else value / 2 + 0.25
+    return (0.5,)
 
 
 OTHERS = {
@@ -245,7 +247,7 @@ def test_what_a_resumed_run_may_change(key: str, begun: Path, capsys: pytest.Cap
     config = nested(key, value)
     if key in ("teacher", "loss.distillation"):  # neither without the other
         config = {"teacher": "another", "loss": {"distillation": "soft"}}
-        key = "loss.distillation"
+        key, now = "loss.distillation", "none"
     settings = TrainSettings.from_config(config)
     if key in MAY_CHANGE:
         check_folder(settings, begun, resume=True)
