@@ -44,7 +44,7 @@ def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("docs")
     (folder / "docs").symlink_to(ROOT / "docs")
     digits = avit_jax.AViTConfig(
-        image_size=(4, 8), patch_size=4, in_channels=1, num_classes=10, embed_dim=16, depth=2, num_heads=2,
+        image_size=4, patch_size=4, in_channels=1, num_classes=10, embed_dim=16, depth=2, num_heads=2,
         gate_scale=4.0, gate_center=1.0, preprocessing=avit_jax.Preprocessing(mean=(0.5,), std=(0.5,)),
     )  # fmt: skip
     avit_jax.save(random_model(digits), folder / "runs/mnist_avit")
