@@ -197,7 +197,7 @@ def test_known_extras_are_named_in_a_warning() -> None:
     ],
 )
 def test_another_architecture_is_named(name: str, reason: str) -> None:
-    with pytest.raises(ValueError, match=rf"another one \({name}\): .*{reason}"):
+    with pytest.raises(ValueError, match=rf"is unsupported \({name}\): .*{reason}"):
         avit_jax.from_torch_state_dict(timm_state() | {name: np.zeros(16)}, num_heads=2)
 
 
