@@ -1,9 +1,9 @@
-"""Seconds and memory to load a DeiT-Base .pth: avit_jax.load, without torch, and torch.load itself.
+"""Seconds and memory to load a DeiT-Base .pth: avit_jax.load, which needs no torch, and torch.load itself.
 
-    python benchmarks/convert.py                        a minute; Linux, needs torch (requirements-peers.txt)
+    python benchmarks/convert.py                        one minute; Linux, needs torch (requirements-peers.txt)
 
-Each load in a process of its own, in turn; medians. Memory: the peak of the process above what it had before the load,
-in multiples of the file. Writes runs/benchmarks/convert.json.
+Each load runs in its own process, in turn; medians are reported. Memory is the process's peak above its memory before
+the load, in multiples of the file's size. Writes runs/benchmarks/convert.json.
 """
 
 import argparse
@@ -24,7 +24,7 @@ PRESET = "deit_base_patch16_224"
 
 
 def load_with(reader: str, path: str) -> dict[str, float]:
-    """Load once, in this process; seconds and bytes."""
+    """Load once in this process; returns seconds and bytes of peak memory."""
     if reader == "torch.load":
         import torch
 
@@ -45,13 +45,13 @@ def load_with(reader: str, path: str) -> dict[str, float]:
 
 
 def _memory(field: str) -> int:
-    """Bytes of this process: VmRSS now, VmHWM at the peak (Linux)."""
+    """Bytes of this process's memory: VmRSS now, VmHWM at its peak (Linux)."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
 def main() -> None:
-    """Print the table, write the JSON."""
+    """Measure, print the table, write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--child", nargs=2, metavar=("READER", "FILE"), help=argparse.SUPPRESS)

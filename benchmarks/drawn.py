@@ -1,7 +1,7 @@
-"""A-ViT whose depths an image draws: any depth profile can be had with random weights.
+"""An A-ViT whose depths are set by the image, so that any depth profile is possible with random weights.
 
-Channel 0 of the patch embedding is the patch's mean, blocks add 1 to it and nothing else does; with the gate at 0.5 a
-patch of mean 1 - d stops at layer d.
+Channel 0 of the patch embedding is the patch's mean, and each block adds exactly 1 to it. With the gate at 0.5, a patch
+of mean 1 - d stops at layer d.
 """
 
 from typing import Any
@@ -13,9 +13,12 @@ from flax import nnx
 from avit_jax import AViT, AViTConfig
 
 
-def drawn_model(config: AViTConfig, class_depth: int, seed: int = 0) -> AViT:
-    """Random weights; the class token stops at class_depth. The configuration's gate must be 40 / 20."""
-    model = AViT(config, rngs=nnx.Rngs(seed))
+def drawn_model(model_config: AViTConfig, class_depth: int, seed: int = 0) -> AViT:
+    """A model with random weights whose class token stops at class_depth.
+
+    config: its gate_scale and gate_center must be 40 and 20.
+    """
+    model = AViT(model_config, rngs=nnx.Rngs(seed))
     for path, param in nnx.to_flat_state(nnx.state(model, nnx.Param)):
         if any(part in path for part in ("patch_embed", "cls_token", "pos_embed", "proj", "fc2")):
             param[...] = param[...].at[..., 0].set(0.0)
@@ -28,7 +31,7 @@ def drawn_model(config: AViTConfig, class_depth: int, seed: int = 0) -> AViT:
 
 
 def drawn_depths(
-    config: AViTConfig,
+    model_config: AViTConfig,
     count: int,
     mean: float,
     token_spread: float,
@@ -36,38 +39,42 @@ def drawn_depths(
     class_depth: int,
     seed: int = 0,
 ) -> np.ndarray:
-    """[count, patches] layers: images vary about the mean, tokens about their image; all tokens' mean is `mean`."""
+    """Depths in layers, [count, patches], such that the mean over all tokens is `mean`.
+
+    token_spread, image_spread: standard deviations, in layers, of tokens around their image and of images around the
+    mean. class_depth: the class token's depth, which counts in the mean.
+    """
     rng = np.random.default_rng(seed)
-    patches = config.num_tokens - 1
+    patches = model_config.num_tokens - 1
     offsets = rng.normal(0, image_spread, (count, 1)) + rng.normal(0, token_spread, (count, patches))
-    wanted = (mean * config.num_tokens - class_depth) / patches
-    low, high = -2.0 * config.depth, 2.0 * config.depth
-    for _ in range(50):  # clipping moves the mean: it is searched for
+    wanted = (mean * model_config.num_tokens - class_depth) / patches
+    low, high = -2.0 * model_config.depth, 2.0 * model_config.depth
+    for _ in range(50):  # clipping moves the mean, so the right one is found by bisection
         middle = (low + high) / 2
-        depths = np.clip(np.rint(middle + offsets), 1, config.depth)
+        depths = np.clip(np.rint(middle + offsets), 1, model_config.depth)
         low, high = (middle, high) if depths.mean() < wanted else (low, middle)
     return depths
 
 
-def drawn_images(config: AViTConfig, depths: np.ndarray, seed: int = 0) -> np.ndarray:
-    """float32 images whose patches stop at these layers; noise of mean 0 in every patch besides."""
-    rows, columns = config.patch_grid
-    size, channels = config.patch_size, config.in_channels
+def drawn_images(model_config: AViTConfig, depths: np.ndarray, seed: int = 0) -> np.ndarray:
+    """float32 images whose patches stop at these layers, with noise of mean 0 in every patch."""
+    rows, columns = model_config.patch_grid
+    size, channels = model_config.patch_size, model_config.in_channels
     patches = np.random.default_rng(seed).standard_normal(
         (len(depths), rows, columns, size, size, channels), dtype=np.float32
     )
     patches += (1 - depths).reshape(len(depths), rows, columns, 1, 1, 1) - patches.mean((3, 4, 5), keepdims=True)
-    images = patches.transpose(0, 1, 3, 2, 4, 5).reshape(len(depths), *config.image_shape, channels)
+    images = patches.transpose(0, 1, 3, 2, 4, 5).reshape(len(depths), *model_config.image_shape, channels)
     return np.ascontiguousarray(images, np.float32)
 
 
 def dense_parts(model: AViT) -> AViT:
-    """The same weights, the gate off."""
+    """A model with the same weights and without the gate."""
     return _as(model, gate_scale=None, gate_center=None)
 
 
 def in_bfloat16(model: AViT) -> AViT:
-    """The same weights, matmuls in bfloat16."""
+    """A model with the same weights that computes matmuls in bfloat16."""
     return _as(model, dtype="bfloat16")
 
 

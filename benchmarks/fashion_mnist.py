@@ -1,9 +1,9 @@
-"""Images per second of the Fashion-MNIST A-ViT that ships, dense and packed, each at several batch sizes.
+"""Images per second of the Fashion-MNIST A-ViT in checkpoints/, dense and packed, each at several batch sizes.
 
     apt-get install dataset-fashion-mnist && python benchmarks/fashion_mnist.py            about two minutes on 2 cores
 
-One process, in turn, medians; test images, the default plan. Dense: the same weights, nothing halts. Writes
-runs/benchmarks/fashion_mnist.json.
+All variants run in turn in one process, on test images and with the default plan; medians are reported. Dense means the
+same weights, with no token halting. Writes runs/benchmarks/fashion_mnist.json.
 """
 
 import argparse
@@ -30,7 +30,7 @@ BATCHES = (25, 50, 100, 200, 400, 800)
 
 
 def main() -> None:
-    """Measure, print the table and the ratio of the best."""
+    """Measure, print the table and the ratio of the best, write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=9)
     arguments = parser.parse_args()

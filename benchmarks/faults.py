@@ -1,237 +1,54 @@
-"""Real faults at random moments, and whether the run then ends as if nothing had happened.
+"""Real faults at random moments; each run must end as if nothing had happened.
 
     python benchmarks/faults.py                                        50 faults, about 10 minutes on 2 cores
     python benchmarks/faults.py --faults=killed,killed_saving --seed=1
 
-Runs of train.py, with a small model on a made-up data set, meet one fault after the other; after each the same command
-is given again. A fault is survived when the run does what is promised of it (exit status, sentence, in time, no
-traceback) and in the end parameters, moving average, optimiser, data state, metrics.jsonl (times apart) and the saved
-model are bit for bit those of a run that met none. Full and read-only disks are mounted (tmpfs), which needs root: else
-these faults are left out, and named. Writes runs/benchmarks/faults.json.
+Runs of train.py, with a small model on a synthetic data set, meet one fault after another. After each fault, the same
+command is given again. A run survives a fault if it reacts as it should (exit status, sentence, in time, no traceback)
+and if in the end parameters, moving average, optimiser, data state, metrics.jsonl (except times) and the saved model
+are bit for bit those of a run without faults. Full and read-only disks are mounted (tmpfs), which needs root; without
+root these faults are left out, and a line says so. Writes runs/benchmarks/faults.json.
 """
 
 import argparse
 import contextlib
-import os
 import platform
 import random
 import shutil
-import signal
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import numpy as np
 from tqdm import tqdm
 
-from avit_jax.model.config import nearest
+from avit_jax.runtime.hints import nearest
 from avit_jax.runtime.mesh import available_cores
-from avit_jax.runtime.processes import LOST
-from benchmarks.real_run import PATIENCE, Failed, Job, check_same
 from benchmarks.results import save_results
+from tests.harness.builders import toy_data
+from tests.harness.faults import (
+    Fault,
+    damaged,
+    disk_full,
+    killed,
+    killed_saving,
+    peer_hung,
+    peer_killed,
+    read_only,
+    second_run,
+    small_disk,
+    stopped,
+    stopped_twice,
+)
+from tests.harness.real_run import Failed, Job, check_same
 
 STEPS = 300
 FAULTS_A_RUN = 8
-Fault = Callable[[Job, random.Random], bool]  # whether it happened: the run may have ended before
 
-
-def killed(job: Job, rng: random.Random) -> bool:
-    """kill -9 at any moment: while it imports, compiles, restores, trains, measures."""
-    (process,) = job.start()
-    until = time.monotonic() + rng.uniform(0.5, 10.0)
-    while process.alive() and time.monotonic() < until:
-        time.sleep(0.01)
-    happened = process.alive()
-    process.kill()
-    return happened
-
-
-def killed_saving(job: Job, rng: random.Random) -> bool:
-    """kill -9 while a checkpoint is being written."""
-    processes = job.start()
-    if job.await_checkpoints(processes, rng.randint(1, 4)) and job.await_saving(processes):
-        time.sleep(rng.uniform(0, 0.08))
-    processes[0].kill()
-    return job.saving()
-
-
-def stopped(job: Job, rng: random.Random) -> bool:
-    """SIGTERM or SIGINT: a checkpoint, exit status 0, a line that says how to go on; with several processes to one."""
-    processes = job.start()
-    if not _training(job, processes, rng):
-        return False
-    rng.choice(processes).send(rng.choice((signal.SIGTERM, signal.SIGINT)))
-    for process in processes:
-        process.expect(0, "")
-    if job.finished():
-        return False
-    for process in processes:
-        process.expect(0, "the same command goes on")
-    return True
-
-
-def stopped_twice(job: Job, rng: random.Random) -> bool:
-    """A second signal: the run ends at once."""
-    processes = job.start()
-    if not _training(job, processes, rng):
-        return False
-    for _ in range(2):
-        processes[0].send(signal.SIGTERM)
-        time.sleep(rng.uniform(0, 0.05))
-    status = processes[0].ended(within=10)
-    if status not in (0, -signal.SIGTERM):
-        raise Failed(f"status {status}: {processes[0].said()[-1500:]}")
-    return status != 0
-
-
-def damaged(job: Job, rng: random.Random) -> bool:
-    """A file of the newest checkpoint is cut or gone, or one bit of it is flipped."""
-    if not stopped(job, rng) or len(job.checkpoints()) < 2:
-        return False
-    newest = job.checkpoints()[-1]
-    item = rng.choice(("model", "ema", "optimizer", "step", "data", "digests"))
-    file = rng.choice(sorted(path for path in (newest / item).rglob("*") if path.is_file()))
-    damage = rng.choice(("gone", "cut", "flipped"))
-    if damage == "gone":
-        file.unlink()
-    elif damage == "cut" or not file.stat().st_size:
-        os.truncate(file, file.stat().st_size // 2)
-    else:
-        content = bytearray(file.read_bytes())
-        content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
-        file.write_bytes(content)
-    (process,) = job.start()
-    while process.alive() and "going on from step" not in process.said():
-        time.sleep(0.005)
-    said, steps = process.said(), [step.name for step in job.checkpoints()]
-    process.kill()
-    if "going on from step" not in said:
-        raise Failed(f"{file.relative_to(newest)} was damaged: {said[-1500:]}")
-    if newest.name not in steps and not newest.with_name(f"damaged-{newest.name}").exists():
-        raise Failed(f"the damaged checkpoint {newest} was deleted: {said[-1500:]}")
-    return True
-
-
-def disk_full(job: Job, rng: random.Random) -> bool:
-    """The disk is full from some moment on, then there is space again."""
-    processes = job.start()
-    if not _training(job, processes, rng):
-        return False
-    filler = job.folder / "filler"
-    try:
-        with filler.open("wb", buffering=0) as file:
-            until = time.monotonic() + PATIENCE
-            while processes[0].alive() and time.monotonic() < until:
-                with contextlib.suppress(OSError):  # again and again: checkpoints that are removed make space
-                    file.write(bytes(shutil.disk_usage(job.folder).free))
-                time.sleep(0.01)
-        if processes[0].ended() == 0 and job.finished():  # nothing was left to write
-            return False
-        processes[0].expect(1, "(No space left on device): make space there; the same command goes on")
-    finally:
-        filler.unlink()
-    return True
-
-
-def read_only(job: Job, rng: random.Random) -> bool:
-    """The checkpoints' folder becomes read-only, then it can be written again."""
-    processes = job.start()
-    if not _training(job, processes, rng):
-        return False
-    with read_only_folder(job.workdir / "checkpoints"):
-        if processes[0].ended() == 0 and job.finished():
-            return False
-        processes[0].expect(1, "(Read-only file system): make it writable; the same command goes on")
-    return True
-
-
-def second_run(job: Job, rng: random.Random) -> bool:
-    """The same command while it runs already: refused, the first goes on."""
-    first = job.start()
-    happened = job.await_checkpoints(first, 1)
-    (second,) = job.start("second")
-    if happened:
-        second.expect(1, "another run is at work in")
-    second.kill()
-    happened &= first[0].alive()
-    first[0].kill()
-    return happened
-
-
-def peer_killed(job: Job, rng: random.Random) -> bool:
-    """kill -9 of one of two processes: the other ends within a minute and says why."""
-    return _lost(job, rng, signal.SIGKILL)
-
-
-def peer_hung(job: Job, rng: random.Random) -> bool:
-    """One of two processes hangs (SIGSTOP): the other ends within a minute and says why."""
-    return _lost(job, rng, signal.SIGSTOP)
-
-
-def _lost(job: Job, rng: random.Random, number: signal.Signals) -> bool:
-    processes = job.start()
-    if not _training(job, processes, rng):
-        return False
-    victim = rng.choice(processes)
-    victim.send(number)
-    try:
-        for process in processes:
-            if process is not victim:
-                process.expect(1, LOST, within=60)
-    finally:
-        victim.kill()
-    return True
-
-
-def _training(job: Job, processes: list, rng: random.Random) -> bool:
-    """Until a random moment of the training; False, and the run's end, where it ends before."""
-    if job.await_checkpoints(processes, rng.randint(1, 4)):
-        time.sleep(rng.uniform(0, 0.3))
-        if all(process.alive() for process in processes):
-            return True
-    for process in processes:
-        process.expect(0, "")
-    return False
-
-
-@contextlib.contextmanager
-def small_disk(folder: Path, megabytes: int) -> Iterator[None]:
-    """A file system of its own in the folder. Raises OSError where mounting is not allowed."""
-    folder.mkdir(parents=True, exist_ok=True)
-    _mount("-t", "tmpfs", "-o", f"size={megabytes}m", "none", str(folder))
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", "--lazy", folder], check=True)
-
-
-@contextlib.contextmanager
-def read_only_folder(folder: Path) -> Iterator[None]:
-    """Nothing can be written in the folder, not by root either. Raises OSError where mounting is not allowed."""
-    _mount("--bind", str(folder), str(folder))
-    try:
-        for _ in range(2000):
-            with contextlib.suppress(OSError):  # a file is open for writing
-                _mount("-o", "remount,bind,ro", str(folder))
-                break
-            time.sleep(0.005)
-        yield
-    finally:
-        subprocess.run(["umount", "--lazy", folder], check=True)
-
-
-def _mount(*arguments: str) -> None:
-    done = subprocess.run(["mount", *arguments], capture_output=True, text=True)
-    if done.returncode:
-        raise OSError(f"mount {' '.join(arguments)}: {done.stderr.strip()}")
-
-
-# How many of 100 faults are of which kind; the last need two processes.
+# How many of 100 faults are of each kind; those in TOGETHER need two processes.
 ALONE: dict[Fault, int] = {
     killed: 24,
     killed_saving: 20,
@@ -245,19 +62,8 @@ ALONE: dict[Fault, int] = {
 TOGETHER: dict[Fault, int] = {peer_killed: 6, peer_hung: 2, stopped: 6}
 
 
-def toy_data(path: Path) -> Path:
-    """Images whose class is the position of a bright band."""
-    rng = np.random.default_rng(0)
-    labels = np.arange(120) % 3
-    images = rng.integers(0, 60, (120, 8, 8, 1))
-    for image, label in zip(images, labels, strict=True):
-        image[label * 8 // 3 : (label + 1) * 8 // 3] += 150
-    np.savez(path, images=images.astype(np.uint8), labels=labels)
-    return path
-
-
 class Campaign:
-    """Runs of one kind (with one process or two), each with some faults, against one that met none."""
+    """Runs of one kind (with one process or two), each with some faults, compared with a run without faults."""
 
     def __init__(self, folder: Path, processes: int, rng: random.Random) -> None:
         self._folder, self._processes, self._rng = folder, processes, rng
@@ -283,7 +89,7 @@ class Campaign:
         )
 
     def meet(self, faults: list[Fault], bar: tqdm) -> Iterator[tuple[str, str]]:
-        """Each fault's name, and what went wrong, or nothing."""
+        """Yield each fault's name and what went wrong, or "" if nothing did."""
         while faults:
             job = self._job(str(self._runs))
             self._runs += 1
@@ -344,7 +150,7 @@ def main() -> None:
 
 
 def show(results: list[tuple[str, str]], seconds: float, flags: argparse.Namespace) -> None:
-    """The table, what went wrong, and the file."""
+    """Print the table and what went wrong, and write the JSON."""
     rows = {
         name: {"times": len(each), "survived": sum(not wrong for wrong in each)}
         for name in dict(results)

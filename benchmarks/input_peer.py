@@ -1,7 +1,7 @@
-"""timm's transforms in a PyTorch DataLoader, as DeiT's training code reads ImageNet; run by input_pipeline.py.
+"""timm's transforms in a PyTorch DataLoader, as DeiT's training code reads ImageNet; input_pipeline.py runs this.
 
-Prints JSON: images per second, in steady state; per CPU second where there are no workers. torchvision is installed
-with --no-deps beside a CPU build of torch, and its compiled operators are stubbed: transforms of pictures need none.
+Prints JSON: images per second in steady state, or per CPU second without workers. torchvision is installed with
+--no-deps beside a CPU build of torch, and its compiled operators are stubbed, because transforms of pictures need none.
 """
 
 import argparse
@@ -14,12 +14,12 @@ from PIL import Image, ImageOps
 
 
 def posterize(picture: Image.Image, bits: int, **_: object) -> Image.Image:
-    """timm's, without its call for 0 bits, which Pillow refuses since version 13."""
+    """timm's posterize, without its call for 0 bits, which Pillow 13 and later refuse."""
     return ImageOps.posterize(picture, bits) if bits else Image.new(picture.mode, picture.size)
 
 
 def main() -> None:
-    """Read as many images as asked, print how fast."""
+    """Read the given number of images and print the speed."""
     library = torch.library.Library("torchvision", "DEF")
     for operator in ("nms", "qnms"):
         library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
@@ -61,7 +61,7 @@ def main() -> None:
     while seen < arguments.images:
         seen += len(next(batches)[0])
     wall, cpu = time.perf_counter() - began, time.process_time() - began_cpu
-    # Without workers everything is done here, and the processor's time does not depend on who else uses the machine.
+    # Without workers this process does everything, and its CPU time does not depend on other users of the machine.
     print(json.dumps({"images_per_second": seen / (wall if arguments.workers else cpu)}))
 
 

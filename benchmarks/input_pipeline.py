@@ -1,17 +1,19 @@
-"""Images per second and core from JPEG files of ImageNet's size to batches, against timm in a PyTorch DataLoader.
+"""Images per second and core from JPEG files of ImageNet's size to batches, compared with timm in a PyTorch DataLoader.
 
     python benchmarks/input_pipeline.py                            everything, about 8 minutes on 2 cores
     python benchmarks/input_pipeline.py --parts=speed --rounds=5
-    pip install scikit-image tensorflow-datasets==4.9.10           what it needs; the peer: torch, timm==1.0.31, and
+    pip install scikit-image tensorflow-datasets==4.9.10           requirements; for timm also torch, timm==1.0.31, and
                                                                    torchvision with --no-deps
 
-speed: 500x375 JPEGs (parts of scikit-image's photographs) through DeiT's training augmentation and through evaluation,
-in one process (images per CPU second) and in a worker process for each core; in turn, medians; the peer alike, and the
-median of the rounds' ratios to it. Both read, decode, crop and augment. Ours hands over uint8 and leaves normalising
-and erasing to the step on the device; the peer does them on the host, as DeiT's code does.
-stages: where one image's time goes, one thread.
-memory: of this process over 10,000 images.
-start: seconds to the first batch of 128, in a fresh process. Writes runs/benchmarks/input_pipeline.json.
+speed: 500x375 JPEGs (parts of scikit-image's photographs) go through DeiT's training augmentation and through
+evaluation, in one process (images per CPU second) and in one worker process per core. All variants run in turn, and
+medians are reported; for timm, also the median of the ratios of each round. Both read, decode, crop and augment. Our
+pipeline returns uint8 and leaves normalisation and erasing to the step on the device; timm does both on the host, as in
+DeiT's code.
+stages: the time of each stage for one image, with one thread.
+memory: this process's memory over 10,000 images.
+start: seconds to the first batch of 128, in a fresh process.
+Writes runs/benchmarks/input_pipeline.json.
 """
 
 import argparse
@@ -39,15 +41,15 @@ from avit_jax.data.elements import BadImages, Decode, EvaluationCrop, ToArray
 from avit_jax.data.open import open_dataset
 from avit_jax.data.pipeline import evaluation_batches, training_batches
 from avit_jax.data.randaugment import RandAugment
-from avit_jax.data.settings import DataSettings
+from avit_jax.data.settings import AugmentSettings, DataSettings
 from avit_jax.runtime.files import write_json
 from avit_jax.runtime.mesh import available_cores
 
 PARTS = ("speed", "stages", "memory", "start")
 FILES, CLASSES, BATCH = {"train": 2000, "val": 1000}, 4, 50
-LINKS = 25  # names of each training file: a shuffle of few images is slower than one of many
+LINKS = 25  # names of each training file, because shuffling a few images is slower than shuffling many
 MODEL = PRESETS["avit_tiny_patch16_224"]
-DEIT = {"crop_scale": (0.08, 1.0), "flip": 0.5, "randaugment": "rand-m9-mstd0.5-inc1"}
+DEIT = AugmentSettings(crop_scale=(0.08, 1.0), flip=0.5, randaugment="rand-m9-mstd0.5-inc1")
 MAKE_TFDS = """
 import sys
 from pathlib import Path
@@ -83,7 +85,7 @@ batches.close()
 
 
 def make_photographs(root: Path) -> None:
-    """500x375 JPEGs in train/ and val/, 4 classes, and the same as ArrayRecord; made once."""
+    """Make 500x375 JPEGs in train/ and val/, in 4 classes, and the same as ArrayRecord, unless root exists."""
     if root.exists():
         return
     from skimage import data
@@ -109,7 +111,7 @@ def make_photographs(root: Path) -> None:
 
 
 def opened(source: str, purpose: str, workers: int, batch: int = BATCH, threads: int = 0) -> Iterator[dict[str, Any]]:
-    """Our batches; workers 0: threads of this process."""
+    """Our batches; with 0 workers, threads of this process make them."""
     path, name = (str(ROOT), "") if source == "folder" else (str(ROOT / "tfds"), "photographs")
     settings = DataSettings(source=source, path=path, name=name, workers=workers, threads=threads)
     dataset = open_dataset(settings)
@@ -119,9 +121,9 @@ def opened(source: str, purpose: str, workers: int, batch: int = BATCH, threads:
 
 
 def ours(source: str, purpose: str, workers: int, images: int) -> float:
-    """Images per second in steady state: the consumer takes batches at once, so nothing waits in a buffer.
+    """Images per second in steady state. The consumer takes each batch at once, so nothing waits in a buffer.
 
-    Without workers: one thread, images per CPU second of this process.
+    Without workers, it is images per CPU second of this process, with one thread.
     """
     batches = opened(source, purpose, workers, threads=1)
     for _ in range(2 * max(workers, 1)):
@@ -136,7 +138,7 @@ def ours(source: str, purpose: str, workers: int, images: int) -> float:
 
 
 def peer(purpose: str, workers: int, images: int) -> float:
-    """The same of timm and PyTorch, in a process without JAX, which forks as its users' does."""
+    """The same for timm and PyTorch, in a process without JAX, which forks its workers as users' programs do."""
     options = {"purpose": purpose, "workers": workers, "batch": BATCH, "images": images}
     script = str(Path(__file__).with_name("input_peer.py"))
     command = [sys.executable, script, str(ROOT), *(f"--{name}={value}" for name, value in options.items())]
@@ -145,7 +147,7 @@ def peer(purpose: str, workers: int, images: int) -> float:
 
 
 def speed(rounds: int, images: int) -> dict[str, Any]:
-    """Every variant, in turn; medians of images per second."""
+    """Run every variant in turn; medians of images per second."""
     sources = ["folder"] + ["tfds"] * (ROOT / "tfds").exists()
     has_peer = all(importlib.util.find_spec(name) for name in ("torch", "timm", "torchvision"))
     if not has_peer:
@@ -169,7 +171,7 @@ def speed(rounds: int, images: int) -> dict[str, Any]:
         row = {"variant": variant, "purpose": purpose, "workers": workers, "images_per_second": median, "runs": values}
         row["per_core"] = median / (workers or 1)
         other = found.get(("timm", purpose, workers))
-        # Round by round: the machine's own speed drifts by more than the two differ.
+        # The ratio is taken in each round, because the machine's speed drifts by more than the two differ.
         ratios = [a / b for a, b in zip(values, other, strict=True)] if other else None
         row["of_timm"] = statistics.median(ratios) if ratios else None
         rows.append(row)
@@ -179,7 +181,7 @@ def speed(rounds: int, images: int) -> dict[str, Any]:
 
 
 def stages(images: int) -> dict[str, Any]:
-    """Milliseconds of one image in each stage, one thread, means."""
+    """Mean milliseconds of one image in each stage, with one thread."""
     split = open_dataset(DataSettings(source="folder", path=str(ROOT))).train
     rng, fill = np.random.default_rng(0), (124, 116, 104)
     bad = BadImages(split, MODEL, skip=False)
@@ -223,7 +225,7 @@ def stages(images: int) -> dict[str, Any]:
 
 
 def memory(images: int) -> dict[str, Any]:
-    """Resident memory of this process while its threads make batches, MB."""
+    """Resident memory of this process in MB while its threads make batches, by the number of images so far."""
     batches = opened("folder", "train", 0)
     found = {}
     for batch in range(1, images // BATCH + 1):
@@ -232,7 +234,7 @@ def memory(images: int) -> dict[str, Any]:
             pages = int(Path("/proc/self/statm").read_text().split()[1])
             found[str(batch * BATCH)] = pages * os.sysconf("SC_PAGE_SIZE") / 1e6
     batches.close()  # type: ignore[attr-defined]
-    print("\nresident memory, MB, after so many images:", {name: round(value) for name, value in found.items()})
+    print("\nresident memory in MB, by number of images:", {name: round(value) for name, value in found.items()})
     return found
 
 

@@ -3,7 +3,7 @@
     pip install -r requirements-tpu.txt
     python benchmarks/packed_tpu.py --preset=avit_tiny_patch16_224 --batch=256
 
-libtpu's own compiler runs here, on the CPU; the costs are its estimates for one chip, not measurements. Writes
+libtpu's own compiler runs on this machine's CPU. The costs are its estimates for one chip, not measurements. Writes
 runs/benchmarks/packed_tpu.json.
 """
 
@@ -37,7 +37,7 @@ from benchmarks.results import save_results
 
 
 def main() -> None:
-    """Print the table, write the JSON."""
+    """Compile, print the table, write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="avit_tiny_patch16_224")
     parser.add_argument("--batch", type=int, default=256)

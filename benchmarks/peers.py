@@ -1,4 +1,4 @@
-"""What a CPU user would take instead of this project: the dense DeiT in PyTorch eager, torch.compile, ONNX Runtime."""
+"""What a CPU user would use instead of this project: the dense DeiT in eager PyTorch, torch.compile, ONNX Runtime."""
 
 import importlib.util
 import tempfile
@@ -13,8 +13,8 @@ from avit_jax import AViTConfig
 from avit_jax.runtime.mesh import available_cores
 
 
-def peers(config: AViTConfig, images: np.ndarray) -> Iterator[tuple[str, Callable[[], Any], float]]:
-    """(name, a run on these images, seconds to prepare) of each peer that is installed; random weights, no halting."""
+def peers(model_config: AViTConfig, images: np.ndarray) -> Iterator[tuple[str, Callable[[], Any], float]]:
+    """(name, a function that runs these images, seconds to prepare) for each installed peer, with random weights."""
     if importlib.util.find_spec("torch") is None:
         return
     import torch
@@ -23,7 +23,7 @@ def peers(config: AViTConfig, images: np.ndarray) -> Iterator[tuple[str, Callabl
 
     torch.set_num_threads(available_cores())
     torch.manual_seed(0)
-    model = torch_vit(config).eval()
+    model = torch_vit(model_config).eval()
     x = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
 
     def run_of(model: Any, x: Any) -> Callable[[], Any]:
@@ -37,7 +37,7 @@ def peers(config: AViTConfig, images: np.ndarray) -> Iterator[tuple[str, Callabl
     yield "PyTorch eager", eager, 0.0
 
     began = time.perf_counter()
-    half = run_of(torch.compile(torch_vit(config).eval().to(torch.bfloat16)), x.to(torch.bfloat16))
+    half = run_of(torch.compile(torch_vit(model_config).eval().to(torch.bfloat16)), x.to(torch.bfloat16))
     half()
     yield "torch.compile, bfloat16", half, time.perf_counter() - began
 
@@ -51,7 +51,7 @@ def peers(config: AViTConfig, images: np.ndarray) -> Iterator[tuple[str, Callabl
         torch.onnx.export(model, (x,), str(path), input_names=["x"], opset_version=17, dynamo=False)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = available_cores()
-        # Its threads would go on turning after a run, and take the cores from whatever is measured next.
+        # Otherwise its threads keep spinning after a run and take the cores from whatever is measured next.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     feed = {"x": x.numpy()}

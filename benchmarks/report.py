@@ -1,12 +1,12 @@
-"""Seconds, page size and peak memory of eval.py --report at two numbers of images: memory must not grow with them.
+"""Seconds, page size and peak memory of eval.py --report for two numbers of images. Memory must not grow with them.
 
     python benchmarks/report.py                      28x28 at 2,000 and 10,000, 224x224 at 2,000 and 6,000; 5 min
 
-Images are noise of several brightnesses, of 10 and 1,000 classes; those of 224x224 are files (BMP) that come into being
-when they are asked for, as a data set on disk would be read. 28x28: the MNIST model's architecture, its gate spread;
-224x224: the same layers with patches of 32 pixels, so that 2 cores get through 6,000 images; what is kept of an image
-is the same for any model. Each size runs in its own process. "report" is what the page takes beyond evaluation:
-pictures, intervals, images/s, charts. Writes runs/benchmarks/report.json.
+Images are noise of several brightnesses, in 10 and 1,000 classes. The 224x224 images are BMP files that are made when
+they are read, like a data set on disk. The 28x28 model has the MNIST model's architecture and a gate that spreads
+depths. The 224x224 model has the same layers with patches of 32 pixels, so that 2 cores can process 6,000 images; what
+is kept of an image is the same for any model. Each size runs in its own process. "report" is the time of the page
+beyond evaluation: pictures, intervals, images/s, charts. Writes runs/benchmarks/report.json.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from avit_jax import AViT, AViTConfig, Preprocessing
 from avit_jax.data.settings import DataSettings
 from avit_jax.data.sources import Images, Split
 from avit_jax.evaluate.figures import evaluate
-from avit_jax.report.speed import environment
+from avit_jax.report.throughput import environment
 from avit_jax.report.writer import Subject, write_report
 from avit_jax.runtime.mesh import data_mesh, use_all_cores
 from benchmarks.results import save_results
@@ -44,9 +44,9 @@ class Drawn:
 
     settings = DataSettings()
 
-    def __init__(self, count: int, config: AViTConfig) -> None:
-        self.labels = (np.arange(count) % config.num_classes).astype(np.int32)
-        self._shape = (*config.image_shape, config.in_channels)
+    def __init__(self, count: int, model_config: AViTConfig) -> None:
+        self.labels = (np.arange(count) % model_config.num_classes).astype(np.int32)
+        self._shape = (*model_config.image_shape, model_config.in_channels)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -58,7 +58,7 @@ class Drawn:
         return {"image": _file(pixels) if pixels.shape[-1] == 3 else pixels, "label": self.labels[index]}
 
     def name(self, index: int) -> str:
-        """Its number."""
+        """The image's number."""
         return f"image {index}"
 
 
@@ -68,16 +68,16 @@ def _file(pixels: np.ndarray) -> bytes:
     return stream.getvalue()
 
 
-def drawn(count: int, config: AViTConfig) -> Images:
-    """Small images in memory, as MNIST is; large ones drawn when they are asked for."""
-    lazy = Drawn(count, config)
-    if config.in_channels == 3:
+def drawn(count: int, model_config: AViTConfig) -> Images:
+    """A data set of small images in memory, like MNIST, or of large ones that are drawn when they are read."""
+    lazy = Drawn(count, model_config)
+    if model_config.in_channels == 3:
         return lazy
     return Split(np.stack([lazy[i]["image"] for i in range(count)]), lazy.labels)
 
 
 def model_for(size: int) -> AViT:
-    """Random weights, made large enough that tokens stop at many layers."""
+    """A model with random weights, scaled up so that tokens stop at many layers."""
     small = size == 28
     channels = 1 if small else 3
     config = AViTConfig(
@@ -97,7 +97,7 @@ def model_for(size: int) -> AViT:
 
 
 def measure(size: int, count: int, folder: Path) -> dict[str, float]:
-    """One report; resident memory in MB, at its peak after the first evaluated batch and at the end."""
+    """Make one report; peak resident memory is in MB, after the first evaluated batch and at the end."""
     use_all_cores()
     model = model_for(size)
     split = drawn(count, model.config)
@@ -128,7 +128,7 @@ def _peak_mb() -> float:
 
 
 def main() -> None:
-    """All sizes, each in a process of its own, as a table."""
+    """Measure all sizes, each in its own process, and print a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--one", nargs=2, type=int, metavar=("SIZE", "COUNT"), help="one size, as JSON")
     arguments = parser.parse_args()

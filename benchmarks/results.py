@@ -1,4 +1,4 @@
-"""Where a benchmark ran, and what it found as a file."""
+"""A benchmark's machine and its results file."""
 
 import platform
 from pathlib import Path
@@ -11,12 +11,12 @@ from avit_jax.runtime.mesh import available_cores
 
 
 def machine() -> str:
-    """Processor, cores and JAX."""
+    """The processor, cores, JAX backend and version, as text."""
     return f"{platform.machine()}, {available_cores()} cores, {jax.default_backend()}, jax {jax.__version__}"
 
 
 def save_results(path: Path, content: Any) -> None:
-    """A benchmark's JSON, whole at any moment."""
+    """Write a benchmark's JSON in one step and print its path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, content)
     print(f"\nwritten: {path}", flush=True)

@@ -1,13 +1,14 @@
-"""What sharding over 1, 2, 4, 8 simulated devices costs, asynchronous checkpoints against none, waiting for data.
+"""The cost of sharding over 1, 2, 4, 8 simulated devices, of asynchronous checkpoints, and of waiting for data.
 
-    python benchmarks/scaling.py                        all of it, about 12 minutes on 2 cores
+    python benchmarks/scaling.py                        everything, about 12 minutes on 2 cores
     python benchmarks/scaling.py --parts=devices --models=mnist
 
-devices: the real train step at a fixed global batch, each count in a process of its own (XLA counts devices when it
-starts), the processes in turn, one at work at a time. All share this machine's cores, so constant time is the ideal.
-checkpoints: the default job's training loop (configs/mnist_avit.py) with a checkpoint every 18 steps, ten times as
-often as the job has it, and without, in turn; evaluation and the first log line (compilation) are left out. Of the same
-time, the share spent waiting for the next batch. Medians; writes runs/benchmarks/scaling.json.
+devices: the real train step at a fixed global batch. Each number of devices has its own process, because XLA counts
+devices when it starts; the processes run in turn. All share this machine's cores, so the ideal is a constant time.
+checkpoints: the default job's training loop (configs/mnist_avit.py), in turn with a checkpoint every 18 steps, ten
+times as often as in the job, and without. Evaluation and the first log line (compilation) are left out. The share of
+this time that is spent waiting for the next batch is reported too.
+Medians are reported. Writes runs/benchmarks/scaling.json.
 """
 
 import argparse
@@ -31,13 +32,13 @@ from benchmarks.results import save_results
 
 ROOT = Path(__file__).parents[1]
 DEVICES = (1, 2, 4, 8)
-BATCHES = {"mnist": 96, "tiny224": 16}  # that eight devices divide, near benchmarks/train_step.py's
-STEPS = {"mnist": 5, "tiny224": 1}  # of a round
+BATCHES = {"mnist": 96, "tiny224": 16}  # divisible by eight devices, close to those of benchmarks/train_step.py
+STEPS = {"mnist": 5, "tiny224": 1}  # in a round
 EVERY = 18  # steps between two checkpoints; 180 in the default job
 
 
 def take_steps(model: str) -> None:
-    """In a process of its own: a round of steps for each line of standard input; prints its seconds a step."""
+    """The worker process: for each line of standard input, take a round of steps and print the seconds a step."""
     from benchmarks.train_step import MODELS, jax_step
 
     step = jax_step(MODELS[model][0], BATCHES[model])
@@ -52,7 +53,7 @@ def take_steps(model: str) -> None:
 
 
 def over_devices(model: str, rounds: int) -> dict[int, list[float]]:
-    """Seconds of a step of each round, by the number of devices."""
+    """Seconds per step in each round, by the number of devices."""
     workers = {}
     for count in DEVICES:
         flags = f"--xla_force_host_platform_device_count={count}"
@@ -64,7 +65,7 @@ def over_devices(model: str, rounds: int) -> dict[int, list[float]]:
             text=True,
             cwd=ROOT,
         )
-        _answer(workers[count])  # compiled, before the next one compiles
+        _answer(workers[count])  # wait until it has compiled, before the next one does
     seconds: dict[int, list[float]] = {count: [] for count in DEVICES}
     for _ in range(rounds):
         for count, worker in workers.items():
@@ -86,28 +87,29 @@ def _answer(worker: subprocess.Popen[str]) -> str:
 
 
 def trained(checkpoint_every: int, steps: int) -> dict[str, float]:
-    """The default job's first steps: seconds of the loop after the first log line, and shares of them spent waiting."""
+    """The default job's first steps: seconds of the loop after the first log line, and the shares spent waiting."""
     from avit_jax import load
+    from avit_jax.commands.typed_config import parse
     from avit_jax.data.open import open_dataset
-    from avit_jax.data.settings import DataSettings
     from avit_jax.train.logs import read_metrics
     from avit_jax.train.loop import train
     from avit_jax.train.start import initial_model
     from configs import mnist_avit
 
     config = mnist_avit.get_config()
-    dataset = open_dataset(DataSettings.from_config(dict(config.data)))
+    dataset = open_dataset(parse(config).data)
     config.epochs = steps * config.batch_size / len(dataset.train)
     config.optim.warmup_steps = min(config.optim.warmup_steps, steps - 1)
     config.checkpoint_every, config.eval_every = checkpoint_every, steps
-    model, teacher = initial_model(config, dataset), load(config.teacher)
+    settings = parse(config)
+    model, teacher = initial_model(settings, dataset), load(settings.teacher)
     with tempfile.TemporaryDirectory() as folder:
         with contextlib.redirect_stderr(io.StringIO()):  # the progress bar
-            train(config, dataset, model, Path(folder), teacher)
+            train(settings, dataset, model, Path(folder), teacher)
         lines = [line for line in read_metrics(Path(folder)) if line["split"] == "train"][1:]
-    # images_per_second leaves checkpoints out, their share is of all the time.
+    # images_per_second leaves out checkpoints, but their share is of the whole time.
     seconds = [
-        config.log_every * config.batch_size / line["images_per_second"] / (1 - line["checkpoint_wait"])
+        settings.log_every * settings.batch_size / line["images_per_second"] / (1 - line["checkpoint_wait"])
         for line in lines
     ]
     total = sum(seconds)
@@ -115,7 +117,7 @@ def trained(checkpoint_every: int, steps: int) -> dict[str, float]:
         name: sum(line[name] * s for line, s in zip(lines, seconds, strict=True)) / total
         for name in ("data_wait", "checkpoint_wait")
     }
-    return {"seconds": total, "steps": config.log_every * len(lines)} | waits
+    return {"seconds": total, "steps": settings.log_every * len(lines)} | waits
 
 
 def checkpoints(rounds: int, steps: int) -> dict[str, list[dict[str, float]]]:
@@ -125,7 +127,7 @@ def checkpoints(rounds: int, steps: int) -> dict[str, list[dict[str, float]]]:
     from avit_jax.runtime.mesh import use_all_cores
 
     use_all_cores()
-    jax.config.update("jax_compilation_cache_dir", tempfile.mkdtemp())  # each run builds its step anew
+    jax.config.update("jax_compilation_cache_dir", tempfile.mkdtemp())  # each run builds its own step
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     runs: dict[str, list[dict[str, float]]] = {"none": [], "checkpoints": []}
     for _ in range(rounds):
@@ -140,9 +142,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", default="devices,checkpoints")
     parser.add_argument("--models", default=",".join(BATCHES))
-    parser.add_argument("--rounds", type=int, default=15, help="of the devices")
-    parser.add_argument("--runs", type=int, default=3, help="with checkpoints, and as many without")
-    parser.add_argument("--steps", type=int, default=96, help="of a run")
+    parser.add_argument("--rounds", type=int, default=15, help="rounds for the devices")
+    parser.add_argument("--runs", type=int, default=3, help="runs with checkpoints, and as many without")
+    parser.add_argument("--steps", type=int, default=96, help="steps of a run")
     parser.add_argument("--take-steps", default="", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.take_steps:
@@ -156,7 +158,7 @@ def main() -> None:
             seconds = over_devices(model, options.rounds)
             print(f"\n{model}, global batch {BATCHES[model]}, {options.rounds} rounds of {STEPS[model]} steps")
             print(f"{'devices':>8}{'ms a step':>11}{'of one device':>15}")
-            # Against the same round's single device: what else the machine does changes slowly.
+            # Each is compared with one device in the same round, because the machine's other load changes slowly.
             ratios = {
                 count: statistics.median(a / b for a, b in zip(seconds[count], seconds[1], strict=True))
                 for count in DEVICES

@@ -1,16 +1,16 @@
-"""Training step time against the number of devices, computed, not measured: a model with every assumption in sight.
+"""The time of a training step by the number of devices: computed from stated assumptions, not measured.
 
     python benchmarks/step_model.py                             the tables of docs/scaling.md, and docs/scaling.png
 
-step = work + update + sums, one after the other: nothing is assumed to hide behind anything else.
-- work: 4 forward passes' multiply-adds (1 forward, 2 backward, 1 again for remat) of avit_jax.execution.work, 2 flops
-  each, at 40 % of the peak bfloat16 matmul rate. An A-ViT trains masked: it costs what its DeiT costs.
-- update: AdamW and the moving average read and write 36 bytes a parameter at the memory's stated rate.
-- sums: 26 sums of gradients in a step, as the compiled program has (benchmarks/tpu_compile.py), of 2 bytes a parameter
-  of the blocks and 4 of the others; a ring moves 2 (n - 1) / n of that through every device, at 80 % of its links'
-  stated rate, and each sum waits for its hops.
-Loading images is left out: `cores` are what would keep up, at benchmarks/input_pipeline.py's images a CPU second.
-Writes runs/benchmarks/step_model.json.
+step = work + update + sums, one after the other, with no overlap.
+- work: the multiply-adds (avit_jax.execution.work) of 4 forward passes (1 forward, 2 backward, 1 again for remat),
+  2 flops each, at 40 % of the peak bfloat16 matmul rate. An A-ViT trains masked, so it costs the same as its DeiT.
+- update: AdamW and the moving average read and write 36 bytes per parameter at the memory's stated rate.
+- sums: 26 sums of gradients in a step, as in the compiled program (benchmarks/tpu_compile.py), with 2 bytes per
+  parameter of the blocks and 4 per other parameter. A ring moves 2 (n - 1) / n of that through every device, at 80 % of
+  its links' stated rate, and each sum waits for its hops.
+Image loading is left out. `cores` is the number of CPU cores that would keep up, at the images per CPU second of
+benchmarks/input_pipeline.py. Writes runs/benchmarks/step_model.json.
 """
 
 import argparse
@@ -30,27 +30,27 @@ from avit_jax.model.config import config_from
 from benchmarks.results import save_results
 
 PASSES, MATMUL_SHARE, LINK_SHARE = 4, 0.4, 0.8
-UPDATE_BYTES = 36  # a parameter: gradient, weight, two moments and average read, all but the gradient written, float32
+UPDATE_BYTES = 36  # per parameter, float32: read gradient, weight, two moments and average; write all but the gradient
 SUMS = 26
-INPUT_RATE = 275  # training images a CPU second (README)
+INPUT_RATE = 275  # training images per CPU second (docs/results.md)
 SIZES = ("tiny", "small", "base")
 
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """What a data sheet says of a device and its links."""
+    """What a data sheet says about a device and its links."""
 
     name: str
     counts: tuple[int, ...]
-    peak: float  # flops a second, bfloat16, dense
-    memory: float  # bytes a second
+    peak: float  # flops per second, bfloat16, dense
+    memory: float  # bytes per second
 
     def links(self, count: int) -> float:
-        """Bytes a second out of a device, in a sum over so many."""
+        """Bytes per second out of a device, in a sum over `count` devices."""
         raise NotImplementedError
 
     def wait(self, count: int) -> float:
-        """Seconds that a sum takes, however small."""
+        """Seconds that even the smallest sum over `count` devices takes."""
         raise NotImplementedError
 
 
@@ -58,7 +58,7 @@ class V5e(Machine):
     """cloud.google.com/tpu/docs/v5e: 197 TF/s, 819 GB/s, links 400 GB/s a chip, both directions; 16x16 is a torus."""
 
     def links(self, count: int) -> float:
-        """Smaller slices lack the links that close the rings: half."""
+        """Half in slices of fewer than 256, which lack the links that close the rings."""
         return 200e9 if count == 256 else 100e9
 
     def wait(self, count: int) -> float:
@@ -75,7 +75,7 @@ class H100(Machine):
         return 450e9
 
     def wait(self, count: int) -> float:
-        """A kernel's launch and its meeting."""
+        """The launch of a kernel, and waiting for the other devices."""
         return 20e-6
 
 
@@ -120,7 +120,10 @@ def step_seconds(model: Model, machine: Machine, devices: int, images_a_device: 
 
 
 def computed(images: int, each: bool) -> list[dict[str, float | str]]:
-    """A row for every model and number of devices: `images` on each of them, or on all together."""
+    """A row for every model and number of devices.
+
+    images: how many in a step, on each device if `each`, else on all devices together.
+    """
     rows: list[dict[str, float | str]] = []
     for machine in MACHINES:
         for model in map(model_of, SIZES):
@@ -138,7 +141,7 @@ def computed(images: int, each: bool) -> list[dict[str, float | str]]:
 
 
 def show(title: str, rows: list[dict[str, float | str]]) -> None:
-    """A table of the whole boxes and the ends."""
+    """Print a table of the rows with 1, 8 and 256 devices."""
     print(f"\n{title}\n| devices | model | step, ms | work | update | sums | images/s | of linear | cores to feed it |")
     print("|---|---|---|---|---|---|---|---|---|")
     for row in rows:
@@ -151,7 +154,7 @@ def show(title: str, rows: list[dict[str, float | str]]) -> None:
 
 
 def draw(tables: dict[str, list[dict[str, float | str]]], path: Path) -> None:
-    """Images a second against the number of devices."""
+    """Draw images per second by the number of devices."""
     import matplotlib
 
     matplotlib.use("Agg")

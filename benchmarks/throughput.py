@@ -1,13 +1,14 @@
-"""Images per second of inference: dense, masked, packed, and what else a CPU user would take (benchmarks/peers.py).
+"""Images per second of inference: dense, masked, packed, and a CPU user's alternatives (benchmarks/peers.py).
 
     python benchmarks/throughput.py                               everything, about 25 minutes on 2 cores
     python benchmarks/throughput.py --models=tiny --profiles=published --batches=16,64 --rounds=3
 
-Weights are random and images draw the depths (benchmarks/drawn.py): profiles of the published budgets (mean depth 0.60
-of 12 for Tiny, 0.78 for Small, token spread 2 layers, image spread 0.8, class token two layers deeper than the mean),
-the same with image spreads 0 and 2, and a sweep of the mean depth up to nothing halting. The variants of a group of
-profiles are measured in one process, in turn, medians; arrays on the devices, outputs awaited. Peers (PyTorch eager and
-torch.compile in bfloat16, ONNX Runtime, all dense) where they are installed. Writes runs/benchmarks/throughput.json.
+Weights are random, and the images determine the depths (benchmarks/drawn.py). There are three groups of profiles: the
+published budgets (mean depth 0.60 of 12 for Tiny, 0.78 for Small, token spread 2 layers, image spread 0.8, class token
+two layers deeper than the mean), the same with image spreads 0 and 2, and a sweep of the mean depth up to no halting.
+The variants of a group run in turn in one process, with arrays on the devices, until outputs are ready; medians are
+reported. Peers (eager PyTorch, torch.compile in bfloat16, ONNX Runtime, all dense) run if they are installed. Writes
+runs/benchmarks/throughput.json.
 """
 
 import argparse
@@ -44,29 +45,29 @@ TOKEN_SPREAD = 2.0
 
 @dataclasses.dataclass(frozen=True)
 class Profile:
-    """How deep the tokens of a model go: mean depth as a fraction, deviation between images in layers."""
+    """The depths of a model's tokens: the mean as a fraction of the layers, the spread between images in layers."""
 
     name: str
     fraction: float
     image_spread: float = 0.8
 
-    def class_depth(self, config: AViTConfig) -> int:
-        """The class token's layers: two more than the mean."""
-        return min(config.depth, round(self.fraction * config.depth) + 2)
+    def class_depth(self, model_config: AViTConfig) -> int:
+        """The class token's depth in layers: two more than the mean."""
+        return min(model_config.depth, round(self.fraction * model_config.depth) + 2)
 
-    def depths(self, config: AViTConfig) -> np.ndarray:
-        """[512, patches] layers."""
+    def depths(self, model_config: AViTConfig) -> np.ndarray:
+        """The depth in layers of every patch: [512, patches]."""
         if self.fraction == 1:
-            return np.full((512, config.num_tokens - 1), config.depth)
-        mean = self.fraction * config.depth
-        return drawn_depths(config, 512, mean, TOKEN_SPREAD, self.image_spread, self.class_depth(config))
+            return np.full((512, model_config.num_tokens - 1), model_config.depth)
+        mean = self.fraction * model_config.depth
+        return drawn_depths(model_config, 512, mean, TOKEN_SPREAD, self.image_spread, self.class_depth(model_config))
 
 
 NOTHING_HALTS = Profile("nothing halts", 1.0, 0.0)
 
 
 def profiles(fraction: float) -> dict[str, list[Profile]]:
-    """The profiles of a model with this published budget, by the name of their group."""
+    """The profiles by their group's name; fraction: the model's published mean depth, as a fraction of its layers."""
     return {
         "published": [Profile("published", fraction)],
         "spreads": [Profile("spread 0", fraction, 0.0), Profile("spread 2", fraction, 2.0)],
@@ -76,7 +77,7 @@ def profiles(fraction: float) -> dict[str, list[Profile]]:
 
 @dataclasses.dataclass
 class Variant:
-    """Something that takes a batch; `run` returns when the outputs are there."""
+    """A program for one batch size; `run` returns when the outputs are ready."""
 
     name: str
     batch: int
@@ -87,12 +88,12 @@ class Variant:
 
     @property
     def images_per_second(self) -> float:
-        """Of the median run."""
+        """The images per second of the median run."""
         return self.batch / statistics.median(self.seconds)
 
 
 def compiled_variant(name: str, model: AViT, images: np.ndarray, mesh: Mesh, last_layer: bool) -> Variant:
-    """Masked execution (dense without a gate); with last_layer only what the logits read is computed there."""
+    """Masked execution (dense without a gate); with last_layer, that layer computes only what the logits read."""
     graphdef, params = nnx.split(model)
 
     def forward(params: Any, images: jax.Array) -> jax.Array:
@@ -133,11 +134,11 @@ def _memory(program: Any) -> int:
 
 
 def measure(variants: list[Variant], rounds: int) -> None:
-    """Warm every variant up, then time them in turn; short runs are repeated, and their mean is taken."""
+    """Warm up every variant, then time them in turn. Short runs are repeated, and their mean is taken."""
     for timed in [False] + [True] * rounds:
         for variant in variants:
             took = _seconds(variant, 1)
-            if took < 0.2:  # what ran before may still be going to sleep, and one short run tells little
+            if took < 0.2:  # threads of the previous variant may still run, and one short run says little
                 took = _seconds(variant, math.ceil(0.4 / took))
             if timed:
                 variant.seconds.append(took)
@@ -151,14 +152,14 @@ def _seconds(variant: Variant, runs: int) -> float:
 
 
 def variants_of(
-    config: AViTConfig, profile: Profile, depths: np.ndarray, batches: list[int], all_of_them: bool, planned: bool
+    model_config: AViTConfig, profile: Profile, depths: np.ndarray, batches: list[int], all_of_them: bool, planned: bool
 ) -> list[Variant]:
     """What is measured on a profile, for each batch size."""
-    model = drawn_model(config, profile.class_depth(config))
+    model = drawn_model(model_config, profile.class_depth(model_config))
     dense, half, dense_half = dense_parts(model), in_bfloat16(model), in_bfloat16(dense_parts(model))
     variants = []
     for batch in batches:
-        images = drawn_images(config, depths[:batch])
+        images = drawn_images(model_config, depths[:batch])
         mesh = data_mesh(batch)
         variants.append(compiled_variant("dense", dense, images, mesh, False))
         variants.append(packed_variant("packed", model, images, mesh))
@@ -168,7 +169,9 @@ def variants_of(
             variants.append(compiled_variant("dense, bfloat16", dense_half, images, mesh, False))
             variants.append(packed_variant("packed, bfloat16", half, images, mesh))
         if planned:
-            sample = drawn_images(config, depths[-max(64, batch) :])  # not the images that are timed, up to batch 448
+            sample = drawn_images(
+                model_config, depths[-max(64, batch) :]
+            )  # not the images that are timed, up to batch 448
             variants.append(packed_variant("packed, planned", model, images, mesh, sample))
     return variants
 
@@ -202,17 +205,17 @@ def benchmark(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def profile_rows(
-    name: str, config: AViTConfig, profile: Profile, depths: np.ndarray, variants: list[Variant]
+    name: str, model_config: AViTConfig, profile: Profile, depths: np.ndarray, variants: list[Variant]
 ) -> list[dict[str, Any]]:
     """A row for each variant, printed."""
-    whole = whole_gmacs(config)
-    class_depths = np.full((len(depths), 1), profile.class_depth(config))
+    whole = whole_gmacs(model_config)
+    class_depths = np.full((len(depths), 1), profile.class_depth(model_config))
     all_depths = np.concatenate([class_depths, depths], axis=1).astype(int)
     at_batch = {v.batch: v.images_per_second for v in variants if v.name == "dense"}
     rows = []
     for variant in variants:
         shown = all_depths[: variant.batch]
-        gmacs = float(np.mean(image_gmacs(config, jnp.asarray(shown))))
+        gmacs = float(np.mean(image_gmacs(model_config, jnp.asarray(shown))))
         work = gmacs / whole if variant.name.startswith("packed") else 1.0
         ratio = variant.images_per_second / max(at_batch.values())
         rows.append(
@@ -236,11 +239,11 @@ def profile_rows(
 
 
 def work_lines(rows: list[dict[str, Any]]) -> list[str]:
-    """How packed execution's time follows the work over a sweep whose last profile halts nothing."""
+    """Lines that compare packed execution's time with the work, over a sweep whose last profile halts nothing."""
     packed = [row for row in rows if row["variant"] == "packed"]
     whole = packed[-1]["images_per_second"]
     return [
-        f"{row['model']:6}{row['profile']:15}time / time of nothing halts {whole / row['images_per_second']:.3f}, "
+        f"{row['model']:6}{row['profile']:15}time / time without halting {whole / row['images_per_second']:.3f}, "
         f"work ratio {row['work_ratio']:.3f}, 1.15 x that + 0.03: {1.15 * row['work_ratio'] + 0.03:.3f}"
         for row in packed[:-1]
     ]
@@ -259,7 +262,7 @@ def format_row(row: dict[str, Any]) -> str:
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """Images per second against mean depth, each model against its dense execution."""
+    """Draw images per second by mean depth, relative to each model's dense execution."""
     os.environ.setdefault("MPLCONFIGDIR", str(Path("runs/.matplotlib").absolute()))
     import matplotlib
 
@@ -287,11 +290,11 @@ def main() -> None:
     parser.add_argument("--batches", default="1,8,16,32,64,128", type=lambda text: [int(b) for b in text.split(",")])
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--no-peers", action="store_true")
-    parser.add_argument("--planned", action="store_true", help="packed once more, with the plan that plan_packed makes")
+    parser.add_argument("--planned", action="store_true", help="also packed with the plan that plan_packed makes")
     options = parser.parse_args()
     use_all_cores()
     where = machine()
-    print(f"{where}; /dense: against dense at its best batch, /same b.: at the same batch\n{HEADER}")
+    print(f"{where}; /dense: relative to dense at its best batch, /same b.: at the same batch\n{HEADER}")
     rows = [row for name in options.models for row in benchmark(name, options)]
     out = Path("runs/benchmarks/throughput.json")
     save_results(out, {"machine": where, "rows": rows})

@@ -1,4 +1,4 @@
-"""The plain ViT in PyTorch, eager, its attention scaled_dot_product_attention: the peer of the benchmarks."""
+"""The plain ViT in eager PyTorch, with scaled_dot_product_attention, for the benchmarks to compare with."""
 
 from typing import Any
 
@@ -9,16 +9,16 @@ from torch.nn import functional
 from avit_jax import AViTConfig
 
 
-def torch_vit(config: AViTConfig) -> Any:
-    """A DeiT of this architecture with random weights; images [B, C, H, W] to logits."""
-    width, heads = config.embed_dim, config.num_heads
+def torch_vit(model_config: AViTConfig) -> Any:
+    """A DeiT of this architecture with random weights, which takes images [B, C, H, W] and returns logits."""
+    width, heads = model_config.embed_dim, model_config.num_heads
 
     class Block(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.norm1, self.norm2 = nn.LayerNorm(width, eps=1e-6), nn.LayerNorm(width, eps=1e-6)
             self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
-            self.fc1, self.fc2 = nn.Linear(width, config.mlp_dim), nn.Linear(config.mlp_dim, width)
+            self.fc1, self.fc2 = nn.Linear(width, model_config.mlp_dim), nn.Linear(model_config.mlp_dim, width)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             b, n, _ = x.shape
@@ -30,11 +30,11 @@ def torch_vit(config: AViTConfig) -> Any:
     class ViT(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.proj = nn.Conv2d(config.in_channels, width, config.patch_size, config.patch_size)
+            self.proj = nn.Conv2d(model_config.in_channels, width, model_config.patch_size, model_config.patch_size)
             self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
-            self.pos_embed = nn.Parameter(0.02 * torch.randn(1, config.num_tokens, width))
-            self.blocks = nn.Sequential(*(Block() for _ in range(config.depth)))
-            self.norm, self.head = nn.LayerNorm(width, eps=1e-6), nn.Linear(width, config.num_classes)
+            self.pos_embed = nn.Parameter(0.02 * torch.randn(1, model_config.num_tokens, width))
+            self.blocks = nn.Sequential(*(Block() for _ in range(model_config.depth)))
+            self.norm, self.head = nn.LayerNorm(width, eps=1e-6), nn.Linear(width, model_config.num_classes)
 
         def forward(self, images: torch.Tensor) -> torch.Tensor:
             x = self.proj(images).flatten(2).transpose(1, 2)

@@ -1,11 +1,11 @@
-"""Images per second of one training step: dense and A-ViT, remat on and off, and PyTorch eager where it is installed.
+"""Images per second of one training step: dense and A-ViT, remat on and off, and eager PyTorch if it is installed.
 
     python benchmarks/train_step.py                     the default model (28x28) and A-ViT-Tiny at 224, about 4 minutes
     python benchmarks/train_step.py --models=mnist --rounds=5
 
-Every variant takes its real step (forward, three losses, backward, clipping, AdamW), in turn, in one run; medians.
-PyTorch: the same architecture and optimiser, dense, eager (pip install -r requirements-peers.txt).
-Writes runs/benchmarks/train_step.json.
+Every variant takes its real step (forward, three losses, backward, clipping, AdamW). All variants run in turn, and
+medians are reported. PyTorch has the same architecture and optimiser, dense and eager (pip install -r
+requirements-peers.txt). Writes runs/benchmarks/train_step.json.
 """
 
 import argparse
@@ -24,7 +24,9 @@ import numpy as np
 from flax import nnx
 
 from avit_jax import PRESETS, AViT, AViTConfig
-from avit_jax.model.config import config_from, nearest
+from avit_jax.commands.typed_config import parse
+from avit_jax.model.config import config_from
+from avit_jax.runtime.hints import nearest
 from avit_jax.runtime.mesh import available_cores, global_batch, training_mesh, use_all_cores
 from avit_jax.train.optim import learning_rate_schedule, make_optimizer
 from avit_jax.train.state import initial_state
@@ -36,19 +38,20 @@ MNIST = config_from(None, image_size=28, in_channels=1, num_classes=10, **mnist_
 MODELS = {"mnist": (MNIST, 100), "tiny224": (PRESETS["avit_tiny_patch16_224"], 16)}
 
 
-def jax_step(config: AViTConfig, batch_size: int) -> Callable[[], None]:
-    """A training step as train.py takes it, ready to be called."""
+def jax_step(model_config: AViTConfig, batch_size: int) -> Callable[[], None]:
+    """A function that takes one training step, as train.py does."""
     experiment = mnist_avit.get_config()
     experiment.batch_size = batch_size
-    experiment.loss.distillation = "none"  # a teacher's forward pass is no part of the comparison
+    experiment.loss.distillation, experiment.teacher = "none", ""  # its forward pass is not part of the comparison
+    settings = parse(experiment)
     optimizer = make_optimizer(
-        experiment.optim, learning_rate_schedule(experiment.optim, 10_000, epochs=100.0, batch_size=batch_size)
+        settings.optim, learning_rate_schedule(settings.optim, 10_000, epochs=100.0, batch_size=batch_size)
     )
-    model = AViT(config, rngs=nnx.Rngs(0))
-    mesh = training_mesh(-1, 1, batch_size)
+    model = AViT(model_config, rngs=nnx.Rngs(0))
+    mesh = training_mesh(settings.mesh, batch_size)
     state = initial_state(model, optimizer, 0.0, mesh)
-    step = make_train_step(nnx.graphdef(model), optimizer, experiment, mesh, state)
-    images, labels = random_batch(config, batch_size)
+    step = make_train_step(nnx.graphdef(model), optimizer, settings.step, mesh, state)
+    images, labels = random_batch(model_config, batch_size)
     batch = global_batch({"image": images, "label": labels}, mesh)
 
     def run() -> None:
@@ -59,17 +62,17 @@ def jax_step(config: AViTConfig, batch_size: int) -> Callable[[], None]:
     return run
 
 
-def torch_step(config: AViTConfig, batch_size: int) -> Callable[[], None]:
-    """The dense model in PyTorch, eager, in training mode."""
+def torch_step(model_config: AViTConfig, batch_size: int) -> Callable[[], None]:
+    """A function that takes one training step of the dense model in eager PyTorch."""
     import torch
     from torch.nn import functional
 
     from benchmarks.torch_vit import torch_vit
 
     torch.set_num_threads(available_cores())
-    model = torch_vit(config).train()
+    model = torch_vit(model_config).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-    images, labels = random_batch(config, batch_size)
+    images, labels = random_batch(model_config, batch_size)
     x, y = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(labels).long()
 
     def run() -> None:
@@ -81,33 +84,33 @@ def torch_step(config: AViTConfig, batch_size: int) -> Callable[[], None]:
     return run
 
 
-def random_batch(config: AViTConfig, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Images and labels of the right shapes."""
+def random_batch(model_config: AViTConfig, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Random images and labels of the right shapes."""
     rng = np.random.default_rng(0)
-    images = rng.normal(size=(batch_size, *config.image_shape, config.in_channels)).astype(np.float32)
-    return images, rng.integers(0, config.num_classes, batch_size).astype(np.int32)
+    images = rng.normal(size=(batch_size, *model_config.image_shape, model_config.in_channels)).astype(np.float32)
+    return images, rng.integers(0, model_config.num_classes, batch_size).astype(np.int32)
 
 
-def variants(config: AViTConfig, batch_size: int) -> dict[str, Callable[[], Callable[[], None]]]:
-    """Name -> what builds the step."""
-    dense = dataclasses.replace(config, gate_scale=None, gate_center=None)
+def variants(model_config: AViTConfig, batch_size: int) -> dict[str, Callable[[], Callable[[], None]]]:
+    """The variants: name -> a function that builds the step."""
+    dense = dataclasses.replace(model_config, gate_scale=None, gate_center=None)
     found: dict[str, Callable[[], Callable[[], None]]] = {}
-    for name, base in (("dense", dense), ("A-ViT", config)):
+    for name, base in (("dense", dense), ("A-ViT", model_config)):
         for remat in (True, False):
             label = f"{name}, remat {'on' if remat else 'off'}"
             found[label] = functools.partial(jax_step, dataclasses.replace(base, remat=remat), batch_size)
     try:
         import torch  # noqa: F401
 
-        found["PyTorch eager, dense"] = functools.partial(torch_step, config, batch_size)
+        found["PyTorch eager, dense"] = functools.partial(torch_step, model_config, batch_size)
     except ImportError:
         print("torch is not installed: no comparison (pip install -r requirements-peers.txt)")
     return found
 
 
-def measure(config: AViTConfig, batch_size: int, rounds: int) -> dict[str, float]:
-    """Median seconds of a step of each variant, the variants in turn."""
-    steps = {name: build() for name, build in variants(config, batch_size).items()}
+def measure(model_config: AViTConfig, batch_size: int, rounds: int) -> dict[str, float]:
+    """Median seconds per step of each variant, measured in turn."""
+    steps = {name: build() for name, build in variants(model_config, batch_size).items()}
     times: dict[str, list[float]] = {name: [] for name in steps}
     for timed in [False, False] + [True] * rounds:
         for name, step in steps.items():

@@ -23,8 +23,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from avit_jax.model.settings import model_settings
-from configs import mnist_dense
+from configs import base
 
 
 def get_config(arg: str = "avit") -> ConfigDict:
@@ -33,23 +32,26 @@ def get_config(arg: str = "avit") -> ConfigDict:
     path, _, preset = rest.partition(",")
     if kind not in ("dense", "avit"):
         raise ValueError(f"{kind!r} is neither dense nor avit: write folder:dense,FOLDER or folder:avit,FOLDER")
-    config = mnist_dense.get_config()
+    config = base.get_config()
     stem = Path(path).name or "folder"
     config.name = f"{stem}_{kind}"
-    config.data.update({"source": "folder", "path": path, "mean": (), "std": ()})  # the mean and std of ImageNet
-    config.augment.update({"rotate": 0.0, "scale": 0.0, "shear": 0.0, "translate": 0.0})
+    config.data.update({"source": "folder", "path": path})  # with the mean and std of ImageNet
     config.augment.update({"crop_scale": (0.4, 1.0), "flip": 0.5, "color_jitter": 0.2})
     if preset:
-        config.model = model_settings(preset=preset, drop_path_rate=0.1, remat=True)
+        config.model.update({"preset": preset, "drop_path_rate": 0.1, "remat": True})
         config.init_from = f"{preset}.pth"
     else:
-        config.model.update({"image_size": 64, "patch_size": 8})
+        config.model.update({"image_size": 64, "patch_size": 8, "embed_dim": 64, "depth": 12, "num_heads": 4})
+        config.model.update({"mlp_ratio": 4.0, "halt_epsilon": 0.01, "drop_rate": 0.0, "drop_path_rate": 0.05})
+        config.model.update({"dtype": "float32", "remat": True})
+    config.loss.label_smoothing = 0.1
     config.batch_size = 32
     config.eval_batch_size = 64
     config.log_every = 10
     config.eval_every = config.checkpoint_every = 100
     # Warm-up is counted in epochs, so that it suits folders of any number of pictures.
-    config.optim.update({"schedule": "epoch", "warmup_epochs": 5, "warmup_learning_rate": 1e-5})
+    config.optim.update({"schedule": "epoch", "warmup_epochs": 5, "warmup_learning_rate": 1e-5, "clip_norm": 1.0})
+    config.optim.warmup_steps = 180  # not read with schedule "epoch"; a run that goes on must find the same value
     config.optim.learning_rate = 1e-4 if preset else 5e-4
     config.epochs = 30.0 if preset else 100.0
     if kind == "dense":

@@ -12,15 +12,14 @@ matmul rate of bfloat16, data not in the way), 300 epochs of 1,281,167 images:
     v5e-256     197 TF/s    2.0M images/s, 0.1 h  548k images/s, 0.2 h  143k images/s, 0.7 h
     v5e-8       197 TF/s    63k images/s, 1.7 h   17k images/s, 6.2 h   4.5k images/s, 24 h
 
-What the input pipeline gives for each CPU core is in README (benchmarks/input_pipeline.py): with tiny, it decides. On
-v5e-256 a batch of 1024 leaves 4 images to a chip; sums of gradients then take most of a step (docs/scaling.md: 414k,
+docs/results.md says how many images a CPU core reads per second (benchmarks/input_pipeline.py). With tiny, it decides.
+On v5e-256 a batch of 1024 leaves 4 images to a chip; sums of gradients then take most of a step (docs/scaling.md: 414k,
 206k, 70k images/s): the figures above are for batches of 128 a chip and more.
 """
 
 from ml_collections import ConfigDict
 
-from avit_jax.model.settings import model_settings
-from configs import mnist_dense
+from configs import base
 
 LEARNING_RATES = {"tiny": 5e-4, "small": 5e-4, "base": 5e-4}  # for a batch of 512
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -30,21 +29,19 @@ def get_config(arg: str = "small") -> ConfigDict:
     """The experiment: tiny, small or base."""
     if arg not in LEARNING_RATES:
         raise ValueError(f"{arg!r} is no size: choose one of {', '.join(LEARNING_RATES)}")
-    config = mnist_dense.get_config()
+    config = base.get_config()
     config.name = f"imagenet_deit_{arg}"
     config.data.update({"source": "folder", "path": "/data/imagenet", "mean": IMAGENET_MEAN, "std": IMAGENET_STD})
     config.data.update({"repeated_augmentation": 3, "workers": 16})
-    # The affine changes are for digits; the rest is DeiT's.
-    config.augment.update({"rotate": 0.0, "scale": 0.0, "shear": 0.0, "translate": 0.0})
     config.augment.update({"crop_scale": (0.08, 1.0), "flip": 0.5, "randaugment": "rand-m9-mstd0.5-inc1"})
     config.augment.update({"color_jitter": 0.3})  # where RandAugment is switched off
     config.augment.update({"erasing": 0.25, "mixup": 0.8, "cutmix": 1.0})
-    config.model = model_settings(
-        preset=f"deit_{arg}_patch16_224", image_size=224, drop_path_rate=0.1, dtype="bfloat16", remat=True
-    )
+    config.model.update({"preset": f"deit_{arg}_patch16_224", "image_size": 224, "drop_path_rate": 0.1})
+    config.model.update({"dtype": "bfloat16", "remat": True})
     config.optim.update({"learning_rate": LEARNING_RATES[arg], "reference_batch": 512, "final_learning_rate": 1e-5})
     config.optim.update({"schedule": "epoch", "warmup_epochs": 5, "warmup_learning_rate": 1e-6})
-    config.optim.update({"weight_decay": 0.05, "clip_norm": 0.0, "ema_decay": 0.99996, "compare_ema": True})
+    config.optim.warmup_steps = 180  # not read with schedule "epoch"; a run that goes on must find the same value
+    config.optim.update({"weight_decay": 0.05, "ema_decay": 0.99996, "compare_ema": True})
     config.loss.label_smoothing = 0.1
     config.epochs = 300.0
     config.batch_size = 1024

@@ -37,6 +37,10 @@ def images(config: AViTConfig) -> jax.Array:
 
 @pytest.fixture(autouse=True, scope="session")
 def compile_each_program_once(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Many tests train the same tiny model: XLA's results are shared between them, in the session's own folder."""
+    """Most of the time went into compiling tiny models: less optimised, they compile in half the time.
+
+    Many tests train the same one: XLA's results are shared between them, in the session's own folder.
+    """
+    jax.config.update("jax_disable_most_optimizations", True)
     jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("xla")))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

@@ -113,8 +113,8 @@ def test_timms_notation_is_read(text: str, expected: tuple[float, ...]) -> None:
     ("text", "reason"),
     [
         ("random-m9", "must start with rand-"),
-        ("rand-m9-inc0", "inc must be 1"),
-        ("rand-m9", "inc must be 1"),
+        ("rand-m9-inc0", "inc must be given as 1"),
+        ("rand-m9", "inc must be given as 1"),
         ("rand-m11-inc1", "m must be from 0 to 10"),
         ("rand-n0-inc1", "n must be a whole number from 1"),
         ("rand-n1.5-inc1", "n must be a whole number from 1"),

@@ -17,7 +17,7 @@ from avit_jax.commands.help import help_text
 from avit_jax.data.settings import DataSettings
 from avit_jax.runtime import memory
 from avit_jax.runtime.memory import device_memory, host_memory
-from avit_jax.runtime.mesh import training_mesh
+from avit_jax.runtime.mesh import MeshSettings, training_mesh
 from tests.harness.builders import tiny_experiment
 
 
@@ -195,7 +195,7 @@ def test_free_memory_is_that_of_the_machine_shared_by_its_cores() -> None:
     lines = Path("/proc/meminfo").read_text().splitlines()
     machine = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemTotal"))
     assert 0 <= total <= machine
-    mesh = training_mesh(-1, 1, 12)
+    mesh = training_mesh(MeshSettings(), 12)
     share = device_memory(mesh)
     assert share is not None
     assert share <= machine / mesh.size

@@ -12,18 +12,20 @@ import pytest
 
 import avit_jax
 from tests.harness.builders import quick_start, toy_arrays
+from tests.harness.command_server import run_command
 
 ROOT = Path(__file__).parents[1]
 
 
-def command(script: str, *arguments: str, platform: str = "cpu") -> subprocess.CompletedProcess[str]:
+def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return run_command(arguments, environment=os.environ | quick_start() | {"JAX_PLATFORMS": "cpu"})
+
+
+def in_a_new_process(*arguments: str, platform: str = "cpu") -> subprocess.CompletedProcess[str]:
+    """As a person starts it; a few tests are enough to know that the others' forks start as it does."""
+    environment = os.environ | quick_start() | {"JAX_PLATFORMS": platform}
     return subprocess.run(
-        [sys.executable, script, *arguments],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=os.environ | quick_start() | {"JAX_PLATFORMS": platform},
+        [sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300, env=environment
     )
 
 
@@ -53,7 +55,7 @@ def small(toy: Path, workdir: Path) -> list[str]:
 
 def test_train_evaluate_and_run_again(toy: Path, tmp_path: Path) -> None:
     workdir = tmp_path / "run"
-    trained = command("train.py", *small(toy, workdir), "--profile=2:2")
+    trained = in_a_new_process("train.py", *small(toy, workdir), "--profile=2:2")
     assert trained.returncode == 0, trained.stderr
     assert "A-ViT" in trained.stdout
     assert f"trace of steps 2 to 3: {workdir / 'profile'}" in trained.stderr
@@ -74,7 +76,9 @@ def test_train_evaluate_and_run_again(toy: Path, tmp_path: Path) -> None:
     assert table in again.stdout, "the saved table is printed"
     assert "training" not in again.stdout + again.stderr
 
-    evaluated = command("eval.py", *small(toy, workdir)[:1], *small(toy, workdir)[2:8], f"--checkpoint={workdir}")
+    evaluated = in_a_new_process(
+        "eval.py", *small(toy, workdir)[:1], *small(toy, workdir)[2:8], f"--checkpoint={workdir}"
+    )
     assert evaluated.returncode == 0, evaluated.stderr
     assert f"top-1              {summary['avit']['top1']:.2%}" in evaluated.stdout
     for word in ("top-5", "loss", "mean depth", "class token depth", "GMACs per image"):
@@ -89,6 +93,15 @@ def test_train_evaluate_and_run_again(toy: Path, tmp_path: Path) -> None:
     )
     assert other.returncode == 1
     assert "run: blocks.attn.proj.bias has shape (2, 16) in the checkpoint and (" in one_sentence(other.stderr)
+
+
+def test_convert_is_a_module_to_start(tmp_path: Path) -> None:
+    done = in_a_new_process("-m", "avit_jax.convert", "checkpoints/mnist_dense", str(tmp_path / "dense.safetensors"))
+    assert done.returncode == 0, done.stderr
+    assert f"written: {tmp_path / 'dense.safetensors'}" in done.stdout
+    again = command("-m", "avit_jax.convert", "checkpoints/mnist_dense", str(tmp_path / "dense.safetensors"))
+    assert again.returncode == 1
+    assert "dense.safetensors exists already" in one_sentence(again.stderr)
 
 
 def one_sentence(stderr: str) -> str:
@@ -163,8 +176,8 @@ def test_the_installed_package_has_all_its_parts(installed: Path) -> None:
 @pytest.mark.parametrize(
     ("module", "arguments", "sentence"),
     [
-        ("avit_jax.commands.train", ["--config=configs/mnist_avit.py"], "there is no checkpoint at checkpoints/mnist_dense (config.init_from): it comes with the repository"),
-        ("avit_jax.commands.eval", ["--config=folder:dense,none"], "there is no checkpoint at runs/none_dense"),
+        ("avit_jax.train", ["--config=configs/mnist_avit.py"], "there is no checkpoint at checkpoints/mnist_dense (config.init_from): it comes with the repository"),
+        ("avit_jax.eval", ["--config=folder:dense,none"], "there is no checkpoint at runs/none_dense"),
     ],
 )  # fmt: skip
 def test_the_installed_commands_run_anywhere(
@@ -180,6 +193,6 @@ def test_the_installed_commands_run_anywhere(
 
 
 def test_a_platform_that_is_not_there_is_one_sentence(tmp_path: Path) -> None:
-    done = command("train.py", f"--workdir={tmp_path / 'run'}", platform="rocket")
+    done = in_a_new_process("train.py", f"--workdir={tmp_path / 'run'}", platform="rocket")
     assert done.returncode == 1
     assert "JAX cannot use the platform 'rocket' (JAX_PLATFORMS) here" in one_sentence(done.stderr)

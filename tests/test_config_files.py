@@ -16,15 +16,15 @@ from PIL import Image
 
 import avit_jax
 from avit_jax import AViTConfig
-from avit_jax.commands.checks import check_values, resolved
 from avit_jax.commands.config_files import SHIPPED, find_config, load_config, shipped_configs
 from avit_jax.commands.evaluate_checkpoint import evaluate_checkpoint
 from avit_jax.commands.run_config import config_of_checkpoint, get_config
+from avit_jax.commands.typed_config import parse
 from avit_jax.data.open import open_dataset
 from avit_jax.data.settings import DataSettings
 from avit_jax.evaluate.compare import format_summary
 from avit_jax.evaluate.figures import evaluate
-from avit_jax.model.settings import given_fields
+from avit_jax.model.settings import ModelSettings
 from avit_jax.runtime.files import write_json
 from avit_jax.train.start import check_starts, initial_model, resolve_model_config
 from tests.harness.builders import small_config, spread_gate, tiny_experiment
@@ -54,6 +54,12 @@ def parsed(spec: str, *overrides: str) -> ConfigDict:
     return flag.value
 
 
+def given_fields(config: ConfigDict) -> tuple[str | None, dict[str, Any]]:
+    """The preset of config.model, and the fields that it gives a value."""
+    section = ModelSettings.from_config(config.model.to_dict())
+    return section.preset, section.given
+
+
 @pytest.mark.parametrize("spec", SPECS)
 def test_every_field_of_the_model_is_a_key_in_every_config(spec: str) -> None:
     fields = {field.name for field in dataclasses.fields(AViTConfig)} - {"preprocessing", "class_names"}
@@ -68,23 +74,23 @@ def test_every_field_can_be_set_on_the_command_line(spec: str) -> None:
     values |= {"qkv_bias": False, "distilled": True, "remat": False, "dtype": "bfloat16", "in_channels": 1}
     values |= {"num_classes": 7, "drop_path_rate": 0.35}
     config = parsed(spec, *(f"--config.model.{name}={value}" for name, value in values.items()))
-    preset, fields = given_fields(config.model)
+    preset, fields = given_fields(config)
     model = avit_jax.model.config.config_from(preset, **fields)
     assert {name: getattr(model, name) for name in values} == values
 
 
 def test_an_image_size_may_have_two_sides() -> None:
     for text, size in (("(32, 48)", (32, 48)), ("(32, 32)", 32), ("[16,8]", (16, 8))):
-        assert given_fields(parsed("mnist_dense", f"--config.model.image_size={text}").model)[1]["image_size"] == size
+        assert given_fields(parsed("mnist_dense", f"--config.model.image_size={text}"))[1]["image_size"] == size
     for text in ("abc", "(1, 2, 3)", "-4", "2.5", "True", "()"):
         with pytest.raises(
             ValueError, match=r"config\.model\.image_size is .*: it must be a number, or \(height, width\)"
         ):
-            given_fields(parsed("mnist_dense", f"--config.model.image_size={text}").model)
+            given_fields(parsed("mnist_dense", f"--config.model.image_size={text}"))
 
 
 def test_what_a_config_leaves_open_is_the_presets() -> None:
-    preset, fields = given_fields(load_config("imagenet_avit:tiny").model)
+    preset, fields = given_fields(load_config("imagenet_avit:tiny"))
     assert avit_jax.model.config.config_from(preset, **fields).embed_dim == 192
     assert "embed_dim" not in fields
 
@@ -157,10 +163,9 @@ def test_a_missing_start_says_where_it_comes_from(
     path: str, way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    config = load_config("mnist_avit")
-    config.init_from, config.teacher = "", path
+    settings = dataclasses.replace(parse(load_config("mnist_avit")), init_from="", teacher=path)
     with pytest.raises(ValueError, match=rf"^there is no checkpoint at {path} \(config.teacher\): .*{way}"):
-        check_starts(config)
+        check_starts(settings)
 
 
 def test_an_avit_that_hardly_halts_is_told_what_to_do() -> None:
@@ -188,9 +193,10 @@ def finished(tmp_path: Path) -> Path:
     """A folder as a run of other sizes than any default's leaves it, without the training."""
     config = tiny_experiment(tmp_path / "toy.npz")
     folder = tmp_path / "run"
-    model = resolve_model_config(config, open_dataset(DataSettings.from_config(dict(config.data))))
+    settings = parse(config)
+    model = resolve_model_config(settings.model, settings.data, open_dataset(settings.data))
     avit_jax.save(spread_gate(model), folder / "model")
-    write_json(folder / "train_config.json", {"config": resolved(config)})
+    write_json(folder / "train_config.json", {"config": json.loads(config.to_json())})
     return folder
 
 
@@ -237,7 +243,7 @@ ODD = st.one_of(
 def test_any_value_of_a_strangers_config_is_taken_or_refused_in_a_sentence(
     data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    config = resolved(load_config("fashion_mnist:avit"))
+    config = json.loads(load_config("fashion_mnist:avit").to_json())
     section = data.draw(st.sampled_from(["data", "model", None]))
     target = config[section] if section else config
     target[data.draw(st.sampled_from([*target, "unheard_of"]))] = data.draw(ODD)
@@ -245,8 +251,7 @@ def test_any_value_of_a_strangers_config_is_taken_or_refused_in_a_sentence(
     write_json(file, {"config": config})
     try:
         found = get_config(str(file))
-        given_fields(found.model)
-        DataSettings.from_config(dict(found.data))
+        parse(found)
     except ValueError as error:
         assert len(str(error)) < 400 + len(str(file))
         assert "\n" not in str(error)
@@ -336,10 +341,10 @@ def test_a_saved_model_keeps_its_preprocessing_where_the_config_states_none(
     fields = ("image_size", "patch_size", "embed_dim", "depth", "num_heads")
     config.model.update({name: getattr(start, name) for name in fields})
     config.gate_start.images = 0
-    dataset = open_dataset(DataSettings.from_config(dict(config.data)))
-    assert initial_model(config, dataset).config.preprocessing == own
+    dataset = open_dataset(parse(config).data)
+    assert initial_model(parse(config), dataset).config.preprocessing == own
     config.data.crop_fraction = 1.0
-    assert initial_model(config, dataset).config.preprocessing == dataclasses.replace(own, crop_fraction=1.0)
+    assert initial_model(parse(config), dataset).config.preprocessing == dataclasses.replace(own, crop_fraction=1.0)
 
 
 def test_a_folder_of_pictures_needs_no_file_written_by_hand(
@@ -354,10 +359,10 @@ def test_a_folder_of_pictures_needs_no_file_written_by_hand(
         config = load_config(f"folder:{kind},{folder}")
         config.model.update({"image_size": 16, "depth": 3, "embed_dim": 16, "num_heads": 2, "remat": False})
         config.gate_start.target_depth = 2.0
-        check_values(config)
-        check_starts(config)
-        dataset = open_dataset(DataSettings.from_config(dict(config.data)))
-        model = initial_model(config, dataset)
+        settings = parse(config)
+        check_starts(settings)
+        dataset = open_dataset(settings.data)
+        model = initial_model(settings, dataset)
         assert model.config.class_names == ("blue", "red")
         avit_jax.save(model, f"runs/{config.name}/model")
         depths[kind] = evaluate(model, dataset.test, 10).mean_depth

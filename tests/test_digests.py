@@ -18,7 +18,7 @@ from avit_jax.checkpoints.digests import check_digests, json_digest, tree_digest
 from avit_jax.checkpoints.model_folder import add_digests
 from avit_jax.checkpoints.run_checkpoints import RunCheckpoints
 from tests.harness.builders import small_config, spread_gate
-from tests.test_checkpoint import ITEMS, write_steps
+from tests.test_model_folder import ITEMS, write_steps
 
 
 @pytest.fixture(scope="module")
@@ -118,14 +118,14 @@ def test_a_folder_without_digests_loads_with_a_line(
     shutil.copytree(saved, path)
     (path / "digests.json").unlink()
     avit_jax.load(path)
-    assert "written without digests, so damage cannot be seen" in capsys.readouterr().out
+    assert "written without digests, so damage cannot be detected" in capsys.readouterr().out
     add_digests(path)
     assert (path / "digests.json").read_bytes() == (saved / "digests.json").read_bytes()
     avit_jax.load(path)
     assert not capsys.readouterr().out
     with pytest.raises(ValueError, match="has digests already"):
         add_digests(path)
-    with pytest.raises(ValueError, match="is no folder that avit_jax.save wrote"):
+    with pytest.raises(ValueError, match="is not a folder that avit_jax.save wrote"):
         add_digests(tmp_path)
 
 
@@ -143,7 +143,7 @@ def test_a_run_from_before_digests_goes_on_with_a_line(tmp_path: Path, capsys: p
     with RunCheckpoints(tmp_path / "run", keep=2) as checkpoints:
         found = checkpoints.restore_newest({name: {"weights": jnp.zeros((3, 2), jnp.float32)} for name in ITEMS})
     assert found is not None
-    assert "written without digests, so damage cannot be seen" in capsys.readouterr().out
+    assert "written without digests, so damage cannot be detected" in capsys.readouterr().out
 
 
 def test_damage_to_what_orbax_says_of_a_checkpoint_is_a_sentence(tmp_path: Path) -> None:
@@ -166,7 +166,7 @@ def test_a_step_that_is_damaged_twice_is_set_aside_twice(tmp_path: Path) -> None
     (tmp_path / "run" / "1" / "step" / "metadata").write_text("{}")
     with (
         RunCheckpoints(tmp_path / "run", keep=2) as checkpoints,
-        pytest.raises(ValueError, match=r"run/1 is damaged: step is not what was written .*; no whole checkpoint is"),
+        pytest.raises(ValueError, match=r"run/1 is damaged: step is not what was written .*; no intact checkpoint is"),
     ):
         checkpoints.restore_newest(target)
 

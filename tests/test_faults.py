@@ -14,9 +14,9 @@ from ml_collections import ConfigDict
 
 from avit_jax.checkpoints.model_folder import checkpoint_steps
 from avit_jax.commands import command_line as cli
-from avit_jax.commands.checks import check_values
 from avit_jax.commands.run import run
-from avit_jax.runtime.mesh import state_shardings, training_mesh
+from avit_jax.commands.typed_config import parse
+from avit_jax.runtime.mesh import MeshSettings, state_shardings, training_mesh
 from avit_jax.runtime.signals import FolderLock
 from avit_jax.train import loop as training
 from avit_jax.train.logs import read_metrics
@@ -31,6 +31,14 @@ def config(tmp_path: Path) -> ConfigDict:
     return tiny_experiment(tmp_path / "toy.npz")
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that met no fault."""
+    folder = tmp_path_factory.mktemp("whole")
+    run(tiny_experiment(folder / "toy.npz"), folder / "run")
+    return folder / "run"
+
+
 def at_step(monkeypatch: pytest.MonkeyPatch, wanted: int, act: Any) -> None:
     """Call act(metrics) when the metrics of a step are read."""
     checked = training._checked
@@ -42,10 +50,8 @@ def at_step(monkeypatch: pytest.MonkeyPatch, wanted: int, act: Any) -> None:
 
 
 def test_sigterm_writes_a_checkpoint_and_the_run_goes_on_bit_for_bit(
-    config: ConfigDict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    config: ConfigDict, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run(config, tmp_path / "whole")
-
     def asked(metrics: Any) -> Any:
         os.kill(os.getpid(), signal.SIGTERM)
         return metrics
@@ -57,17 +63,17 @@ def test_sigterm_writes_a_checkpoint_and_the_run_goes_on_bit_for_bit(
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     assert checkpoint_steps(tmp_path / "stopped" / "checkpoints")[-1].name in ("4", "5")
     run(config, tmp_path / "stopped")
-    assert lines_without_times(tmp_path / "whole") == lines_without_times(tmp_path / "stopped")
-    for a, b in zip(*(leaves(tmp_path / name / "checkpoints") for name in ("whole", "stopped")), strict=True):
+    assert lines_without_times(whole) == lines_without_times(tmp_path / "stopped")
+    for a, b in zip(*(leaves(folder / "checkpoints") for folder in (whole, tmp_path / "stopped")), strict=True):
         np.testing.assert_array_equal(a, b)
 
 
 def test_a_damaged_checkpoint_is_passed_over(
-    config: ConfigDict, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    config: ConfigDict, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run(config, tmp_path / "whole")
     workdir = tmp_path / "damaged"
-    shutil.copytree(tmp_path / "whole", workdir)
+    shutil.copytree(whole, workdir)
+    config.data.path = str(whole.parent / "toy.npz")
     (workdir / "summary.json").unlink()
     older, newest = checkpoint_steps(workdir / "checkpoints")
     shutil.rmtree(newest / "optimizer")
@@ -76,7 +82,7 @@ def test_a_damaged_checkpoint_is_passed_over(
     assert f"{newest / 'optimizer'} is incomplete or damaged" in said
     assert f"going on from step {older.name} of 8" in said
     assert (workdir / "checkpoints" / f"damaged-{newest.name}" / "model").is_dir()
-    assert lines_without_times(tmp_path / "whole") == lines_without_times(workdir)
+    assert lines_without_times(whole) == lines_without_times(workdir)
 
 
 def test_a_second_run_in_the_folder_is_refused(config: ConfigDict, tmp_path: Path) -> None:
@@ -111,11 +117,11 @@ def test_a_folder_that_is_a_file(config: ConfigDict, tmp_path: Path) -> None:
 def test_the_mesh_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     count = len(jax.devices())
     with pytest.raises(ValueError, match=f"data=3, fsdp=2 and there are {count} devices: their product"):
-        training_mesh(3, 2, 12)
+        training_mesh(MeshSettings(3, 2), 12)
     with pytest.raises(ValueError, match=f"data=-1, fsdp={count + 1} and there are {count} devices: their product"):
-        training_mesh(-1, count + 1, 12)
+        training_mesh(MeshSettings(-1, count + 1), 12)
     with pytest.raises(ValueError, match="give numbers of devices, or data=-1"):
-        training_mesh(0, 1, 12)
+        MeshSettings(0, 1)
 
 
 def test_state_is_split_along_its_longest_axis_but_never_over_layers() -> None:
@@ -160,7 +166,7 @@ def test_numbers_that_no_run_can_work_with_are_refused(key: str, value: float | 
     config = mnist_avit.get_config()
     config.update_from_flattened_dict({key: value})
     with pytest.raises(ValueError, match=f"config.{key} .*{value}.*{sentence}"):
-        check_values(config)
+        parse(config)
 
 
 def test_the_other_reads_of_a_damaged_checkpoint_show_no_traceback(

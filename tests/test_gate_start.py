@@ -43,8 +43,12 @@ def residual_stream(model: AViT, images: np.ndarray) -> list[np.ndarray]:
     return stream
 
 
-def some_images(config: AViTConfig, count: int = 32) -> np.ndarray:
-    return np.random.default_rng(0).normal(size=(count, *config.image_shape, config.in_channels)).astype(np.float32)
+def some_images(model_config: AViTConfig, count: int = 32) -> np.ndarray:
+    return (
+        np.random.default_rng(0)
+        .normal(size=(count, *model_config.image_shape, model_config.in_channels))
+        .astype(np.float32)
+    )
 
 
 @pytest.mark.parametrize("distilled", [False, True])

@@ -18,9 +18,9 @@ from avit_jax.data.folder_index import cache_file
 from avit_jax.data.settings import AugmentSettings, DataSettings
 from avit_jax.data.sources import load_dataset
 from tests.harness.builders import toy_arrays
-from tests.test_data import idx_folder
 from tests.test_hostile_images import mutated
 from tests.test_image_files import image_folder, opened, own_cache, photograph
+from tests.test_pipeline import idx_folder
 
 __all__ = ["own_cache"]  # a fixture: every test here has a cache of its own
 
@@ -29,12 +29,12 @@ __all__ = ["own_cache"]  # a fixture: every test here has a cache of its own
     ("labels", "names", "reason"),
     [
         (np.arange(60) % 3 + 1, (), r"labels count from 1 to 3: they must start at 0, so write labels - 1"),
-        (np.arange(60) % 3 + 1, ("a", "b", "c"), r"labels 1 to 3 for 3 classes: .* 0..2, so write labels - 1"),
-        (np.arange(60) % 3 + 2**32, (), r"labels go up to 4294967298, for 60 images"),
-        (np.arange(60) % 3 + 2**32, ("a", "b", "c"), r"labels 4294967296 to 4294967298 for 3 classes"),
-        (np.where(np.arange(60) == 7, 10**9, np.arange(60) % 3), (), r"labels go up to 1000000000, for 60 images"),
+        (np.arange(60) % 3 + 1, ("a", "b", "c"), r"labels go from 1 to 3 for 3 classes: .* 0..2, so write labels - 1"),
+        (np.arange(60) % 3 + 2**32, (), r"labels go up to 4294967298 for 60 images"),
+        (np.arange(60) % 3 + 2**32, ("a", "b", "c"), r"labels go from 4294967296 to 4294967298 for 3 classes"),
+        (np.where(np.arange(60) == 7, 10**9, np.arange(60) % 3), (), r"labels go up to 1000000000 for 60 images"),
         (np.arange(60).astype(np.uint64) % np.uint64(3) + np.uint64(2**63), (), r"labels go up to 9223372036854775810"),
-        (np.arange(60) % 3 - 5, (), r"labels -5 to -3"),
+        (np.arange(60) % 3 - 5, (), r"labels go from -5 to -3"),
         (np.arange(60) % 3 / 1.0, (), r"labels is float64 \(60,\): it must be whole numbers"),
         (np.arange(60) % 2 == 0, (), r"labels is bool \(60,\): it must be whole numbers"),
     ],
@@ -49,7 +49,7 @@ def test_labels_that_cannot_be_meant(tmp_path: Path, labels: np.ndarray, names: 
 def test_test_labels_do_not_wrap_either(tmp_path: Path) -> None:
     wrapped = toy_arrays(9)["labels"] + 2**32
     np.savez(tmp_path / "mine.npz", **toy_arrays(60), test_images=toy_arrays(9)["images"], test_labels=wrapped)
-    with pytest.raises(ValueError, match="test_labels 4294967296 to 4294967298 for 3 classes"):
+    with pytest.raises(ValueError, match="test_labels go from 4294967296 to 4294967298 for 3 classes"):
         load_dataset("npz", str(tmp_path / "mine.npz"))
 
 
@@ -102,11 +102,13 @@ def test_archives_that_are_not_what_they_should_be(tmp_path: Path) -> None:
             load_dataset("npz", str(path))
         assert str(caught.value).isprintable()
         if name == "zeros":
-            assert "its arrays have 236 MB and the file 0.2 MB" in str(caught.value)
+            assert "its arrays take 236 MB and the file 0.2 MB" in str(caught.value)
     folder = idx_folder(tmp_path / "idx", compressed=True)
     huge = b"\0\0\x08\x03" + (300_000).to_bytes(4, "big") + (28).to_bytes(4, "big") * 2
     (folder / "train-images-idx3-ubyte.gz").write_bytes(gzip.compress(huge + bytes(300_000 * 784)))
-    with pytest.raises(ValueError, match=r"train-images-idx3-ubyte.gz says \(300000, 28, 28\) and has \d+ bytes"):
+    with pytest.raises(
+        ValueError, match=r"train-images-idx3-ubyte.gz declares the shape \(300000, 28, 28\) and has \d+ bytes"
+    ):
         load_dataset("idx", str(folder))
 
 
@@ -139,7 +141,7 @@ def test_each_real_folder_is_read_once(tmp_path: Path, capsys: pytest.CaptureFix
     os.mkfifo(root / "train/dog/pipe.jpg")
     train = opened(root).train
     assert np.bincount(train.labels).tolist() == [8, 9, 8]
-    assert "5 links to folders that are read already, and files that are no regular files" in capsys.readouterr().out
+    assert "5 links to folders that were already read, or files that are not regular files" in capsys.readouterr().out
 
 
 def test_links_into_another_class_are_refused(tmp_path: Path) -> None:
@@ -256,7 +258,7 @@ from avit_jax.data.settings import DataSettings
 if __name__ == "__main__":
     split = open_dataset(DataSettings(source="folder", path=sys.argv[1], workers=2)).train
     model = AViTConfig(image_size=16, patch_size=8, num_classes=3)
-    batches = training_batches(split, model, batch_size=6, seed=0, augment={"flip": 0.5})
+    batches = training_batches(split, model, batch_size=6, seed=0, augment=AugmentSettings(flip=0.5))
     next(batches)
     print(*(process.pid for process in multiprocessing.active_children()), flush=True)
     time.sleep(600)

@@ -25,6 +25,7 @@ from avit_jax.data.crop import RandomResizedCrop
 from avit_jax.data.decode import BadImage, decode
 from avit_jax.data.pipeline import evaluation_batches, training_batches
 from avit_jax.data.preprocessing import LARGEST_RESIZED, RESAMPLING, resize_and_crop
+from avit_jax.data.settings import AugmentSettings
 from tests.harness.builders import small_config
 from tests.test_image_files import MODEL, image_folder, opened, own_cache, photograph
 
@@ -120,7 +121,7 @@ def test_seven_formats_are_read_and_no_other(monkeypatch: pytest.MonkeyPatch, tm
     for kind, content in files.items():
         file = tmp_path / f"{kind}.jpg"
         file.write_bytes(content)
-        with pytest.raises(BadImage, match=rf"{kind}.jpg is no image that Pillow can read as JPEG, PNG"):
+        with pytest.raises(BadImage, match=rf"{kind}.jpg is not an image that Pillow can read as JPEG, PNG"):
             decode(file, str(file))
 
 
@@ -141,7 +142,7 @@ def bmp(width: int, height: int, body: bytes) -> bytes:
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (lambda: png(1, 10_000_000), "is 1 x 10000000 pixels, and a side may have 1,000,000"),
+        (lambda: png(1, 10_000_000), "is 1 x 10000000 pixels, and a side may have at most 1,000,000"),
         (lambda: scans(20_000), r"is a JPEG of 200\d\d scans, too many for 400 x 300 pixels"),
         (lambda: bmp(3000, 3000, b"\x01\x07\0\0" * 10), "is a run-length encoded BMP of more than 4,000,000 pixels"),
         (lambda: b"P3 2000 2000 255\n" + b"1 " * 2_000_001, "is a PPM in plain text of more than 4 MB"),
@@ -187,9 +188,9 @@ def test_of_an_animation_only_the_first_picture_is_read(monkeypatch: pytest.Monk
     assert len(loads) <= 3
 
 
-def unmade(config: AViTConfig) -> AViT:
+def unmade(model_config: AViTConfig) -> AViT:
     """A model without weights."""
-    return nnx.eval_shape(lambda: AViT(config, rngs=nnx.Rngs(0)))
+    return nnx.eval_shape(lambda: AViT(model_config, rngs=nnx.Rngs(0)))
 
 
 @pytest.fixture
@@ -246,7 +247,7 @@ def test_errors_after_decoding_are_bad_images(
         lines = list(predict_files(model, sorted(marked.parent.iterdir()), marked.parent, None, "masked"))
         assert lines[0] == "unreadable: dog_3.JPEG cannot be resized (MemoryError): replace the file"
         return
-    augment = {"crop_scale": (0.08, 1.0)}
+    augment = AugmentSettings(crop_scale=(0.08, 1.0))
     if place == "evaluation":
         batches = evaluation_batches(opened(root, on_bad_image="skip").val, MODEL, 102)
     else:
@@ -267,13 +268,13 @@ def test_only_regular_files_of_a_sane_size_are_read(tmp_path: Path) -> None:
     with (tmp_path / "sparse.jpg").open("wb") as stream:
         stream.truncate(6_000_000_000)
     for name, reason in (
-        ("pipe.jpg", "is no regular file"),
+        ("pipe.jpg", "is not a regular file"),
         ("sparse.jpg", "is larger than 256 MB"),
-        ("..", r"cannot be read \(Is a directory\)|is no regular file"),
+        ("..", r"cannot be read \(Is a directory\)|is not a regular file"),
     ):
         with pytest.raises(BadImage, match=reason):
             decode(tmp_path / name, name)
-    with pytest.raises(BadImage, match="is no regular file|cannot be read"):
+    with pytest.raises(BadImage, match="is not a regular file|cannot be read"):
         decode(Path("/dev/zero"), "zero")
 
 
@@ -365,13 +366,13 @@ BMP_RLE = struct.pack("<2sI4xI", b"BM", 0, 54) + struct.pack("<I2i2H6I", 40, 200
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (lambda: b"P6\n#" + b"c" * 200_000, "in its header"),
-        (lambda: b"P6\n" + b" " * 200_000, "in its header"),
-        (lambda: GIF + b"!\xfe\x01a\0" * 50_000, "in its header"),
-        (lambda: GIF + bytes(200_000), "in its header"),
-        (lambda: png(4, 4, *[(b"tEXt", b"a\0b")] * 50_000), "in its header"),
-        (lambda: jpeg_with(b"\xff\xfe\0\x02", 100_000), "in its header"),
-        (lambda: jpeg_with(b"\xff\xe1\xff\xffExif\0\0" + bytes(65527), 300), "in its header"),
+        (lambda: b"P6\n#" + b"c" * 200_000, "has a header far larger"),
+        (lambda: b"P6\n" + b" " * 200_000, "has a header far larger"),
+        (lambda: GIF + b"!\xfe\x01a\0" * 50_000, "has a header far larger"),
+        (lambda: GIF + bytes(200_000), "has a header far larger"),
+        (lambda: png(4, 4, *[(b"tEXt", b"a\0b")] * 50_000), "has a header far larger"),
+        (lambda: jpeg_with(b"\xff\xfe\0\x02", 100_000), "has a header far larger"),
+        (lambda: jpeg_with(b"\xff\xe1\xff\xffExif\0\0" + bytes(65527), 300), "has a header far larger"),
         (lambda: strips(100_001), "strips"),
         (lambda: b"P5\n1000 1001\n100\n" + bytes(1_001_000), "unusual depth"),
         (lambda: BMP_RLE + bytes(1024 + 8_000_001), "run-length"),

@@ -284,7 +284,9 @@ def test_a_folder_of_zeros_is_not_unpacked(tmp_path: Path) -> None:
         zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
         checkpointer.save(tmp_path / "model" / "params", zeros)
     (tmp_path / "model" / "config.json").write_text(json.dumps(config.to_json()))
-    with pytest.raises(ValueError, match=r"has \d{4,6} bytes, and its arrays \d{8,9}: weights do not compress so well"):
+    with pytest.raises(
+        ValueError, match=r"has \d{4,6} bytes, and its arrays \d{8,9}: weights do not compress that well"
+    ):
         avit_jax.load(tmp_path / "model")
 
 

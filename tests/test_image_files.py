@@ -21,7 +21,7 @@ from avit_jax.data.sources import Dataset
 from avit_jax.evaluate.figures import evaluate
 
 MODEL = AViTConfig(image_size=16, patch_size=8, num_classes=3)
-FULL = {"crop_scale": (0.08, 1.0), "flip": 0.5, "randaugment": "rand-m9-mstd0.5-inc1"}
+FULL = AugmentSettings(crop_scale=(0.08, 1.0), flip=0.5, randaugment="rand-m9-mstd0.5-inc1")
 
 
 @pytest.fixture(autouse=True)
@@ -116,7 +116,10 @@ def test_folders_that_are_not_what_they_should_be(tmp_path: Path, capsys: pytest
     (root / "val/zebra/z.png").rename(root / "val/eel/z.txt")
     (root / "val/zebra").rmdir()
     opened(root)
-    assert "1 files that are no images by their names are left out, the first: eel/z.txt" in capsys.readouterr().out
+    assert (
+        "1 files are left out, because their names are not those of images; the first: eel/z.txt"
+        in capsys.readouterr().out
+    )
     (root / "val").rename(root / "valid")
     with pytest.raises(ValueError, match="has no folder val/"):
         opened(root)
@@ -168,7 +171,7 @@ def bad_files() -> dict[str, tuple[bytes, str]]:
     Image.new("1", (10_000, 10_000)).save(bomb, "PNG")
     return {
         "empty": (b"", "is empty"),
-        "text": (b"this is no picture", "is no image that Pillow can read"),
+        "text": (b"this is no picture", "is not an image that Pillow can read"),
         "cut": (whole.getvalue()[:3000], "cannot be read .*truncated"),
         "bomb": (bomb.getvalue(), "has more than 89 megapixels"),
     }
@@ -190,7 +193,7 @@ def test_a_bad_image_is_named(tmp_path: Path, kind: str, workers: int) -> None:
     with pytest.raises(BadImage, match=rf"train/dog/dog_3.JPEG {reason}"):
         taken(batches, 4)
     (root / "val/cat/cat_1.JPEG").write_bytes(b"no picture")
-    with pytest.raises(BadImage, match=r"val/cat/cat_1.JPEG is no image"):
+    with pytest.raises(BadImage, match=r"val/cat/cat_1.JPEG is not an image"):
         list(evaluation_batches(opened(root).val, MODEL, 4))
 
 
@@ -220,7 +223,7 @@ def test_more_than_one_percent_of_bad_images_stop_the_run(tmp_path: Path) -> Non
     root = image_folder(tmp_path / "set", train=34)
     for name in ("dog_3", "dog_4"):
         (root / f"train/dog/{name}.JPEG").write_bytes(b"no picture")
-    with pytest.raises(ValueError, match=r"2 of 102 images are bad, more than 1%; one of them: .*dog_\d.JPEG is no"):
+    with pytest.raises(ValueError, match=r"2 of 102 images are bad, more than 1%; one of them: .*dog_\d.JPEG is not"):
         taken(stream(root, on_bad_image="skip"), 17)
     (root / "train/dog/dog_4.JPEG").write_bytes((root / "train/dog/dog_5.JPEG").read_bytes())
     taken(stream(root, on_bad_image="skip"), 17)
@@ -231,7 +234,7 @@ def test_more_than_one_percent_of_bad_images_stop_the_run(tmp_path: Path) -> Non
 
 def test_a_label_that_the_model_does_not_know(tmp_path: Path) -> None:
     root = image_folder(tmp_path / "set", classes=("a", "b", "c", "d"))
-    with pytest.raises(ValueError, match=r"train/d/d_\d.JPEG has label 3 and the model 3 classes"):
+    with pytest.raises(ValueError, match=r"train/d/d_\d.JPEG has label 3 and the model has 3 classes"):
         taken(stream(root), 5)
 
 

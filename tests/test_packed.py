@@ -2,9 +2,6 @@
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -22,24 +19,25 @@ from avit_jax.data.sources import load_dataset
 from avit_jax.execution.plan import default_plan
 from avit_jax.train.gate_start import start_gate
 from tests.harness.builders import small_config, spread_gate
+from tests.harness.devices import run_on_devices
 
 DATA = Path(__file__).parent / "data"
 PLANS = [(1, (7,)), (2, (2, 4, 7)), (3, (1, 3, 6, 7)), (5, (7,)), (8, (5, 7))]
 
 
-def drawn_model(config: AViTConfig) -> AViT:
+def drawn_model(model_config: AViTConfig) -> AViT:
     """Channel 0 is the patch's mean plus the layer: an image draws the depths of its own patches; class token: layer 3.
 
     A patch of mean 1 - d stops at layer d.
     """
-    model = spread_gate(dataclasses.replace(config, gate_scale=40.0, gate_center=20.0))
+    model = spread_gate(dataclasses.replace(model_config, gate_scale=40.0, gate_center=20.0))
     for name, param in nnx.to_flat_state(nnx.state(model)):
         if any(part in name for part in ("patch_embed", "cls_token", "dist_token", "pos_embed", "proj", "fc2")):
             param[...] = param[...].at[..., 0].set(0.0)
     model.patch_embed.proj.kernel[...] = model.patch_embed.proj.kernel[...].at[:, 0].set(1 / 32)
     model.blocks.mlp.fc2.bias[...] = model.blocks.mlp.fc2.bias[...].at[:, 0].set(1.0)
     model.cls_token[...] = model.cls_token[...].at[..., 0].set(-2.0)
-    if config.distilled:
+    if model_config.distilled:
         model.dist_token[...] = model.dist_token[...].at[..., 0].set(-1.0)
     return model
 
@@ -256,12 +254,7 @@ def test_a_planned_model_gives_the_same_answers(model: AViT) -> None:
 
 
 def test_eight_devices_pack_their_own_images() -> None:
-    """In a process of its own, because the number of devices is fixed when JAX starts."""
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
-    script = Path(__file__).with_name("harness") / "packed_on_devices.py"
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "8 devices agree" in done.stdout
+    assert "8 devices agree" in run_on_devices("packed_on_devices.py")
 
 
 @pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])

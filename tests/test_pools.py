@@ -24,10 +24,10 @@ PLAIN: list[dict[str, object]] = [PACKED[4] | NO_GATE, PACKED[3] | NO_GATE]
 ARCHITECTURES = [*PACKED, {"pool": "mean_norm", "class_token": False}, {"num_classes": 0, "distilled": True}]
 
 
-def spread(config: AViTConfig) -> AViT:
+def spread(model_config: AViTConfig) -> AViT:
     """Tokens halt at many layers, and no two channels of the final LayerNorm are alike."""
-    model = spread_gate(config)
-    scale, bias = 1 + 0.3 * np.random.default_rng(7).normal(size=(2, config.embed_dim)).astype(np.float32)
+    model = spread_gate(model_config)
+    scale, bias = 1 + 0.3 * np.random.default_rng(7).normal(size=(2, model_config.embed_dim)).astype(np.float32)
     model.norm.scale[...], model.norm.bias[...] = scale, bias
     return model
 
@@ -123,13 +123,16 @@ def test_masked_and_packed_are_the_oracles(fields: dict[str, object]) -> None:
         np.testing.assert_array_equal(whole.token_depth, masked.token_depth)
 
 
-def assert_exited(masked: AViTOutput, packed: AViTOutput, config: AViTConfig, count: int) -> None:
+def assert_exited(masked: AViTOutput, packed: AViTOutput, model_config: AViTConfig, count: int) -> None:
     """The logits stay; depths end where the last token that the heads read stops, in the tests' own words."""
     np.testing.assert_allclose(packed.logits, masked.logits[:count], atol=1e-5)
     depth = np.asarray(masked.token_depth)[:count]
-    first_patch = config.num_tokens - 6
-    read = {"token": [0, 1][: 1 + config.distilled], "token_and_mean": [0, *range(first_patch, config.num_tokens)]}
-    end = depth[:, read.get(config.pool, list(range(first_patch, config.num_tokens)))].max(1, keepdims=True)
+    first_patch = model_config.num_tokens - 6
+    read = {
+        "token": [0, 1][: 1 + model_config.distilled],
+        "token_and_mean": [0, *range(first_patch, model_config.num_tokens)],
+    }
+    end = depth[:, read.get(model_config.pool, list(range(first_patch, model_config.num_tokens)))].max(1, keepdims=True)
     np.testing.assert_array_equal(packed.token_depth, np.minimum(depth, end))
 
 

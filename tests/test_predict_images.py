@@ -52,7 +52,9 @@ def test_every_file_has_its_line(pictures: Path, tmp_path: Path, execution: str)
     expected = f"{'abcde'[p.argmax()]} {p.max():.1%} depth {depth:.2f} of 4"
     readable = ["deep.png", "grey.png", "inside/colour.png", "palette.png", "rgba.png"]
     assert {name: said[name] for name in readable} == dict.fromkeys(readable, expected)
-    assert "is empty" in bad["empty.jpg"] and "no image that Pillow can read" in bad["notes.txt"] and "cut.png" in bad
+    assert (
+        "is empty" in bad["empty.jpg"] and "not an image that Pillow can read" in bad["notes.txt"] and "cut.png" in bad
+    )
     assert len(said) == 5 and len(bad) == 3
     assert total == "5 images, no labels: no accuracy; 3 unreadable: cut.png, empty.jpg, notes.txt"
     assert str(out) in where

@@ -98,7 +98,10 @@ def test_whatever_holds_a_picture_is_taken(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        ((np.zeros((32, 32, 3), np.uint8),), r"configuration, none is given: preprocess\(images, model.config\)"),
+        (
+            (np.zeros((32, 32, 3), np.uint8),),
+            r"configuration, but config is missing: preprocess\(images, model.config\)",
+        ),
         ((np.zeros((32, 32, 3), np.uint8), "tiny"), r"config is a str: preprocess\(images, model.config\)"),
         ((["nowhere.jpg"], RGB), r"nowhere.jpg cannot be read \(No such file or directory\)"),
         ((np.zeros((40, 50), np.uint8), RGB), r"shape \(40, 50\): .*np.repeat\(image\[..., None\], 3, axis=-1\)"),
@@ -107,7 +110,7 @@ def test_whatever_holds_a_picture_is_taken(tmp_path: Path) -> None:
         (([np.zeros((0, 5, 3), np.uint8)], RGB), r"an image has shape \(0, 5, 3\)"),
         ((None, RGB), "an image is a NoneType: give uint8"),
         (([[1, 2], [3]], RGB), "images are int64: give uint8|inhomogeneous"),
-        ((b"no picture", RGB), "an image of 10 bytes is no image that Pillow can read"),
+        ((b"no picture", RGB), "an image of 10 bytes is not an image that Pillow can read"),
     ],
 )
 def test_each_mistake_has_its_sentence(arguments: tuple[object, ...], reason: str) -> None:

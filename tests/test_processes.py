@@ -17,12 +17,8 @@ from avit_jax.commands.run import run
 from avit_jax.runtime import processes as distributed
 from avit_jax.runtime.processes import LOST, start_distributed
 from avit_jax.train.logs import read_metrics
-from benchmarks.faults import toy_data
-from benchmarks.real_run import Job
-from tests.harness.builders import quick_start
-
-# Every launch compiles anew: of several processes JAX's cache of programs serves the first alone.
-QUICK_TO_COMPILE = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+from tests.harness.builders import quick_start, toy_data
+from tests.harness.real_run import Job
 
 
 def job_of(
@@ -30,7 +26,7 @@ def job_of(
 ) -> Job:
     own = {"checkpoint_every": 10, "log_every": 10, "eval_every": 30, "model.drop_path_rate": 0.0, "model.remat": False}
     data = toy_data(folder.parent / "toy.npz")
-    environment = quick_start() | {"XLA_FLAGS": QUICK_TO_COMPILE if processes > 1 else ""} | (environment or {})
+    environment = quick_start() | {"XLA_FLAGS": ""} | (environment or {})
     return Job(folder, data, steps=60, processes=processes, devices=devices, environment=environment, **own, **settings)
 
 
@@ -107,7 +103,9 @@ def test_processes_with_different_configs_say_so(tmp_path: Path) -> None:
         job = job_of(tmp_path / str(rank), 1, 1, environment=own, **{"loss.ponder_weight": weight})
         processes += job.start()
     processes[1].expect(
-        1, "config.loss.ponder_weight is 0.5 in process 1 and 0.002 in process 0: start all with the same command"
+        1,
+        "config.loss.ponder_weight is 0.5 in process 1 and 0.002 in process 0: "
+        "start all processes with the same command",
     )
     processes[0].expect(1, "process 1 has another config than process 0")
 

@@ -11,9 +11,9 @@ import pytest
 
 from avit_jax.commands.run import run
 from avit_jax.runtime.files import CannotWrite
-from benchmarks.faults import killed_saving, read_only_folder, small_disk, stopped_twice, toy_data
-from benchmarks.real_run import Job, check_same
-from tests.harness.builders import quick_start
+from tests.harness.builders import quick_start, toy_data
+from tests.harness.faults import killed_saving, read_only_folder, small_disk, stopped_twice
+from tests.harness.real_run import Job, check_same
 
 pytestmark = pytest.mark.slow
 

@@ -2,10 +2,6 @@
 
 import dataclasses
 import itertools
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -19,19 +15,22 @@ from avit_jax.data.sources import Split
 from avit_jax.evaluate.calibration import reliability
 from avit_jax.evaluate.figures import ImageFigures, evaluate, figures, totals
 from avit_jax.evaluate.intervals import bootstrap_difference, bootstrap_means, share
-from avit_jax.evaluate.sweep import Sweep, parse_sweep, unbeaten
+from avit_jax.evaluate.sweep import Sweep, parse_sweep, unbeaten, with_setting
 from avit_jax.execution.compiled import predict
+from avit_jax.model.config import NO_RULE
+from avit_jax.reduction.tome import ToMe
 from avit_jax.report.numbers import _right_and_wrong, as_json, by_class, by_depth, disagreements, evaluation_numbers
 from tests.harness.builders import small_config, spread_gate
+from tests.harness.devices import run_on_devices
 
 TWO_CHANNELS = Preprocessing((0.5, 0.4), (0.2, 0.3))
 CONFIG = small_config(num_classes=7, preprocessing=TWO_CHANNELS)
 
 
-def drawn_split(count: int, seed: int = 0, config: AViTConfig = CONFIG) -> Split:
+def drawn_split(count: int, seed: int = 0, model_config: AViTConfig = CONFIG) -> Split:
     rng = np.random.default_rng(seed)
-    images = rng.integers(0, 256, (count, *config.image_shape, config.in_channels)).astype(np.uint8)
-    return Split(images, (np.arange(count) % config.num_classes).astype(np.int32))
+    images = rng.integers(0, 256, (count, *model_config.image_shape, model_config.in_channels)).astype(np.uint8)
+    return Split(images, (np.arange(count) % model_config.num_classes).astype(np.int32))
 
 
 def drawn_figures(count: int = 200, classes: int = 7, seed: int = 0) -> ImageFigures:
@@ -92,11 +91,7 @@ def test_parts_of_the_data_add_up_to_the_whole(execution: str) -> None:
 
 
 def test_eight_devices_have_one_devices_totals() -> None:
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, str(Path(__file__).with_name("harness") / "evaluate_on_devices.py")]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert "8 devices agree" in done.stdout
+    assert "8 devices agree" in run_on_devices("evaluate_on_devices.py")
 
 
 def test_ece_is_that_of_a_loop() -> None:
@@ -172,7 +167,7 @@ def test_classes_are_those_of_the_data() -> None:
 @pytest.mark.parametrize("distilled", [False, True])
 def test_position_means_are_laid_out_as_images_and_skip_special_tokens(distilled: bool) -> None:
     config = small_config(num_classes=7, distilled=distilled, preprocessing=TWO_CHANNELS)
-    model, split = spread_gate(config), drawn_split(9, config=config)
+    model, split = spread_gate(config), drawn_split(9, model_config=config)
     depth = np.asarray(predict(model, normalize(split.images, config)).token_depth)
     numbers = evaluation_numbers(evaluate(model, split, 4), config)
     first = 2 if distilled else 1
@@ -241,6 +236,17 @@ def test_other_sweeps_are_refused(text: str, sentence: str) -> None:
         parse_sweep(text)
 
 
+def test_a_setting_of_another_rule_is_refused() -> None:
+    model = spread_gate(dataclasses.replace(CONFIG, **NO_RULE | {"rule": ToMe(1)}))
+    assert with_setting(model, "r", 2.0).config.rule == ToMe(2)
+    for field, value, sentence in (
+        ("threshold", 0.5, "the rule tome has no setting threshold to sweep: it has r"),
+        ("r", -1.0, "ToMe's r is -1"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            with_setting(model, field, value)
+
+
 def test_unbeaten_settings_are_those_of_a_double_loop() -> None:
     rng = np.random.default_rng(0)
     gain, cost = rng.integers(0, 6, 30), rng.integers(0, 6, 30)
@@ -257,7 +263,7 @@ def test_unbeaten_settings_are_those_of_a_double_loop() -> None:
 def test_another_gate_leaves_weights_and_model_alone() -> None:
     model, split = spread_gate(CONFIG), drawn_split(6)
     before = evaluate(model, split, 6)
-    later = evaluate(model.with_config(gate_center=6.0), split, 6)
-    never = evaluate(model.with_config(gate_scale=None, gate_center=None), split, 6)
+    later = evaluate(with_setting(model, "gate_center", 6.0), split, 6)
+    never = evaluate(model.with_config(**NO_RULE), split, 6)
     assert before.mean_depth < later.mean_depth < never.mean_depth == 4
     assert evaluate(model, split, 6).mean_depth == before.mean_depth

@@ -24,7 +24,9 @@ from avit_jax.evaluate.figures import evaluate
 from avit_jax.evaluate.sweep import Sweep
 from avit_jax.execution.compiled import predict
 from avit_jax.execution.work import image_gmacs
-from avit_jax.report import gallery, speed, writer
+from avit_jax.halting.confidence import ConfidenceExit
+from avit_jax.reduction.tome import ToMe
+from avit_jax.report import gallery, throughput, writer
 from avit_jax.report.page import interval, percent, render
 from avit_jax.report.writer import Subject, write_report
 from avit_jax.runtime.files import read_json
@@ -53,8 +55,8 @@ def written(folder: Path, model: AViT, split: Split, **more: Any) -> tuple[str, 
 def short_timing() -> Iterator[None]:
     """One batch size and short samples: most of a small page's time would be timing."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(speed, "FACTORS", (1,))
-        patch.setattr(speed, "SAMPLE_SECONDS", 0.001)
+        patch.setattr(throughput, "FACTORS", (1,))
+        patch.setattr(throughput, "SAMPLE_SECONDS", 0.001)
         yield
 
 
@@ -249,6 +251,43 @@ def test_pages_of_what_is_missing(
     assert ("Mean depth of each patch" in html) == halts
     assert ("fewest_layers" in report["galleries"]) == (halts and count > 1)
     assert report["summary"].get("top1") is None or labelled
+
+
+@pytest.mark.parametrize(
+    ("rule", "sweep", "sentences"),
+    [
+        (
+            ToMe(1),
+            Sweep("r", (0.0, 2.0)),
+            [
+                "ToMe, r 1: each layer merges or drops the same number of tokens in every image.",
+                "shrinking: merged and dropped tokens are gone",
+                "dense: rule taken out",
+                "own is 1.",
+            ],
+        ),
+        (
+            ConfidenceExit(0.5),
+            Sweep("threshold", (0.3, 0.5)),
+            ["Rule: confidence exit above 0.5.", "packed: halted tokens are gone", "own is 0.5."],
+        ),
+    ],
+)
+def test_pages_of_other_rules(tmp_path: Path, rule: Any, sweep: Sweep, sentences: list[str]) -> None:
+    config = dataclasses.replace(CONFIG, gate_scale=None, gate_center=None, rule=rule)
+    html, report = written(tmp_path, spread_gate(config), drawn_split(12), sweep=sweep)
+    text = " ".join(Elements(html).text.split())
+    assert [sentence for sentence in sentences if sentence not in text] == []
+    assert "gate" not in text.lower() and "Where depth goes" in text
+    reduces = rule.name == "tome"
+    assert report["model"]["execution"] == ("shrinking" if reduces else "packed")
+    assert report["speed"]["images_per_second"].keys() == (
+        {"dense", "shrinking"} if reduces else {"dense", "masked", "packed"}
+    )
+    assert ("finished images" in text, "Fewest layers" in text) == (not reduces, not reduces)
+    costs = [setting["gmacs"] for setting in report["sweep"]["settings"]]
+    assert costs[0] > costs[1] if reduces else costs[0] < costs[1]
+    assert report["summary"]["gmacs"]["value"] < report["summary"]["gmacs_whole"]
 
 
 def test_one_class(tmp_path: Path) -> None:

@@ -14,8 +14,8 @@ from tests.harness.builders import small_config
 NO_GATE: dict[str, Any] = {"gate_scale": None, "gate_center": None}
 
 
-def through_json(config: AViTConfig) -> AViTConfig:
-    return AViTConfig.from_json(json.loads(json.dumps(config.to_json())))
+def through_json(model_config: AViTConfig) -> AViTConfig:
+    return AViTConfig.from_json(json.loads(json.dumps(model_config.to_json())))
 
 
 def test_the_gate_of_a_configuration_is_its_rule() -> None:

@@ -11,53 +11,49 @@ import pytest
 from flax import nnx
 
 from avit_jax import AViT
+from avit_jax.commands.typed_config import parse
 from avit_jax.execution.packed import packed_program
 from avit_jax.execution.plan import default_plan
-from avit_jax.runtime.mesh import training_mesh
+from avit_jax.runtime.mesh import MeshSettings, training_mesh
 from avit_jax.train.optim import learning_rate_schedule, make_optimizer
 from avit_jax.train.state import TrainState
 from avit_jax.train.step import build_train_step
-from benchmarks.collectives import Collective, collectives, what_crosses
 from configs import npz_avit
 from tests.harness.builders import small_config
-
-TESTS = Path(__file__).parent / "harness"
-
-
-def run_script(name: str, **environment: str) -> str:
-    """What a script of this folder prints, in a process of its own: the number of devices is fixed when JAX starts."""
-    command = [sys.executable, str(TESTS / name)]
-    given = os.environ | {"JAX_PLATFORMS": "cpu"} | environment
-    done = subprocess.run(command, capture_output=True, text=True, env=given, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+from tests.harness.collectives import Collective, collectives, what_crosses
+from tests.harness.devices import run_on_devices
 
 
 def test_eight_devices_give_one_devices_loss_and_gradient() -> None:
     """The halting terms are means over the global batch, not means of the devices' own; also on an fsdp mesh."""
-    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"  # compiles in half the time
-    assert "8 devices agree" in run_script("step_on_devices.py", XLA_FLAGS=flags)
+    assert "8 devices agree" in run_on_devices("step_on_devices.py")
 
 
 @pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install -r requirements-tpu.txt"
 )
 def test_it_compiles_for_a_tpu() -> None:
-    assert "as promised" in run_script("compile_for_tpu.py")
+    """In a new process: its environment tells libtpu that there are no chips, and XLA compiles as for training."""
+    script = Path(__file__).parent / "harness" / "compile_for_tpu.py"
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "as promised" in done.stdout
 
 
 @pytest.mark.parametrize("gate", [(None, None), (4.0, 1.0)])
 def test_train_step_and_packed_evaluation_lower_for_cuda(gate: tuple[float | None, float | None]) -> None:
     model = small_config(dtype="bfloat16", gate_scale=gate[0], gate_center=gate[1])
     config = npz_avit.get_config("")
-    config.loss.distillation = "none"
+    config.loss.distillation, config.teacher = "none", ""
     config.augment.update({"mixup": 0.8, "cutmix": 1.0, "erasing": 0.25})
-    optimizer = make_optimizer(config.optim, learning_rate_schedule(config.optim, 1000, epochs=1.0, batch_size=4))
+    settings = parse(config)
+    optimizer = make_optimizer(settings.optim, learning_rate_schedule(settings.optim, 1000, epochs=1.0, batch_size=4))
     graphdef, params = nnx.split(nnx.eval_shape(lambda: AViT(model, rngs=nnx.Rngs(0))), nnx.Param)
     state = TrainState(jax.ShapeDtypeStruct((), "int32"), params, params, jax.eval_shape(optimizer.init, params))
     batch = {"image": jax.ShapeDtypeStruct((4, 12, 8, 2), "float32"), "label": jax.ShapeDtypeStruct((4,), "int32")}
-    mesh = training_mesh(-1, 1, 1)  # one device
-    step = jax.jit(build_train_step(graphdef, optimizer, config, mesh, None), donate_argnums=0)
+    mesh = training_mesh(MeshSettings(), 1)  # one device
+    step = jax.jit(build_train_step(graphdef, optimizer, settings.step, mesh, None), donate_argnums=0)
     exported = jax.export.export(step, platforms=["cuda"])(state, batch, None)
     assert exported.platforms == ("cuda",)
     state_out, metrics = jax.tree.unflatten(exported.out_tree, exported.out_avals)
@@ -71,11 +67,11 @@ def test_train_step_and_packed_evaluation_lower_for_cuda(gate: tuple[float | Non
 
 def test_each_part_of_a_batch_is_split_over_all_devices() -> None:
     count = len(jax.devices())
-    assert training_mesh(count, 1, 12 * count, 4).size == count
+    assert training_mesh(MeshSettings(count), 12 * count, 4).size == count
     with pytest.raises(
         ValueError, match=rf"{12 * count} cannot be split in 5 parts over {count} devices: choose {10 * count}$"
     ):
-        training_mesh(count, 1, 12 * count, 5)
+        training_mesh(MeshSettings(count), 12 * count, 5)
 
 
 PROGRAM = """HloModule jit_f

@@ -16,15 +16,15 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from avit_jax.checkpoints.model_folder import checkpoint_steps
-from avit_jax.commands.checks import check_folder, resolved
+from avit_jax.commands.typed_config import parse
 from avit_jax.data.open import open_dataset
-from avit_jax.data.settings import DataSettings
 from avit_jax.runtime.files import write_json
 from avit_jax.runtime.signals import StopRequest
 from avit_jax.train import loop as training
 from avit_jax.train.display import Display
 from avit_jax.train.logs import read_metrics
 from avit_jax.train.loop import Stopped
+from avit_jax.train.run_folder import check_folder
 from avit_jax.train.start import initial_model
 from tests.harness.builders import tiny_experiment
 from tests.test_training import Killed, leaves, lines_without_times
@@ -41,9 +41,10 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> ConfigDict:
 
 def train(config: ConfigDict, workdir: Path) -> list[np.ndarray]:
     """Train as train.py does, without the measurements and pictures at the end; the weights."""
-    dataset = open_dataset(DataSettings.from_config(dict(config.data)))
-    model = initial_model(config, dataset)
-    training.train(config, dataset, model, workdir)
+    settings = parse(config)
+    dataset = open_dataset(settings.data)
+    model = initial_model(settings, dataset)
+    training.train(settings, dataset, model, workdir)
     return [np.asarray(leaf) for leaf in jax.tree.leaves(nnx.state(model, nnx.Param))]
 
 
@@ -134,11 +135,11 @@ def test_what_may_change_in_a_resumed_run_leaves_its_weights(
         stop_in_evaluation(patch, 1)
         with pytest.raises(Stopped):
             train(config, tmp_path / "run")
-    write_json(tmp_path / "run" / "train_config.json", {"config": resolved(config)})
+    write_json(tmp_path / "run" / "train_config.json", {"config": parse(config).to_config()})
     changed = config.copy_and_resolve_references()
     changed.log_every, changed.eval_batch_size, changed.eval_every = 3, 5, 5
     capsys.readouterr()
-    check_folder(changed, tmp_path / "run", resume=True)
+    check_folder(parse(changed), tmp_path / "run", resume=True)
     check_weights(whole, train(changed, tmp_path / "run"))
     said = capsys.readouterr().out
     for line in ("config.log_every was 2 and is now 3: the log changes", "eval_batch_size was 2", "eval_every was 4"):
@@ -213,4 +214,4 @@ def test_a_damaged_account_of_a_run_is_a_sentence(config: ConfigDict, tmp_path: 
     for content in ([], {"config": 3}):
         write_json(tmp_path / "run" / "train_config.json", content)
         with pytest.raises(ValueError, match="train_config.json is damaged: it has no table 'config'"):
-            check_folder(config, tmp_path / "run", resume=True)
+            check_folder(parse(config), tmp_path / "run", resume=True)

@@ -10,9 +10,10 @@ import pytest
 from PIL import Image
 
 from avit_jax import AViTConfig
+from avit_jax.commands.typed_config import parse
 from avit_jax.data.open import open_dataset
 from avit_jax.data.pipeline import evaluation_batches, evaluation_images, training_batches
-from avit_jax.data.settings import DataSettings
+from avit_jax.data.settings import AugmentSettings, DataSettings
 from avit_jax.data.sources import Dataset
 from avit_jax.train.start import resolve_model_config
 from configs import mnist_dense
@@ -84,7 +85,9 @@ def test_records_are_read_and_decoded_without_tensorflow(root: Path) -> None:
 
 def test_training_and_evaluation_read_records(root: Path) -> None:
     dataset = opened(root, threads=2)
-    batches = training_batches(dataset.train, MODEL, batch_size=7, seed=0, augment={"crop_scale": (0.5, 1.0)})
+    batches = training_batches(
+        dataset.train, MODEL, batch_size=7, seed=0, augment=AugmentSettings(crop_scale=(0.5, 1.0))
+    )
     epoch = [next(batches) for _ in range(3)]
     batches.close()
     levels = np.concatenate([batch["image"][:, 0, 0, 0] for batch in epoch])
@@ -99,23 +102,24 @@ def test_a_model_of_one_channel_takes_grey_images(root: Path) -> None:
     config = mnist_dense.get_config()
     config.data.update({"source": "tfds", "path": str(root), "name": "animals"})
     config.model.update({"image_size": 16, "patch_size": 8, "in_channels": 1})
-    dataset = open_dataset(DataSettings.from_config(dict(config.data)))
-    model = resolve_model_config(config, dataset)
+    settings = parse(config)
+    dataset = open_dataset(settings.data)
+    model = resolve_model_config(settings.model, settings.data, dataset)
     (batch, *_) = evaluation_batches(dataset.val, model, 5)
     assert batch["image"].shape == (5, 16, 16, 1)
     np.testing.assert_array_equal(evaluation_images(dataset.val, range(5), model), batch["image"])
     config.model.in_channels = 3
     with pytest.raises(ValueError, match="config.data.mean and std have 1 values and images 3 channels"):
-        resolve_model_config(config, dataset)
+        resolve_model_config(parse(config).model, settings.data, dataset)
     config.model.in_channels = 2
     with pytest.raises(ValueError, match="config.model.in_channels is 2: images from disk are read as 3 or 1"):
-        resolve_model_config(config, dataset)
+        resolve_model_config(parse(config).model, settings.data, dataset)
 
 
 def test_worker_processes_open_the_records_themselves(root: Path) -> None:
     def first(**settings: object) -> dict[str, np.ndarray]:
         train = opened(root, **settings).train
-        batches = training_batches(train, MODEL, batch_size=7, seed=0, augment={"flip": 0.5})
+        batches = training_batches(train, MODEL, batch_size=7, seed=0, augment=AugmentSettings(flip=0.5))
         batch = next(batches)
         batches.close()
         return batch

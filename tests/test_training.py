@@ -20,11 +20,12 @@ from avit_jax.commands.config_files import load_config
 from avit_jax.commands.dry_run import dry_run
 from avit_jax.commands.evaluate_checkpoint import evaluate_checkpoint
 from avit_jax.commands.run import run
+from avit_jax.commands.typed_config import parse
 from avit_jax.data.settings import AugmentSettings, DataSettings
 from avit_jax.data.sources import load_dataset
 from avit_jax.evaluate.compare import format_summary
 from avit_jax.halting.prior import prior_loss
-from avit_jax.runtime.mesh import training_mesh
+from avit_jax.runtime.mesh import MeshSettings, training_mesh
 from avit_jax.train import loop as training
 from avit_jax.train import setup
 from avit_jax.train.clock import TIMES
@@ -57,6 +58,7 @@ class Killed(Exception):
 
 def test_a_run_learns_and_leaves_everything_behind(config: ConfigDict, tmp_path: Path) -> None:
     config.epochs *= 12
+    config.eval_every = config.checkpoint_every = 48
     config.optim.ema_decay = config.loss.label_smoothing = 0.0
     workdir = tmp_path / "run"
     summary = run(config, workdir)
@@ -83,7 +85,7 @@ def test_a_model_is_trained_from_python_and_a_finished_run_is_not_repeated(
 ) -> None:
     model = avit_jax.train_model(config, tmp_path / "run")
     assert model(jnp.zeros((2, 8, 8, 1))).logits.shape == (2, 3)
-    untrained = initial_model(config, load_dataset("npz", config.data.path))
+    untrained = initial_model(parse(config), load_dataset("npz", config.data.path))
     assert not np.array_equal(model.head.kernel[...], untrained.head.kernel[...])
     trained = [np.asarray(leaf) for leaf in jax.tree.leaves(nnx.state(model, nnx.Param))]
     for a, b in zip(trained, leaves(tmp_path / "run" / "checkpoints", ema=True), strict=True):
@@ -98,12 +100,21 @@ def test_a_model_is_trained_from_python_and_a_finished_run_is_not_repeated(
     assert "A-ViT" in out
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nobody stopped."""
+    folder = tmp_path_factory.mktemp("whole")
+    config = tiny_experiment(folder / "toy.npz")
+    config.model.drop_path_rate = 0.3
+    run(config, folder / "run")
+    return folder / "run"
+
+
 @pytest.mark.parametrize("killed_at", [2, 5, 8])
 def test_a_stopped_run_goes_on_bit_for_bit(
-    config: ConfigDict, tmp_path: Path, killed_at: int, monkeypatch: pytest.MonkeyPatch
+    config: ConfigDict, whole: Path, tmp_path: Path, killed_at: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config.model.drop_path_rate = 0.3
-    run(config, tmp_path / "whole")
     checked = training._checked
 
     def killing(step: int, metrics: Any) -> dict[str, float]:
@@ -120,12 +131,12 @@ def test_a_stopped_run_goes_on_bit_for_bit(
     run(config, tmp_path / "stopped")
     for options in ({}, {"ema": True}):
         for a, b in zip(
-            leaves(tmp_path / "whole" / "checkpoints", **options),
+            leaves(whole / "checkpoints", **options),
             leaves(tmp_path / "stopped" / "checkpoints", **options),
             strict=True,
         ):
             np.testing.assert_array_equal(a, b)
-    assert lines_without_times(tmp_path / "whole") == lines_without_times(tmp_path / "stopped")
+    assert lines_without_times(whole) == lines_without_times(tmp_path / "stopped")
     assert not list((tmp_path / "stopped" / "checkpoints").glob("damaged-*")), "what was saved fits its digests"
 
 
@@ -155,7 +166,7 @@ def test_training_starts_from_a_file_that_knows_nothing_but_weights(config: Conf
     dense = config.copy_and_resolve_references()
     dense.model.gate_scale = dense.model.gate_center = None
     data = load_dataset("npz", config.data.path)
-    np.savez(tmp_path / "start.npz", **avit_jax.to_torch_state_dict(initial_model(dense, data)))
+    np.savez(tmp_path / "start.npz", **avit_jax.to_torch_state_dict(initial_model(parse(dense), data)))
     config.init_from = str(tmp_path / "start.npz")
     assert set(run(config, tmp_path / "avit")) == {"dense", "avit", "images", "batch_size", "seconds"}
     table = evaluate_checkpoint(dense, tmp_path / "start.npz")
@@ -166,7 +177,7 @@ def test_a_checkpoint_of_other_classes_is_not_evaluated(config: ConfigDict, tmp_
     np.savez(tmp_path / "other.npz", **toy_arrays(classes=4))
     other = config.copy_and_resolve_references()
     other.data.path = str(tmp_path / "other.npz")
-    state = avit_jax.to_torch_state_dict(initial_model(other, load_dataset("npz", other.data.path)))
+    state = avit_jax.to_torch_state_dict(initial_model(parse(other), load_dataset("npz", other.data.path)))
     np.savez(tmp_path / "weights.npz", **state)
     with pytest.raises(ValueError, match="has 4 classes and the data 3: evaluate it on the data it was trained for"):
         evaluate_checkpoint(config, tmp_path / "weights.npz")
@@ -195,7 +206,7 @@ def test_the_last_good_checkpoint_outlives_a_loss_that_is_not_finite(
             state, metrics = step(*arguments)
             return state, metrics | {"ponder": jnp.where(state.step == 6, jnp.nan, metrics["ponder"])}
 
-        return poisoned_step
+        return jax.jit(poisoned_step)
 
     monkeypatch.setattr(setup, "make_train_step", poisoned)
     with pytest.raises(FloatingPointError, match="the ponder is nan at step 6"):
@@ -268,24 +279,25 @@ def test_another_config_in_the_same_folder_is_refused(config: ConfigDict, tmp_pa
 
 def test_the_model_follows_the_data_and_must_not_contradict_them(config: ConfigDict, tmp_path: Path) -> None:
     dataset = load_dataset("npz", config.data.path)
-    found = initial_model(config, dataset).config
+    found = initial_model(parse(config), dataset).config
     assert (found.image_size, found.in_channels, found.num_classes, found.class_names) == (8, 1, 3, ("0", "1", "2"))
     pixels = dataset.train.images / 255
     np.testing.assert_allclose(found.preprocessing.mean, pixels.mean(), atol=1e-4)
     np.testing.assert_allclose(found.preprocessing.std, pixels.std(), atol=1e-4)
     config.model.num_classes = 4
     with pytest.raises(ValueError, match="config.model.num_classes is 4 and the data say 3"):
-        initial_model(config, dataset)
+        initial_model(parse(config), dataset)
 
 
 @pytest.mark.parametrize("kind", ["soft", "hard"])
 def test_a_teacher_is_followed(config: ConfigDict, kind: str) -> None:
     """The first step's classification term, against the loss of the teacher's own output."""
     dataset = load_dataset("npz", config.data.path)
-    student = initial_model(config, dataset)
+    student = initial_model(parse(config), dataset)
     config.seed = 5
-    teacher = initial_model(config, dataset)
+    teacher = initial_model(parse(config), dataset)
     teacher.head.kernel[...] = 50 * teacher.head.kernel[...]  # decided, unlike the student
+    config.teacher = "given to the step"
     config.loss.update({"distillation": kind, "distillation_weight": 0.7, "distillation_temperature": 2.0})
     metrics, batch = first_step(config, student, teacher)
     expected = distillation_loss(
@@ -308,31 +320,33 @@ def test_a_teacher_that_does_not_fit_is_refused(config: ConfigDict, tmp_path: Pa
 
 
 def optimizer_of(config: ConfigDict, steps: int) -> optax.GradientTransformation:
-    return make_optimizer(config.optim, learning_rate_schedule(config.optim, steps, epochs=1.0, batch_size=12))
+    return make_optimizer(
+        parse(config).optim, learning_rate_schedule(parse(config).optim, steps, epochs=1.0, batch_size=12)
+    )
 
 
 def first_step(config: ConfigDict, model: avit_jax.AViT, teacher: avit_jax.AViT | None = None) -> tuple[Any, Any]:
     """The metrics of one step, and its batch."""
-    optimizer, mesh = optimizer_of(config, 8), training_mesh(-1, 1, 12)
+    optimizer, mesh = optimizer_of(config, 8), training_mesh(MeshSettings(), 12)
     state = initial_state(model, optimizer, config.optim.ema_decay, mesh)
     graphdefs = [nnx.graphdef(model), None if teacher is None else nnx.graphdef(teacher)]
-    step = make_train_step(graphdefs[0], optimizer, config, mesh, state, graphdefs[1])
+    step = make_train_step(graphdefs[0], optimizer, parse(config).step, mesh, state, graphdefs[1])
     batch = {"image": jnp.ones((12, 8, 8, 1)) * jnp.arange(12)[:, None, None, None] / 12, "label": jnp.arange(12) % 3}
     return step(state, batch, teacher_weights(teacher, mesh))[1], batch
 
 
 def test_learning_rate_warms_up_and_decays_to_its_end(config: ConfigDict) -> None:
     config.optim.update({"learning_rate": 0.4, "final_learning_rate": 0.1, "warmup_steps": 4})
-    schedule = learning_rate_schedule(config.optim, 12, epochs=1.0, batch_size=12)
+    schedule = learning_rate_schedule(parse(config).optim, 12, epochs=1.0, batch_size=12)
     found = [float(schedule(step)) for step in (0, 2, 4, 8, 12, 50)]
     np.testing.assert_allclose(found, [0, 0.2, 0.4, 0.25, 0.1, 0.1], atol=1e-6)
     with pytest.raises(ValueError, match="config.optim.warmup_steps 4 is not below the 4 steps"):
-        learning_rate_schedule(config.optim, 4, epochs=1.0, batch_size=12)
+        learning_rate_schedule(parse(config).optim, 4, epochs=1.0, batch_size=12)
 
 
 def test_a_batch_in_parts_has_the_whole_batchs_gradient(config: ConfigDict) -> None:
     config.loss.prior_weight = 0.0  # the one term that is no mean over images
-    model = initial_model(config, load_dataset("npz", config.data.path))
+    model = initial_model(parse(config), load_dataset("npz", config.data.path))
     whole, _ = first_step(config, model)
     config.accumulation = 3
     parts, _ = first_step(config, model)
@@ -366,7 +380,7 @@ def test_the_imagenet_configs_hold_deits_published_settings(module: ModuleType) 
 def test_the_learning_rate_by_epoch_is_timms() -> None:
     """configs/imagenet_avit.py:tiny at batch 1024, against recorded values: constant within each of 100 epochs."""
     config = imagenet_avit.get_config("tiny")
-    schedule = learning_rate_schedule(config.optim, 100 * 1251, epochs=config.epochs, batch_size=1024)
+    schedule = learning_rate_schedule(parse(config).optim, 100 * 1251, epochs=config.epochs, batch_size=1024)
     recorded = json.loads((Path(__file__).parent / "data" / "timm_schedule.json").read_text())
     for place in (0, 625, 1250):
         found = jax.vmap(schedule)(1251 * jnp.arange(100) + place)
@@ -377,7 +391,7 @@ def test_the_learning_rate_by_epoch_is_timms() -> None:
 def test_epoch_schedule_reaches_its_end_for_any_number_of_images(steps: int) -> None:
     """Fewer than one step an epoch, one and a third, 125, and 125.49: the rate falls to the last epoch's, never up."""
     config = load_config("folder:dense,pictures")
-    schedule = learning_rate_schedule(config.optim, steps, epochs=100.0, batch_size=32)
+    schedule = learning_rate_schedule(parse(config).optim, steps, epochs=100.0, batch_size=32)
     rates = [float(schedule(step)) for step in sorted({0, steps // 20, steps // 10, steps // 2, steps - 2, steps - 1})]
     last_epoch = math.floor((steps - 1) * 100 / steps)
     peak, final = config.optim.learning_rate, config.optim.final_learning_rate
@@ -418,9 +432,9 @@ def test_the_step_minimises_the_total_loss(config: ConfigDict) -> None:
     """Metrics and update of a step against the loss written out here and Adam called by hand."""
     config.optim.update({"weight_decay": 0.0, "clip_norm": 1e9, "ema_decay": 0.0, "warmup_steps": 0})
     dataset = load_dataset("npz", config.data.path)
-    model = initial_model(config, dataset)
+    model = initial_model(parse(config), dataset)
     graphdef, params = nnx.split(model)
-    optimizer, mesh = optimizer_of(config, 8), training_mesh(-1, 1, 12)
+    optimizer, mesh = optimizer_of(config, 8), training_mesh(MeshSettings(), 12)
     state = initial_state(model, optimizer, 0.0, mesh)
     metrics, batch = first_step(config, model)
 
@@ -435,7 +449,7 @@ def test_the_step_minimises_the_total_loss(config: ConfigDict) -> None:
     value, gradient = jax.value_and_grad(loss)(params)
     np.testing.assert_allclose(metrics["loss"], value, rtol=1e-5)
     np.testing.assert_allclose(metrics["gradient_norm"], optax.tree.norm(gradient), rtol=1e-4)
-    state, _ = make_train_step(graphdef, optimizer, config, mesh, state)(state, batch, None)
+    state, _ = make_train_step(graphdef, optimizer, parse(config).step, mesh, state)(state, batch, None)
     # Adam's first step is the learning rate times the gradient's sign: look where the sign is beyond rounding.
     for before, after, slope in zip(*map(jax.tree.leaves, (params, state.params, gradient)), strict=True):
         clear = np.abs(slope) > 1e-5

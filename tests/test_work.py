@@ -1,5 +1,9 @@
 """Work against DeiT's published figures and a loop over tokens."""
 
+import dataclasses
+import math
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,9 +11,10 @@ import pytest
 from flax import nnx
 
 import avit_jax
-from avit_jax import PackedPlan
+from avit_jax import AViT, PackedPlan
 from avit_jax.execution.plan import layer_loads, padded_loads
-from avit_jax.execution.work import image_gmacs, last_block_macs, packed_gmacs
+from avit_jax.execution.work import image_gmacs, last_block_macs, packed_gmacs, shrinking_gmacs, whole_gmacs
+from avit_jax.reduction.tome import ToMe
 from tests.harness.builders import small_config
 
 
@@ -48,6 +53,56 @@ def test_xlas_own_count_of_an_unrolled_model_agrees() -> None:
     counted = jax.jit(forward).lower(jnp.zeros((1, 64, 64, 3))).compile().cost_analysis()["flops"] / 2e9
     depth = jnp.full((1, config.num_tokens), config.depth, jnp.int32)
     np.testing.assert_allclose(counted, image_gmacs(config, depth)[0], rtol=0.02)
+
+
+def multiply_adds(jaxpr: Any) -> int:
+    """Those of every matrix product in a traced program, scans unrolled; the products of merging are left out."""
+    total = 0
+    for equation in jaxpr.eqns:
+        parameters = equation.params
+        if equation.primitive.name == "dot_general":
+            highest = jax.lax.Precision.HIGHEST  # of ToMe's matching and its sums alone
+            if parameters["precision"] not in (highest, (highest, highest)):
+                (contracted, _), _ = parameters["dimension_numbers"]
+                shape = equation.invars[0].aval.shape
+                total += math.prod(equation.outvars[0].aval.shape) * math.prod(shape[axis] for axis in contracted)
+        times = parameters.get("length", 1)
+        inner = [value for value in parameters.values() if hasattr(value, "eqns") or hasattr(value, "jaxpr")]
+        total += times * sum(multiply_adds(getattr(part, "jaxpr", part)) for part in inner)
+    return total
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"gate_scale": None, "gate_center": None},
+        {"distilled": True, "num_registers": 2},
+        {"pool": "token_and_mean"},
+        {"rule": ToMe(2)},
+        {"rule": ToMe((0, 2, 0, 1)), "distilled": True},
+        {"rule": ToMe(1), "pool": "norm_mean", "class_token": False},
+    ],
+)
+def test_the_products_of_the_traced_program_are_what_is_counted(fields: dict[str, Any]) -> None:
+    config = small_config(image_size=(16, 12), **fields)
+    program = avit_jax.compile(AViT(config, rngs=nnx.Rngs(0)), 2, execution="auto" if config.reduction else "masked")
+    traced = jax.make_jaxpr(program.jitted)(*program.abstract_arguments)
+    depth = np.full((2, config.num_tokens), config.depth, np.int32)
+    own = 0
+    if config.reduction is not None:  # with a class token nothing merges in the last layer
+        own = sum(config.reduction.own_macs(config)[: -1 if config.pool == "token" else None])
+    assert program.executed(depth, 2).gmacs == pytest.approx((multiply_adds(traced.jaxpr) / 2 + own) / 1e9, rel=1e-6)
+
+
+def test_a_reduction_counts_the_whole_last_layer_by_the_papers_convention() -> None:
+    """DeiT-S with r = 13 is 2.7 in ToMe's paper."""
+    config = avit_jax.PRESETS["deit_small_patch16_224"]
+    config = dataclasses.replace(config, rule=ToMe(13))
+    found = image_gmacs(config, jnp.ones((3, config.num_tokens), jnp.int32))
+    np.testing.assert_allclose(found, 2.703, atol=5e-4)
+    assert shrinking_gmacs(config, short_last_layer=True) < found[0] < whole_gmacs(config)
+    nothing = dataclasses.replace(config, rule=ToMe(0))
+    assert shrinking_gmacs(nothing, short_last_layer=False) == pytest.approx(whole_gmacs(config), rel=1e-6)
 
 
 def test_the_last_block_counts_what_special_tokens_read() -> None:

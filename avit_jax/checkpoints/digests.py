@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from avit_jax.runtime.files import read_json
 
-NO_DIGESTS = "it was written without digests, so damage cannot be seen"
+NO_DIGESTS = "it was written without digests, so damage cannot be detected"
 HEX = re.compile("[0-9a-f]{64}")
 
 
@@ -24,7 +24,7 @@ def tree_digests(tree: Any) -> dict[str, str]:
     """The digest of every array in nested dicts, by its name: the keys joined by dots.
 
     A digest covers the array's name, dtype, shape and little-endian bytes. It does not depend on how the array is laid
-    out over devices. Arrays that are split over several processes are gathered: all processes must call this together.
+    out over devices. Arrays that are split over processes are gathered, so all processes must call this together.
     """
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     named = {jax.tree_util.keystr(keys, simple=True, separator="."): leaf for keys, leaf in leaves}
@@ -35,15 +35,15 @@ def tree_digests(tree: Any) -> dict[str, str]:
 
 
 def json_digest(content: Any) -> str:
-    """The digest of JSON content, whatever its spacing and the order of its keys."""
+    """The digest of JSON content. It does not depend on spacing or the order of keys."""
     plain = json.loads(json.dumps(content))  # tuples become lists, and keys strings, as in a file
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
 def read_digests(path: Path) -> dict[str, Any] | None:
-    """The digests in a file; None where there is none, as in checkpoints from before there were any.
+    """The digests in a file; None if there are none, as in old checkpoints.
 
-    Raises ValueError, naming the file, where it is damaged.
+    Raises ValueError, naming the file, if it is damaged.
     """
     if not (path if path.name == "digests.json" else path.parent).exists():
         return None
@@ -56,14 +56,15 @@ def read_digests(path: Path) -> dict[str, Any] | None:
 def check_digests(where: Path, found: Mapping[str, str], written: Any) -> None:
     """Raises ValueError, naming the first parameter that differs, unless what was read is what was written.
 
-    written: the digests that lie beside the data, and may themselves be damaged.
+    where: what the message names. found: the digests of what was read. written: the digests stored beside the data,
+    which may be damaged themselves.
     """
     if not isinstance(written, dict):
         raise ValueError(f"the checkpoint {where} is damaged: its digests are missing")
     for name in sorted(found.keys() | written.keys()):
         digest = written.get(name)
         if name not in found or not isinstance(digest, str) or not HEX.fullmatch(digest):
-            raise ValueError(f"the checkpoint {where} is damaged: its digests do not fit it, see {name[:100]!r}")
+            raise ValueError(f"the checkpoint {where} is damaged: its digests do not match it, see {name[:100]!r}")
         if digest != found[name]:
             raise ValueError(
                 f"the checkpoint {where} is damaged: {name} is not what was written (its SHA-256 digest differs)"
@@ -85,7 +86,7 @@ def _on_host(leaf: Any) -> np.ndarray:
         assert isinstance(leaf.sharding, NamedSharding)
         leaf = _gather(leaf.sharding.mesh)(leaf)
     if leaf.is_fully_replicated:
-        # A new handle of the buffer: the array itself would keep its host copy, and with it a buffer to be donated.
+        # A new handle to the buffer: the array itself would keep its host copy, and with it a buffer to be donated.
         leaf = leaf.addressable_data(0)
     return np.asarray(leaf)
 

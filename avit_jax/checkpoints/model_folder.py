@@ -1,4 +1,4 @@
-"""Models on disk, with orbax; every checkpoint says what it is (config.json, or a run's config item)."""
+"""Saving and loading models with orbax. Every checkpoint holds its configuration (config.json; in a run, config)."""
 
 import dataclasses
 import shutil
@@ -21,25 +21,26 @@ from avit_jax.model.config import AViTConfig
 from avit_jax.model.vit import AViT
 from avit_jax.runtime.files import read_json, write_json, writing
 from avit_jax.runtime.mesh import check_platform
+from avit_jax.runtime.text import first_line
 
 
 def save(model: AViT, path: str | Path) -> None:
     """Write a model as a folder: config.json (architecture, preprocessing, class names), params/ (orbax), digests.json.
 
-    The folder appears whole or not at all. Raises ValueError where it exists already: nothing is overwritten.
+    The folder appears whole or not at all. Raises ValueError if it exists already; nothing is overwritten.
     """
     path = Path(path).absolute()
     if path.exists():
         raise ValueError(f"{path} exists already: choose another path or remove it")
     partial = path.with_name(path.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)  # what a killed process left
+    shutil.rmtree(partial, ignore_errors=True)  # left by a killed process
     with writing(path):
         _save(model, path, partial)
 
 
 def _save(model: AViT, path: Path, partial: Path) -> None:
     partial.mkdir(parents=True)
-    # Orbax takes arrays of one process of several as NumPy's.
+    # With several processes, orbax saves the arrays of one of them only as NumPy arrays.
     with ocp.StandardCheckpointer(multiprocessing_options=_alone("save")) as checkpointer:
         params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
         checkpointer.save(partial / "params", jax.tree.map(np.asarray, params) if jax.process_count() > 1 else params)
@@ -49,32 +50,32 @@ def _save(model: AViT, path: Path, partial: Path) -> None:
 
 
 def _digests(config: Any, params: Any) -> dict[str, Any]:
-    """What digests.json holds."""
+    """The content of digests.json."""
     return {"config.json": json_digest(config), "params": tree_digests(params)}
 
 
 def add_digests(path: str | Path) -> None:
-    """Give a saved model's folder that has none the digests of what it holds now; later damage is then found.
+    """Add the digests of its present content to a saved model without digests, so that later damage is found.
 
-    Raises ValueError where path is no folder that `save` wrote, or has digests already.
+    path: a folder that `save` wrote. Raises ValueError if it is not one, or has digests already.
     """
     path = Path(path).absolute()
     if (path / "digests.json").exists():
         raise ValueError(f"{path} has digests already: nothing to do")
     if not (path / "params").is_dir():
-        raise ValueError(f"{path} is no folder that avit_jax.save wrote: params is missing")
+        raise ValueError(f"{path} is not a folder that avit_jax.save wrote: params is missing")
     config = read_json(path / "config.json")
     params = restore_tree(path / "params", _shapes(AViTConfig.from_json(config)))
     write_json(path / "digests.json", _digests(config, params))
 
 
-def _shapes(config: AViTConfig) -> dict[str, Any]:
+def _shapes(model_config: AViTConfig) -> dict[str, Any]:
     """The parameters that a model of this configuration has, without their values."""
-    return nnx.to_pure_dict(nnx.state(nnx.eval_shape(lambda: AViT(config, rngs=nnx.Rngs(0)))))
+    return nnx.to_pure_dict(nnx.state(nnx.eval_shape(lambda: AViT(model_config, rngs=nnx.Rngs(0)))))
 
 
 def _alone(doing: str) -> ocp.options.MultiprocessingOptions:
-    """By this process, of however many, without waiting for the others."""
+    """Orbax's options for work by this process only, without waiting for others; doing: a name for that work."""
     own = jax.process_index()
     return ocp.options.MultiprocessingOptions(
         primary_host=own, active_processes={own}, barrier_sync_key_prefix=f"{doing}_{own}"
@@ -84,12 +85,13 @@ def _alone(doing: str) -> ocp.options.MultiprocessingOptions:
 def load(path: str | Path, preset: str | None = None, *, ema: bool = False, **overrides: Any) -> AViT:
     """A model from a folder of `save`, a training run or Hugging Face, or from a .pth, .safetensors or .npz file.
 
-    Nothing is downloaded. Of a run's folder: the finished model, else the newest checkpoint. Folders, and files that
-    save_torch wrote, carry their own configuration; preset and overrides (AViTConfig fields) say the rest. ema: the
-    moving average's weights.
-    Position embeddings are resized to another image_size, the head is new for another num_classes, preprocessing is
-    what was published with it unless given (a Preprocessing, or a dict of some of its fields). Each is printed.
-    Raises ValueError where the path is missing, damaged, or of another architecture (naming the parameter and shapes).
+    path: nothing is downloaded; from a run's folder comes the finished model, or else the newest checkpoint. preset:
+    the architecture of a file without a configuration (folders, and files that save_torch wrote, have one). ema: load
+    the moving average's weights. overrides: AViTConfig fields.
+    Position embeddings are resized for another image_size, and the head is new for another num_classes. Preprocessing
+    is what was published with the weights, unless given (a Preprocessing, or a dict of some of its fields). A line is
+    printed for each of these.
+    Raises ValueError if the path is missing, damaged, or has another architecture (naming the parameter and shapes).
     """
     conversion = load_conversion(path, preset, ema=ema, **overrides)
     for note in conversion.notes:
@@ -98,16 +100,21 @@ def load(path: str | Path, preset: str | None = None, *, ema: bool = False, **ov
 
 
 def is_foreign(path: str | Path) -> bool:
-    """Whether a checkpoint comes without our configuration: others' weight files, folders of transformers and timm."""
+    """Whether a checkpoint has no configuration of ours: files of other programs, folders of transformers and timm."""
     path = Path(path)
     return read_config(path) is None if path.is_file() else is_foreign_folder(path)
 
 
+def no_checkpoint(path: str | Path, hint: str = "nothing of that name is there", key: str = "") -> ValueError:
+    """The error to raise for a missing checkpoint; hint: what to do. key: the setting that names the path."""
+    return ValueError(f"there is no checkpoint at {path}{f' ({key})' if key else ''}: {hint}")
+
+
 def load_conversion(path: str | Path, preset: str | None = None, *, ema: bool = False, **overrides: Any) -> Conversion:
-    """What load does, with the account of it."""
+    """As `load`, but returns the model with its notes and changes, and prints nothing."""
     check_platform()
     if not Path(path).exists():
-        raise ValueError(f"there is no checkpoint at {path}: {where_to_get(path)}")
+        raise no_checkpoint(path, where_to_get(path))
     path = Path(path).absolute()
     if path.is_file() or is_foreign_folder(path):
         try:
@@ -123,7 +130,7 @@ def load_conversion(path: str | Path, preset: str | None = None, *, ema: bool = 
     except ValueError as error:
         raise ValueError(f"{config_file}: {error}") from error
     if overrides.get("num_heads", saved.num_heads) != saved.num_heads:
-        # The one difference of architecture that no shape shows.
+        # The number of heads is the only part of the architecture that no shape shows.
         raise ValueError(
             f"num_heads is {saved.num_heads} in the checkpoint {path} and {overrides['num_heads']} in the model"
         )
@@ -145,7 +152,7 @@ def load_conversion(path: str | Path, preset: str | None = None, *, ema: bool = 
 
 
 def _check(params: Path, config: Any, restored: Any) -> bool:
-    """Whether there are digests to check against. Raises ValueError where they show damage."""
+    """Whether there are digests to check against. Raises ValueError if they show damage."""
     of_a_model = params.name == "params"
     written = read_digests(params.parent / ("digests.json" if of_a_model else "digests/metadata"))
     if written is None:
@@ -161,7 +168,7 @@ def _check(params: Path, config: Any, restored: Any) -> bool:
 
 
 def _locate(path: Path, ema: bool) -> tuple[Path, Path]:
-    """The configuration's file and the parameters' folder, in a saved model, a run, its checkpoints, or one of them."""
+    """The configuration file and the parameter folder in a saved model, a run, its checkpoints, or one of them."""
     if (path / "model" / "config.json").exists() and not ema:
         path = path / "model"
     if (path / "params").exists() or (path / "config.json").exists():
@@ -189,36 +196,35 @@ def checkpoint_steps(folder: Path) -> list[Path]:
 
 
 def restore_tree(path: Path, target: Any) -> Any:
-    """The arrays under `path` in the structure of the target, nested dicts of arrays, as they lie, or of shapes.
+    """The arrays under `path`, in the structure of `target` and with the dtypes of the file.
 
-    Shapes alone: on this process's first device. Dtypes are those of the file.
-
-    Raises ValueError naming the parameter and both shapes where they differ, and the path where it is damaged.
+    target: nested dicts of arrays, whose sharding is used, or of shapes, which go to this process's first device.
+    Raises ValueError, naming the parameter and both shapes, if shapes differ; naming the path, if it is damaged.
     """
-    # Said, not left to the file: it may come from a machine with other devices.
+    # The sharding is given here, because the file may come from a machine with other devices.
     first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
     def placed(leaf: Any, stored: Any) -> jax.ShapeDtypeStruct:
-        # In the file's own dtype, which the digests are of.
+        # The dtype is the file's own, because the digests are made from it.
         return jax.ShapeDtypeStruct(leaf.shape, stored.dtype, sharding=getattr(leaf, "sharding", None) or first)
 
     with ocp.StandardCheckpointer(multiprocessing_options=_alone("restore")) as checkpointer:
         try:
             found = ocp.StandardCheckpointHandler().metadata(path).tree
-        except Exception as error:  # orbax raises many kinds; all of them mean that the folder is not whole
-            raise ValueError(f"the checkpoint {path} is incomplete or damaged: {first_line(error)}") from error
+        except Exception as error:  # orbax raises many kinds; all of them mean that the folder is incomplete
+            raise ValueError(f"the checkpoint {path} is incomplete or damaged: {cause(error)}") from error
         _check_shapes(path, found, target)
         try:
             return checkpointer.restore(path, jax.tree.map(placed, target, found))
         except Exception as error:
-            raise ValueError(f"the checkpoint {path} is incomplete or damaged: {first_line(error)}") from error
+            raise ValueError(f"the checkpoint {path} is incomplete or damaged: {cause(error)}") from error
 
 
-def first_line(error: BaseException) -> str:
-    """The first line of what caused an error of orbax's."""
-    while error.__cause__ is not None:  # tensorstore's own says which parameter and why; orbax wraps it
+def cause(error: BaseException) -> str:
+    """The first line of the root cause of an orbax error."""
+    while error.__cause__ is not None:  # tensorstore's error says which parameter and why; orbax wraps it
         error = error.__cause__
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+    return first_line(error)
 
 
 def _check_shapes(path: Path, found: Any, target: Any) -> None:
@@ -233,8 +239,8 @@ def _check_shapes(path: Path, found: Any, target: Any) -> None:
     extra, missing = sorted(theirs.keys() - ours.keys()), sorted(ours.keys() - theirs.keys())
     if extra or missing:
         raise ValueError(
-            f"the checkpoint {path} is of another architecture: only there {extra or 'nothing'}, "
+            f"the checkpoint {path} has another architecture: only in the checkpoint {extra or 'nothing'}, "
             f"only in the model {missing or 'nothing'}"
         )
-    if path.name != "optimizer":  # whose moments may all be zero
+    if path.name != "optimizer":  # its moments may all be zero and compress well
         check_folder(path, ours.values())

@@ -13,12 +13,12 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from avit_jax.checkpoints.digests import NO_DIGESTS, check_digests, json_digest, read_digests, tree_digests
-from avit_jax.checkpoints.model_folder import checkpoint_steps, first_line, restore_tree
+from avit_jax.checkpoints.model_folder import cause, checkpoint_steps, restore_tree
 from avit_jax.model.config import AViTConfig
 from avit_jax.runtime.files import CannotWrite, read_json, writing
 from avit_jax.runtime.processes import in_any_process, lost_a_process
 
-# Bytes of JSON: metrics of all steps since the last line of the log, about 600 for a step, whatever log_every is.
+# Bytes of JSON: it holds the metrics of all steps since the last log line, about 600 bytes a step, for any log_every.
 MOST_PROGRESS = 2**28
 
 
@@ -31,14 +31,14 @@ class Restored:
     items: dict[str, Any]
     progress: dict[str, Any]
     data: dict[str, Any]
-    digests: dict[str, Any] | None  # as written; None in checkpoints from before there were any
+    digests: dict[str, Any] | None  # as stored; None in old checkpoints, which have none
 
 
 class RunCheckpoints:
     """The checkpoints of one training run: STEP/{model,ema,optimizer,step,data,config,digests}.
 
-    They are written in the background. Kept: the last `keep`, every `every`-th step, and the `best` ones by top-1 on
-    validation.
+    They are written in the background. The last `keep` are kept, those of every `every`-th step, and the `best` ones by
+    validation top-1. Raises ValueError if those in `folder` cannot be read.
     """
 
     def __init__(self, folder: Path, keep: int, every: int = 0, best: int = 0) -> None:
@@ -56,10 +56,10 @@ class RunCheckpoints:
                 self._manager = ocp.CheckpointManager(self._folder, options=options)
         except CannotWrite:
             raise
-        except Exception as error:  # orbax raises many kinds where its own _CHECKPOINT_METADATA is damaged
+        except Exception as error:  # orbax raises many kinds if its own _CHECKPOINT_METADATA is damaged
             raise ValueError(
-                f"the checkpoints in {self._folder} cannot be read: {first_line(error)}; move the damaged STEP folder, "
-                "most likely the newest, away"
+                f"the checkpoints in {self._folder} cannot be read: {cause(error)}; move the damaged STEP folder "
+                "away, most likely the newest one"
             ) from error
 
     def save(
@@ -68,16 +68,17 @@ class RunCheckpoints:
         items: dict[str, Any],
         progress: dict[str, Any],
         data: dict[str, Any],
-        config: AViTConfig,
+        model_config: AViTConfig,
         top1: float,
     ) -> None:
-        """Write in the background; items are model, optimizer and perhaps ema, progress and data are plain JSON.
+        """Write a checkpoint in the background.
 
-        The digests are made before this returns, so that the next step may reuse the arrays' memory.
-        Raises ValueError where this one, or the one before it in the background, cannot be written.
+        items: the arrays of model, optimizer and perhaps ema. progress, data: plain JSON. top1: on validation, for
+        `best`. The digests are made before this returns, so that the next step may reuse the arrays' memory. Raises
+        ValueError if this checkpoint, or the one before it in the background, cannot be written.
         """
-        # A copy: orbax writes it in the background, while the run's own lists grow.
-        plain = copy.deepcopy({"step": progress, "data": data, "config": config.to_json()})
+        # This is a copy, because orbax writes it in the background while the run's own lists grow.
+        plain = copy.deepcopy({"step": progress, "data": data, "config": model_config.to_json()})
         digests: dict[str, Any] = {name: tree_digests(tree) for name, tree in items.items()}
         digests |= {name: json_digest(content) for name, content in plain.items()}
         parts = ocp.args.Composite(
@@ -92,18 +93,18 @@ class RunCheckpoints:
         try:
             with writing(self._folder / "a checkpoint"):
                 yield
-        except (CannotWrite, jax.errors.JaxRuntimeError):  # the latter: of a collective, another process has gone
+        except (CannotWrite, jax.errors.JaxRuntimeError):  # the latter: another process is gone
             raise
         except Exception as error:  # orbax raises many kinds
             raise ValueError(
-                f"a checkpoint could not be written to {self._folder}: {first_line(error)}; the ones before it are "
-                "whole, and the same command goes on from there"
+                f"a checkpoint could not be written to {self._folder}: {cause(error)}; the earlier ones are "
+                "intact, and the same command goes on from there"
             ) from error
 
     def restore_newest(self, items: dict[str, Any]) -> Restored | None:
-        """The newest whole checkpoint in the given items' structure and layout; None where there is none at all.
+        """The newest intact checkpoint, in the structure and layout of `items`; None if there is none at all.
 
-        A damaged one is named and passed over, not deleted. Raises ValueError where all are damaged.
+        A damaged one is reported and skipped, but not deleted. Raises ValueError if all are damaged.
         """
         steps = checkpoint_steps(self._folder)[::-1]
         for folder in steps:
@@ -112,7 +113,7 @@ class RunCheckpoints:
                 found = self._restore(folder, items)
             except ValueError as error:
                 damage = error
-            # What one of several processes cannot read, none takes.
+            # A checkpoint that one of several processes cannot read is used by none.
             if not in_any_process(damage is not None):
                 assert found is not None
                 damage = _damage(folder, found)
@@ -121,7 +122,7 @@ class RunCheckpoints:
                     return found
             damage = damage or ValueError(f"the checkpoint {folder} is damaged for another process: see its message")
             if folder == steps[-1]:
-                raise ValueError(f"{damage}; no whole checkpoint is left: give another --workdir to begin anew")
+                raise ValueError(f"{damage}; no intact checkpoint is left: give another --workdir to start again")
             print(f"{damage}; going back to the checkpoint before it")
         return None
 
@@ -134,21 +135,21 @@ class RunCheckpoints:
             check_digests(folder, found, {name: digests.get(name) for name in found})
         progress, data = plain["step"], plain["data"]
         if not (isinstance(progress, dict) and isinstance(data, dict)):
-            raise ValueError(f"the checkpoint {folder} is damaged: its step or its data item holds no table")
+            raise ValueError(f"the checkpoint {folder} is damaged: its step or data item is not a table")
         return Restored(folder, int(folder.name), restored, progress, data, digests)
 
     def _set_aside(self, damaged: Iterable[Path]) -> None:
-        """Rename, so that the steps can be written again."""
+        """Rename damaged checkpoints, so that their steps can be written again."""
         damaged = list(damaged)
         if jax.process_index() == 0:
             for folder in damaged:
                 target, number = folder.with_name(f"damaged-{folder.name}"), 1
-                while target.exists():  # this step has been damaged before
+                while target.exists():  # a checkpoint of this step was damaged before
                     number += 1
                     target = folder.with_name(f"damaged-{folder.name}-{number}")
                 folder.rename(target)
         if damaged:
-            in_any_process(False)  # not before process 0 has renamed them
+            in_any_process(False)  # wait until process 0 has renamed them
             self._manager.reload()
 
     def preempted(self, step: int) -> bool:
@@ -156,7 +157,7 @@ class RunCheckpoints:
         return jax.process_count() > 1 and self._manager.reached_preemption(step)
 
     def wait(self) -> None:
-        """Until what was saved is on disk. Raises ValueError where it could not be written."""
+        """Wait until what was saved is on disk. Raises ValueError if it could not be written."""
         with self._writing():
             self._manager.wait_until_finished()
 
@@ -164,19 +165,19 @@ class RunCheckpoints:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        """Wait until everything is on disk; not for a process that has gone."""
+        """Wait until everything is on disk, unless another process is gone."""
         if error is not None and lost_a_process(error):
             return
         try:
             with self._writing():
                 self._manager.close()
         except ValueError:
-            if error is None:  # else that one is told, which may be the same
+            if error is None:  # otherwise the first error is raised, which may be the same
                 raise
 
 
 def _damage(folder: Path, found: Restored) -> ValueError | None:
-    """What differs from what was written, as far as digests tell; all processes must call this together."""
+    """The damage that the digests show, or None. All processes must call this together."""
     if not in_any_process(found.digests is not None):
         if jax.process_index() == 0:
             print(f"the checkpoint {folder}: {NO_DIGESTS}")

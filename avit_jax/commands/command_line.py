@@ -5,7 +5,7 @@ import os
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,9 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from avit_jax.commands.config_files import DEFAULT_CONFIG, find_config, load_config
+from avit_jax.commands.config_help import config_help
 from avit_jax.commands.help import HELP, help_text
-from avit_jax.model.config import nearest
+from avit_jax.runtime.hints import nearest
 from avit_jax.runtime.mesh import use_all_cores
 from avit_jax.runtime.processes import LOST, end_now, leave, lost_a_process
 
@@ -23,7 +24,8 @@ _PACKAGE = Path(__file__).parents[1]
 
 
 def define_config_flag() -> flags.FlagHolder:
-    """--config=NAME or FILE, with --config.key=value overrides."""
+    """--config=NAME or FILE, with --config.key=value overrides, and --help_config."""
+    flags.DEFINE_bool("help_config", False, "Print every key of the config: value, default, what it means.")
     return config_flags.DEFINE_config_file("config", None, "The experiment.", lock_config=True)
 
 
@@ -32,15 +34,17 @@ def run_main(
     options: Sequence[flags.FlagHolder],
     about: str,
     default_config: Callable[[Mapping[str, str]], str] = lambda _: DEFAULT_CONFIG,
+    reads: Collection[str] = (),
 ) -> None:
     """Parse the flags, run main, and turn what a user can mend into one sentence and exit status 1.
 
     options: the command's own flags, without --config; about: its one-line description, for --help; default_config:
-    what --config is where it is not given, from the other options by name.
+    what --config is where it is not given, from the other options by name; reads: the sections and keys of the config
+    that the command reads, for --help_config; all where it is empty.
     """
     # matplotlib writes its font cache to the home folder unless it is told otherwise before it is imported.
     os.environ.setdefault("MPLCONFIGDIR", str(Path("runs/.matplotlib").absolute()))
-    own = ["config", *(option.name for option in options)]
+    own = ["config", "help_config", *(option.name for option in options)]
 
     def parse(argv: list[str]) -> list[str]:
         if any(argument in HELP for argument in argv[1:]):
@@ -53,7 +57,11 @@ def run_main(
         except ValueError as error:
             raise SystemExit(_say(str(error))) from None
         try:
-            return flags.FLAGS(argv)
+            rest = flags.FLAGS(argv)
+            if flags.FLAGS.help_config:
+                print(config_help(flags.FLAGS.config, reads))
+                raise SystemExit(0)
+            return rest
         except (flags.Error, ValueError, TypeError, AttributeError, KeyError) as error:
             raise SystemExit(_say(" ".join(str(error).split()))) from None
 

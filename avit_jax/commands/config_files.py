@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from avit_jax.model.config import nearest
+from avit_jax.runtime.hints import nearest
 
 DEFAULT_CONFIG = "mnist_avit"
 _PACKAGE = Path(__file__).parents[1]

@@ -1,4 +1,4 @@
-"""python -m avit_jax.convert IN OUT: checkpoints from and to PyTorch, with a table of what became of what."""
+"""python -m avit_jax.convert IN OUT: convert checkpoints from and to PyTorch, and print a table of the parameters."""
 
 import argparse
 import dataclasses
@@ -16,27 +16,30 @@ from avit_jax.checkpoints.model_folder import load_conversion, save
 from avit_jax.model.config import INTERPOLATIONS, POOLS, Preprocessing
 
 TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")
-# Files of other programs: a folder of such a name would be taken for one.
+# Suffixes of other programs' files: a folder with such a name would be mistaken for one.
 OTHER_FORMATS = (".onnx", ".npz", ".npy", ".h5", ".hdf5", ".keras", ".msgpack", ".ckpt", ".pkl", ".tflite", ".json")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Convert; returns the exit status, 1 with one sentence on stderr for what the user can mend."""
+    """Convert a checkpoint; returns the exit status: 1, with one sentence on stderr, for errors that the user can fix.
+
+    arguments: those of the command line if None.
+    """
     parser = argparse.ArgumentParser(prog="python -m avit_jax.convert", description=__doc__)
     parser.add_argument("source", metavar="IN", help=".pth, .safetensors, .npz, a Hugging Face folder, or avit_jax's")
     parser.add_argument("target", metavar="OUT", help=".pth or .safetensors for PyTorch; else a folder for avit_jax")
     parser.add_argument("--preset", help="such as avit_tiny_patch16_224: architecture and gate")
-    parser.add_argument("--num-classes", type=int, help="another number than the checkpoint's: a new head")
+    parser.add_argument("--num-classes", type=int, help="if it differs from the checkpoint's: a new head")
     parser.add_argument("--image-size", type=_image_size, help="224 or HEIGHTxWIDTH: positions are resized")
-    parser.add_argument("--num-heads", type=int, help="where neither preset nor width tells it")
-    parser.add_argument("--gate-scale", type=float, help="with --gate-center: an A-ViT; no checkpoint tells them")
+    parser.add_argument("--num-heads", type=int, help="needed if neither preset nor width determines it")
+    parser.add_argument("--gate-scale", type=float, help="with --gate-center: an A-ViT; no checkpoint holds them")
     parser.add_argument("--gate-center", type=float)
-    parser.add_argument("--pool", choices=POOLS, help="what the head reads, where the file cannot tell")
-    parser.add_argument("--mean", type=_numbers, help="such as 0.5,0.5,0.5: what is taken from each channel (0..1)")
-    parser.add_argument("--std", type=_numbers, help="such as 0.5,0.5,0.5: what each channel is divided by")
+    parser.add_argument("--pool", choices=POOLS, help="what the head reads, if the file does not say")
+    parser.add_argument("--mean", type=_numbers, help="such as 0.5,0.5,0.5: subtracted from each channel (0..1)")
+    parser.add_argument("--std", type=_numbers, help="such as 0.5,0.5,0.5: each channel is divided by it")
     parser.add_argument("--crop-fraction", type=float, help="the part of the resized image that the model sees")
     parser.add_argument("--interpolation", choices=INTERPOLATIONS)
-    parser.add_argument("--ema", action="store_true", help="the moving average's weights")
+    parser.add_argument("--ema", action="store_true", help="use the moving average's weights")
     options = vars(parser.parse_args(arguments))
     source, target = options.pop("source"), Path(options.pop("target"))
     preset, ema = options.pop("preset"), options.pop("ema")
@@ -70,7 +73,7 @@ def _numbers(text: str) -> tuple[float, ...]:
     try:
         return tuple(float(number) for number in text.split(","))
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers such as 0.5,0.5,0.5") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers such as 0.5,0.5,0.5") from None
 
 
 def _image_size(text: str) -> int | tuple[int, int]:
@@ -81,7 +84,7 @@ def _image_size(text: str) -> int | tuple[int, int]:
 
 
 def format_conversion(conversion: Conversion) -> str:
-    """A row for every parameter: our name and shape (blocks stacked), PyTorch's name, what was done."""
+    """A table with a row for every parameter: our name and shape (blocks stacked), PyTorch's name, what was done."""
     rows = [("avit_jax", "shape", "PyTorch", "")]
     total = 0
     for path, param in nnx.to_flat_state(nnx.state(conversion.model, nnx.Param)):
@@ -92,6 +95,6 @@ def format_conversion(conversion: Conversion) -> str:
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     config = conversion.model.config
-    gate = f"gate {config.gate_scale:g} / {config.gate_center:g}" if config.halts else "no gate"
+    gate = "no gate" if config.rule_in_force is None else config.rule_in_force.describe()
     summary = f"{total:,} parameters in {len(rows) - 1} arrays; layout: {conversion.layout}; {gate}"
     return "\n".join([*lines, summary, *conversion.notes])

@@ -9,17 +9,17 @@ import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
-from avit_jax.commands.checks import check_values
+from avit_jax.commands.typed_config import parse
 from avit_jax.data.open import open_dataset
 from avit_jax.data.settings import DataSettings
 from avit_jax.execution.work import whole_gmacs
 from avit_jax.model.config import AViTConfig, Preprocessing, config_from
-from avit_jax.model.settings import given_fields
 from avit_jax.model.vit import AViT
 from avit_jax.runtime.files import expanded
 from avit_jax.runtime.memory import device_memory
 from avit_jax.runtime.mesh import global_batch, training_mesh
 from avit_jax.train.optim import peak_learning_rate
+from avit_jax.train.settings import TrainSettings
 from avit_jax.train.setup import prepare
 from avit_jax.train.start import check_starts, resolve_model_config
 from avit_jax.train.state import TrainState, initial_state, teacher_weights
@@ -33,24 +33,24 @@ def dry_run(config: ConfigDict) -> Iterator[str]:
     Data that are not there are forgiven, and made up. Raises ValueError for settings that the run refuses; after the
     account where it needs more memory than the machine has, and where init_from or teacher is not there.
     """
-    check_values(config)
-    model_config, images, data = _data(config)
-    mesh = training_mesh(config.mesh.data, config.mesh.fsdp, config.batch_size, config.accumulation)
+    settings = parse(config)
+    model_config, images, data = _data(settings)
+    mesh = training_mesh(settings.mesh, settings.batch_size, settings.accumulation)
     # Shapes alone: the program is compiled before there is anything in memory.
-    shapes = nnx.eval_shape(lambda: AViT(model_config, rngs=nnx.Rngs(config.seed)))
+    shapes = nnx.eval_shape(lambda: AViT(model_config, rngs=nnx.Rngs(settings.seed)))
     weights = nnx.state(shapes)
-    setup = prepare(config, shapes, mesh, images, teacher=shapes if config.teacher else None)
+    setup = prepare(settings, shapes, mesh, images, teacher=shapes if settings.teacher else None)
     steps, schedule = setup.steps, setup.schedule
     yield f"data      {data}"
-    yield from _model_lines(model_config, weights, config)
+    yield from _model_lines(model_config, weights, settings)
     began = time.perf_counter()
-    batch_shapes = _batch_shapes(model_config, config.batch_size)
-    program = setup.step.lower(setup.state, batch_shapes, weights if config.teacher else None).compile()
+    batch_shapes = _batch_shapes(model_config, settings.batch_size)
+    program = setup.step.lower(setup.state, batch_shapes, weights if settings.teacher else None).compile()
     compiled = time.perf_counter() - began
     yield (
         f"devices   {mesh.size} {mesh.devices.flat[0].device_kind}: data {mesh.shape['data']}, fsdp "
-        f"{mesh.shape['fsdp']}; {config.batch_size // mesh.size} images each"
-        + (f" in {config.accumulation} parts" if config.accumulation > 1 else "")
+        f"{mesh.shape['fsdp']}; {settings.batch_size // mesh.size} images each"
+        + (f" in {settings.accumulation} parts" if settings.accumulation > 1 else "")
     )
     memory: Any = program.memory_analysis()
     needed = memory.argument_size_in_bytes + memory.temp_size_in_bytes
@@ -61,9 +61,9 @@ def dry_run(config: ConfigDict) -> Iterator[str]:
         + f": {memory.argument_size_in_bytes / 1e9:.2f} state and batch, {memory.temp_size_in_bytes / 1e9:.2f} for the "
         "step (the compiler's account)"
     )
-    yield f"steps     {steps} of {config.batch_size} images: {config.epochs:g} epochs"
+    yield f"steps     {steps} of {settings.batch_size} images: {settings.epochs:g} epochs"
     yield (
-        f"schedule  peak {peak_learning_rate(config.optim, config.batch_size):.3g}; at 0, 5, 50, 95 and 100 %: "
+        f"schedule  peak {peak_learning_rate(settings.optim, settings.batch_size):.3g}; at 0, 5, 50, 95 and 100 %: "
         + ", ".join(f"{float(schedule(round(share * (steps - 1)))):.3g}" for share in (0, 0.05, 0.5, 0.95, 1))
     )
     yield f"compiled  in {compiled:.0f} s"
@@ -72,30 +72,29 @@ def dry_run(config: ConfigDict) -> Iterator[str]:
             f"a step needs {needed / 1e9:.2f} GB a device and {limit / 1e9:.2f} GB are free: lower config.batch_size, "
             "raise config.accumulation, or set config.model.remat=True"
         )
-    model = AViT(model_config, rngs=nnx.Rngs(config.seed))
-    start = initial_state(model, setup.optimizer, config.optim.ema_decay, mesh)
-    teacher = teacher_weights(model if config.teacher else None, mesh)
-    batch = global_batch(made_up_batch(model_config, config.batch_size // jax.process_count()), mesh)
+    model = AViT(model_config, rngs=nnx.Rngs(settings.seed))
+    start = initial_state(model, setup.optimizer, settings.optim.ema_decay, mesh)
+    teacher = teacher_weights(model if settings.teacher else None, mesh)
+    batch = global_batch(made_up_batch(model_config, settings.batch_size // jax.process_count()), mesh)
     yield from _two_steps(program, start, batch, teacher)
-    check_starts(config)
+    check_starts(settings)
 
 
-def _data(config: ConfigDict) -> tuple[AViTConfig, int, str]:
+def _data(settings: TrainSettings) -> tuple[AViTConfig, int, str]:
     """The model that the data want, the number of training images, and a line about them."""
-    settings = DataSettings.from_config(dict(config.data))
     try:
-        dataset = open_dataset(settings)
+        dataset = open_dataset(settings.data)
     except ValueError as error:
-        if not _may_be_missing(settings):
+        if not _may_be_missing(settings.data):
             raise
-        preset, fields = given_fields(config.model)
+        fields = settings.model.given
         line = f"not to be read here ({error}); steps are counted for ImageNet's {IMAGENET_IMAGES} images"
         channels = fields.get("in_channels", 3)
         stand_in = Preprocessing((0.5,) * channels, (0.5,) * channels)  # made-up images are normalised by any numbers
-        return config_from(preset, **fields, preprocessing=stand_in), IMAGENET_IMAGES, line
+        return config_from(settings.model.preset, **fields, preprocessing=stand_in), IMAGENET_IMAGES, line
     images = len(dataset.train)
     line = f"{images} training, {len(dataset.val)} validation, {len(dataset.test)} test images"
-    return resolve_model_config(config, dataset), images, line
+    return resolve_model_config(settings.model, settings.data, dataset), images, line
 
 
 def _may_be_missing(settings: DataSettings) -> bool:
@@ -128,16 +127,17 @@ def made_up_batch(model_config: AViTConfig, count: int) -> dict[str, np.ndarray]
     return {"image": images, "label": (np.arange(count) % model_config.num_classes).astype(np.int32)}
 
 
-def _model_lines(model_config: AViTConfig, params: nnx.State, config: ConfigDict) -> Iterator[str]:
+def _model_lines(model_config: AViTConfig, params: nnx.State, settings: TrainSettings) -> Iterator[str]:
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
-    gate = f"gate {model_config.gate_scale:g} / {model_config.gate_center:g}" if model_config.halts else "never halts"
+    rule = model_config.rule_in_force
+    said = "never halts" if rule is None else rule.describe()
     height, width = model_config.image_shape
     yield (
-        f"model     {config.model.get('preset') or 'of its own'}: {model_config.depth} layers of width "
+        f"model     {settings.model.preset or 'of its own'}: {model_config.depth} layers of width "
         f"{model_config.embed_dim}, {height}x{width} images in patches of {model_config.patch_size}, "
-        f"{model_config.num_classes} classes, {gate}, {model_config.dtype}"
+        f"{model_config.num_classes} classes, {said}, {model_config.dtype}"
     )
     yield (
         f"          {count:,} parameters, {whole_gmacs(model_config):.3g} GMACs an image with all layers; starts from "
-        f"{config.init_from or 'random weights'}"
+        f"{settings.init_from or 'random weights'}"
     )

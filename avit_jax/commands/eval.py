@@ -11,6 +11,7 @@ from avit_jax.commands.config_files import DEFAULT_CONFIG
 from avit_jax.commands.run_config import config_of_checkpoint
 from avit_jax.runtime.mesh import check_platform
 
+READS = ("name", "data", "model", "eval_batch_size")  # of the config
 DEFAULT_RUN = f"runs/{DEFAULT_CONFIG}"
 
 
@@ -20,7 +21,10 @@ def main() -> None:
     checkpoint = flags.DEFINE_string("checkpoint", None, "What to evaluate; runs/<config.name> by default.")
     ema = flags.DEFINE_bool("ema", False, "Evaluate the moving average of a training checkpoint.")
     execution = flags.DEFINE_enum(
-        "execution", "packed", ["packed", "masked"], "How an A-ViT runs; a model that never halts runs whole."
+        "execution",
+        "auto",
+        ["auto", "packed", "masked"],
+        "How a model runs whose tokens halt (auto: packed); there is one way to run any other.",
     )
     report = flags.DEFINE_string("report", None, "Folder for report.html, a page that shows what the model did.")
     baseline = flags.DEFINE_string("baseline", None, "A checkpoint to compare with in the report.")
@@ -28,7 +32,7 @@ def main() -> None:
         "sweep",
         None,
         "Gate settings for the report, same weights: gate_center:8,9,10 or gate_center:8:12:5 (first, last, count); "
-        "gate_scale likewise.",
+        "gate_scale likewise, and what another rule has: threshold, r.",
     )
     images = flags.DEFINE_string(
         "images",
@@ -57,7 +61,7 @@ def main() -> None:
         print(evaluate_checkpoint(config.value, path, report=report.value, model=model, **settings, **comparison))
 
     options = [checkpoint, ema, execution, report, baseline, sweep, images, class_names]
-    run_main(command, options, "Evaluate a checkpoint on a test set, or on pictures.", _default_config)
+    run_main(command, options, "Evaluate a checkpoint on a test set, or on pictures.", _default_config, READS)
 
 
 def _default_config(options: Mapping[str, str]) -> str:

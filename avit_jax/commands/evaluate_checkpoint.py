@@ -6,20 +6,21 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from avit_jax.checkpoints.model_folder import is_foreign, load
-from avit_jax.commands.checks import check_values
+from avit_jax.checkpoints.model_folder import is_foreign, load, no_checkpoint
 from avit_jax.commands.predict_images import read_class_names
+from avit_jax.commands.typed_config import parse
 from avit_jax.data.open import open_dataset
-from avit_jax.data.settings import DataSettings
 from avit_jax.data.sources import Dataset, Split
 from avit_jax.evaluate.figures import Evaluation, evaluate
 from avit_jax.evaluate.sweep import parse_sweep, rule_with
+from avit_jax.execution.program import AUTO
 from avit_jax.model.config import AViTConfig
 from avit_jax.model.vit import AViT
 from avit_jax.report.numbers import only_layer
 from avit_jax.report.writer import Subject, write_report
 from avit_jax.runtime.files import shown, writable_folder
 from avit_jax.runtime.mesh import data_mesh
+from avit_jax.train.settings import TrainSettings
 from avit_jax.train.start import fields_for_foreign, stated_preprocessing
 
 
@@ -28,7 +29,7 @@ def evaluate_checkpoint(
     path: str | Path,
     *,
     ema: bool = False,
-    execution: str = "packed",
+    execution: str = AUTO,
     report: str | Path | None = None,
     baseline: str | Path | None = None,
     sweep: str | None = None,
@@ -39,30 +40,30 @@ def evaluate_checkpoint(
 
     A checkpoint that carries its configuration keeps it, gate and preprocessing included; a foreign file takes
     config.model. model: fields of AViTConfig that the user asked for. report: a folder for report.html and report.json;
-    baseline: a checkpoint to compare with in it; sweep: gate settings to try, as sweep.parse_sweep takes them;
+    baseline: a checkpoint to compare with in it; sweep: settings of the rule to try, as sweep.parse_sweep takes them;
     class_names: a file, one name a line. Raises ValueError where the checkpoint and the data differ in shape or number
     of classes, for a baseline of other classes, and for a folder that is not writable.
     """
-    check_values(config)
+    settings = parse(config)
     if (baseline or sweep) and not report:
         raise ValueError(f"--{'sweep' if sweep else 'baseline'} is shown in the report: give --report=FOLDER too")
-    settings = parse_sweep(sweep) if sweep else None
+    gates = parse_sweep(sweep) if sweep else None
     for checkpoint in (path, baseline):
         if checkpoint and not Path(checkpoint).exists():
-            raise ValueError(f"there is no checkpoint at {checkpoint}: nothing of that name is there")
+            raise no_checkpoint(checkpoint)
     folder = writable_folder(report) if report else None
-    dataset = open_dataset(DataSettings.from_config(dict(config.data)))
-    mesh = data_mesh(config.eval_batch_size)
+    dataset = open_dataset(settings.data)
+    mesh = data_mesh(settings.eval_batch_size)
     model_fields = dict(model or {})
 
     def loaded(path: str | Path, ema: bool) -> AViT:
-        found = _evaluable(path, config, dataset, ema, model_fields)
+        found = _evaluable(path, settings, dataset, ema, model_fields)
         if class_names:
-            found = found.with_config(class_names=read_class_names(class_names, found.config))
+            return found.with_config(class_names=read_class_names(class_names, found.config))
         return found
 
     def subject(path: str | Path, found: AViT) -> Subject:
-        result = evaluate(found, dataset.test, config.eval_batch_size, execution, mesh)
+        result = evaluate(found, dataset.test, settings.eval_batch_size, execution, mesh)
         return Subject(Path(path).name, found, result)
 
     ours = loaded(path, ema)
@@ -70,10 +71,11 @@ def evaluate_checkpoint(
     doubt = None if class_names else _compare_names(path, ours.config, baseline, other, dataset.class_names)
     ours = _named(ours, dataset.class_names)
     other = _named(other, dataset.class_names) if other else None
-    if settings and not ours.config.halts and ours.config.reduction is None:
+    if gates and ours.config.rule_in_force is None:
         raise ValueError(f"--sweep moves a gate and {path} has none: it never halts; leave --sweep out")
-    if settings:
-        rule_with(ours.config, settings.field)  # refuses what its rule has not
+    if gates:
+        for value in gates.values:  # errors come before the minutes of evaluation
+            rule_with(ours.config, gates.field, value)
     evaluated = subject(path, ours)
     lines = [f"warning: {doubt}"] if doubt else []
     lines.append(format_evaluation(evaluated.result, ours.config))
@@ -82,11 +84,11 @@ def evaluate_checkpoint(
             folder,
             evaluated,
             dataset.test,
-            data=f"the test set of {Path(config.data.path).name or config.data.source}"
+            data=f"the test set of {Path(settings.data.path).name or settings.data.source}"
             + (f"; {doubt}" if doubt else ""),
-            batch_size=config.eval_batch_size,
+            batch_size=settings.eval_batch_size,
             baseline=subject(baseline, other) if baseline and other else None,
-            sweep=settings,
+            sweep=gates,
         )
         lines.append(f"report: {page}")
     return "\n".join(lines)
@@ -124,14 +126,14 @@ def _listed(names: Sequence[str], most: int = 3) -> str:
     return ", ".join(shown(name, 50) for name in names[:most]) + (", ..." if len(names) > most else "")
 
 
-def _evaluable(path: str | Path, config: ConfigDict, dataset: Dataset, ema: bool, asked: dict[str, Any]) -> AViT:
+def _evaluable(path: str | Path, settings: TrainSettings, dataset: Dataset, ema: bool, asked: dict[str, Any]) -> AViT:
     """The checkpoint, checked against the data; asked: fields of AViTConfig that it must have."""
     if Path(path).is_file() and is_foreign(path):  # it knows nothing but weights
-        preset, fields = fields_for_foreign(config, dataset)
+        preset, fields = fields_for_foreign(settings.model, settings.data, dataset)
     else:
         fields = dict(asked)
         preset = fields.pop("preset", None)  # load says that a checkpoint of ours has its own
-        if is_foreign(path) and (stated := stated_preprocessing(config)):
+        if is_foreign(path) and (stated := stated_preprocessing(settings.data)):
             fields["preprocessing"] = stated
         if isinstance(dataset.train, Split):  # images from disk are made what the model takes
             _, height, width, channels = dataset.train.images.shape
@@ -147,7 +149,7 @@ def _evaluable(path: str | Path, config: ConfigDict, dataset: Dataset, ema: bool
     return found
 
 
-def format_evaluation(result: Evaluation, config: AViTConfig) -> str:
+def format_evaluation(result: Evaluation, model_config: AViTConfig) -> str:
     """The table that eval.py prints."""
     lines = [f"images             {result.images}"]
     if result.labelled:
@@ -159,9 +161,9 @@ def format_evaluation(result: Evaluation, config: AViTConfig) -> str:
     else:
         lines.append("no labels          no accuracy, no loss")
     lines += [
-        f"mean depth         {result.mean_depth:.2f} of {config.depth} layers ({result.depth_fraction:.0%})",
+        f"mean depth         {result.mean_depth:.2f} of {model_config.depth} layers ({result.depth_fraction:.0%})",
         f"  deviation        {result.depth_std_tokens:.2f} between tokens, {result.depth_std_images:.2f} of images",
-        *([f"class token depth  {result.class_token_depth:.2f}"] if config.class_token else []),
+        *([f"class token depth  {result.class_token_depth:.2f}"] if model_config.class_token else []),
         f"GMACs per image    {result.gmacs:.4f}",
         f"  executed         {result.executed_gmacs:.4f}, mean depth {result.executed_depth:.2f}",
     ]

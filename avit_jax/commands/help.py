@@ -37,7 +37,7 @@ def help_text(about: str, options: Sequence[flags.FlagHolder]) -> str:
         *(f"    {name:{width}}  {what}" for name, what in configs.items()),
         "--config.KEY=VALUE sets a key of the config, for instance",
         "    --config.epochs=3 --config.optim.learning_rate=1e-4 --config.model.depth=6 --config.data.path=FOLDER",
-        f"  Every key with its default is in {_nearby(SHIPPED / 'mnist_dense.py')}.",
+        "--help_config prints every key of the config: its value, its default, and what it means.",
         "",
         "options:",
     ]

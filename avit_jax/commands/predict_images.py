@@ -11,7 +11,7 @@ import numpy as np
 from avit_jax.checkpoints.model_folder import load
 from avit_jax.data.decode import BadImage, decode
 from avit_jax.data.preprocessing import denormalize, normalize, preprocess
-from avit_jax.execution.program import compile, suited_execution
+from avit_jax.execution.program import AUTO, compile, suited_execution
 from avit_jax.model.config import AViTConfig
 from avit_jax.model.vit import AViT
 from avit_jax.report.gallery import side_by_side
@@ -30,7 +30,7 @@ def predict_checkpoint(
     folder: str | Path | None = None,
     class_names: str | Path | None = None,
     ema: bool = False,
-    execution: str = "packed",
+    execution: str = AUTO,
     baseline: str | None = None,
     sweep: str | None = None,
 ) -> Iterator[str]:
@@ -48,7 +48,8 @@ def predict_checkpoint(
         raise ValueError(f"the model takes {model.config.in_channels} channels and picture files have 1 or 3")
     if class_names:
         model = model.with_config(class_names=read_class_names(class_names, model.config))
-    out = writable_folder(folder or Path("runs", Path(checkpoint).name, "images")) if model.config.halts else None
+    has_depths = model.config.rule_in_force is not None
+    out = writable_folder(folder or Path("runs", Path(checkpoint).name, "images")) if has_depths else None
     yield from predict_files(model, files, root, out, execution)
 
 
@@ -90,11 +91,11 @@ def predict_files(model: AViT, files: list[Path], root: Path, out: Path | None, 
     yield f"pictures with their depths: {out}" if out else "the model never halts: there are no depths to draw"
 
 
-def _read(file: Path, name: str, config: AViTConfig) -> np.ndarray:
+def _read(file: Path, name: str, model_config: AViTConfig) -> np.ndarray:
     """The model's view of a file. Raises BadImage, whatever the file does to the libraries that read it."""
     try:
         # Upright, as the camera says: a person's pictures are not a data set's.
-        return preprocess(decode(file, name, upright=True), config)[0]
+        return preprocess(decode(file, name, upright=True), model_config)[0]
     except BadImage:
         raise
     except Exception as error:
@@ -141,12 +142,14 @@ def find_images(path: Path) -> tuple[list[Path], Path]:
     return files, path
 
 
-def read_class_names(path: str | Path, config: AViTConfig) -> tuple[str, ...]:
+def read_class_names(path: str | Path, model_config: AViTConfig) -> tuple[str, ...]:
     """One name a line, as many as the model has classes. Raises ValueError for another number, or no such file."""
     try:
         names = tuple(line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip())
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"--class_names={path} cannot be read: {error}") from error
-    if len(names) != config.num_classes:
-        raise ValueError(f"--class_names={path} has {len(names)} names and the model {config.num_classes} classes")
+    if len(names) != model_config.num_classes:
+        raise ValueError(
+            f"--class_names={path} has {len(names)} names and the model {model_config.num_classes} classes"
+        )
     return names

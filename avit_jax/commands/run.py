@@ -1,5 +1,6 @@
 """The main job: from a config to a trained model, a table, pictures, and a model to take away."""
 
+import json
 import sys
 import time
 from importlib import metadata
@@ -10,19 +11,21 @@ import jax
 from ml_collections import ConfigDict
 
 from avit_jax.checkpoints.model_folder import load, save
-from avit_jax.commands.checks import check_folder, check_values, flat, resolved
 from avit_jax.commands.help import command_line
+from avit_jax.commands.typed_config import parse
 from avit_jax.data.account import check_data, data_account
 from avit_jax.data.open import open_dataset
-from avit_jax.data.settings import DataSettings
 from avit_jax.evaluate.compare import format_summary, measure
 from avit_jax.model.vit import AViT
 from avit_jax.report import draw_run
 from avit_jax.runtime.files import read_json, write_json, writing
 from avit_jax.runtime.processes import check_same, in_any_process
+from avit_jax.runtime.settings import flat
 from avit_jax.runtime.signals import FolderLock
 from avit_jax.train.logs import read_metrics
 from avit_jax.train.loop import train
+from avit_jax.train.run_folder import check_folder
+from avit_jax.train.settings import TrainSettings
 from avit_jax.train.start import check_starts, initial_model, load_baseline, load_teacher
 
 
@@ -37,10 +40,10 @@ def run(config: ConfigDict, workdir: str | Path, *, resume: bool = True, began: 
     workdir = Path(workdir)
     if workdir.exists() and not workdir.is_dir():
         raise ValueError(f"the run's folder {workdir} is a file: give another --workdir")
-    check_same(flat(resolved(config)))
-    check_values(config)
+    check_same(flat(json.loads(config.to_json())))  # before anything that one process alone may refuse
+    settings = parse(config)
     with FolderLock(workdir):
-        return _run(config, workdir, resume, began)
+        return _run(settings, workdir, resume, began)
 
 
 def train_model(config: ConfigDict, workdir: str | Path, *, resume: bool = True) -> AViT:
@@ -55,28 +58,28 @@ def train_model(config: ConfigDict, workdir: str | Path, *, resume: bool = True)
     return load(Path(workdir) / "model")
 
 
-def _run(config: ConfigDict, workdir: Path, resume: bool, began: float) -> dict[str, Any]:
-    check_folder(config, workdir, resume)
+def _run(settings: TrainSettings, workdir: Path, resume: bool, began: float) -> dict[str, Any]:
+    check_folder(settings, workdir, resume)
     summary_path = workdir / "summary.json"
     if summary_path.exists():
         summary = read_json(summary_path)
         print(f"this run is finished; its table, from {summary_path}:")
         print(format_summary(summary))
         return summary
-    dataset = open_dataset(DataSettings.from_config(dict(config.data)))
-    check_starts(config)
+    dataset = open_dataset(settings.data)
+    check_starts(settings)
     data = data_account(dataset)
     check_data(data, workdir)
-    model = initial_model(config, dataset)
-    baseline = load_baseline(config, model.config)
-    teacher = load_teacher(config, model.config)
+    model = initial_model(settings, dataset)
+    baseline = load_baseline(settings.init_from, model.config)
+    teacher = load_teacher(settings.teacher, model.config)
     first = jax.process_index() == 0
     if first:
         origin = {"command": command_line(), "versions": _versions(), "data": data}
-        write_json(workdir / "train_config.json", origin | {"config": resolved(config)})
-    trained = train(config, dataset, model, workdir, teacher, seconds=time.perf_counter() - began)
+        write_json(workdir / "train_config.json", origin | {"config": settings.to_config()})
+    trained = train(settings, dataset, model, workdir, teacher, seconds=time.perf_counter() - began)
     ended = time.perf_counter()
-    summary, result = measure(dataset.test, baseline, trained.model, config.eval_batch_size)
+    summary, result = measure(dataset.test, baseline, trained.model, settings.eval_batch_size)
     summary["seconds"] = trained.progress.seconds + time.perf_counter() - ended
     if not first:
         return summary

@@ -6,8 +6,10 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from avit_jax.checkpoints.convert.weight_files import read_config
-from avit_jax.commands.config_files import load_config
+from avit_jax.checkpoints.model_folder import no_checkpoint
+from avit_jax.commands.typed_config import config_dict
 from avit_jax.runtime.files import read_json, shown_value
+from avit_jax.train.settings import TrainSettings
 
 FILE = "train_config.json"
 MOST_IMAGES = 65_536  # in a batch; the file may come from a stranger
@@ -28,7 +30,7 @@ def config_of_checkpoint(checkpoint: str | Path) -> str:
     """What --config is for a checkpoint of a run. Raises ValueError where no run's train_config.json is beside it."""
     path = Path(checkpoint)
     if not path.exists():
-        raise ValueError(f"there is no checkpoint at {checkpoint}: nothing of that name is there")
+        raise no_checkpoint(checkpoint)
     found = find_run_config(path)
     if found is None:
         own = path.is_dir() or read_config(path) is not None
@@ -49,9 +51,7 @@ def get_config(arg: str) -> ConfigDict:
     saved = saved.get("config") if isinstance(saved, dict) else None
     if not isinstance(saved, dict):
         raise ValueError(f"{arg} is damaged: it holds no config")
-    config = load_config("mnist_dense")
-    for name in ("mean", "std"):  # those of the digits
-        config.data[name] = ()
+    config = config_dict(TrainSettings())
     for name in ("name", "eval_batch_size"):
         if name in saved:
             _set(config, name, saved[name], f"{arg}: config.{name}")
@@ -59,9 +59,6 @@ def get_config(arg: str) -> ConfigDict:
         given = saved.get(section, {})
         if not isinstance(given, dict):
             raise ValueError(f"{arg}: config.{section} is {shown_value(given)}: it must hold keys and values")
-        if section == "model":
-            for name in config.model:
-                config.model[name] = None
         for name, value in given.items():
             if name not in config[section]:
                 raise ValueError(

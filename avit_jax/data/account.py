@@ -1,4 +1,4 @@
-"""What tells a data set from another one, so that a stopped run goes on with the data it began with."""
+"""A fingerprint of a data set, which shows whether a resumed run still has the data it started with."""
 
 import hashlib
 import stat
@@ -18,10 +18,11 @@ SAMPLED_BYTES = 65536
 
 
 def data_account(dataset: Dataset) -> dict[str, Any]:
-    """What tells a data set from another one at the same or another path; plain JSON.
+    """The fingerprint of a data set, as plain JSON: sizes, class names and checksums. It does not depend on the path.
 
-    Of images in memory their checksums; of image folders checksums of all relative paths and labels, and of the
-    beginning of some training files, because two class folders that change their names may hold the same file names.
+    For images in memory, the checksums cover all pixels and labels. For image folders, they cover all relative paths
+    and labels, and the first bytes of some training files, because two class folders with the same file names may have
+    swapped names.
     """
     splits = {"training": dataset.train, "validation": dataset.val, "test": dataset.test}
     account: dict[str, Any] = {f"{purpose} images": len(split) for purpose, split in splits.items()}
@@ -36,18 +37,22 @@ def data_account(dataset: Dataset) -> dict[str, Any]:
 
 
 def check_data(account: dict[str, Any], workdir: Path) -> None:
-    """Raises ValueError where the run in workdir began with other data: its order, or its labels, would be others."""
+    """Check that the run in workdir started with the same data; otherwise its image order or labels would change.
+
+    account: data_account of the data set that was given now. Raises ValueError, naming the first difference, if the
+    data differ, and if the run's record of its data is damaged.
+    """
     if not checkpoint_steps(workdir / "checkpoints"):
         return
     origin = read_json(workdir / "train_config.json")
     there = origin.get("data", {}) if isinstance(origin, dict) else None
     if not isinstance(there, dict):
-        raise ValueError(f"{workdir / 'train_config.json'} is damaged: it does not say what the data were")
+        raise ValueError(f"{workdir / 'train_config.json'} is damaged: it does not describe the data")
     for name, value in account.items():
-        before = there.get(name, value)  # runs from before there was this key go on
+        before = there.get(name, value)  # an older run that did not record this value can be resumed
         if before != value:
             raise ValueError(
-                f"config.data.path names other data than the run in {workdir} began with: "
+                f"config.data.path names different data from those that the run in {workdir} started with: "
                 f"{_difference(name, before, value)}; give the same data, or another --workdir"
             )
 
@@ -74,17 +79,17 @@ def _names(split: Any) -> str:
 
 
 def _sample(split: FolderSplit) -> str:
-    """Sizes and first bytes of files evenly over the set, which is sorted by class."""
+    """A digest of the sizes and first bytes of files, spaced evenly over the set, which is sorted by class."""
     found = hashlib.sha256()
     for index in np.linspace(0, len(split) - 1, min(SAMPLED_FILES, len(split))).astype(int):
         path = Path(split.name(int(index)))
         try:
             status = path.stat()
             begin = b""
-            if stat.S_ISREG(status.st_mode):  # a pipe would wait for its writer
+            if stat.S_ISREG(status.st_mode):  # opening a pipe would wait for a writer
                 with path.open("rb") as file:
                     begin = file.read(SAMPLED_BYTES)
-        except OSError:  # the pipeline says what is wrong with it when it reads it
+        except OSError:  # the pipeline reports the problem when it reads the file
             continue
         found.update(f"{status.st_size} {len(begin)} ".encode() + begin)
     return found.hexdigest()

@@ -1,4 +1,4 @@
-"""Random changes to training images, one image at a time on the host."""
+"""Random affine changes to training images, one image at a time on the host."""
 
 import dataclasses
 import math
@@ -14,10 +14,10 @@ from PIL import Image
 class RandomAffine(grain.transforms.RandomMap):
     """Rotation, scaling, shear and shift, uniform within the limits; bilinear, black outside."""
 
-    rotate: float = 0.0  # degrees, to either side
+    rotate: float = 0.0  # degrees, in either direction
     scale: float = 0.0  # fraction: 0.1 means 0.9..1.1
-    shear: float = 0.0  # fraction of the height that the top moves
-    translate: float = 0.0  # pixels, to either side
+    shear: float = 0.0  # how far the top moves sideways, as a fraction of the height
+    translate: float = 0.0  # pixels, in either direction
 
     def random_map(self, element: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
         """The element with its image changed."""
@@ -36,10 +36,14 @@ class RandomAffine(grain.transforms.RandomMap):
 def affine(
     image: UInt8[np.ndarray, "h w c"], *, rotate: float, scale: float, shear: float, translate: tuple[float, float]
 ) -> UInt8[np.ndarray, "h w c"]:
-    """The image turned by `rotate` degrees counter-clockwise, enlarged, sheared, then moved by (right, down) pixels."""
+    """The image rotated, scaled and sheared about its centre, then shifted; bilinear, black outside.
+
+    rotate: degrees counter-clockwise. scale: factor by which the content grows. shear: how far the top moves sideways,
+    as a fraction of the height. translate: pixels to the right and down.
+    """
     height, width, _ = image.shape
     cos, sin = math.cos(math.radians(rotate)) / scale, math.sin(math.radians(rotate)) / scale
-    # Pillow maps output pixels to input pixels: the inverse transformation about the centre.
+    # Pillow maps output pixels to input pixels, so this is the inverse transformation, about the centre.
     linear = np.array([[cos, -sin], [sin, cos]]) @ np.array([[1.0, shear], [0.0, 1.0]])
     center = np.array([width / 2, height / 2])
     offset = center - linear @ (center + np.array(translate))

@@ -1,4 +1,4 @@
-"""Which part of a picture is seen: a random resized crop and a flip in training, the middle in evaluation."""
+"""Random resized crops and flips of training pictures."""
 
 import dataclasses
 import math
@@ -10,16 +10,16 @@ from PIL import Image
 
 from avit_jax.data.preprocessing import RESAMPLING
 
-ATTEMPTS = 10  # crops that are drawn before the middle is taken, as in torchvision
+ATTEMPTS = 10  # random crops tried before the centre is taken, as in torchvision
 
 
 @dataclasses.dataclass(frozen=True)
 class RandomResizedCrop(grain.transforms.RandomMap):
-    """A rectangle of random area, shape and place, resized (GoogLeNet's augmentation, arXiv 1409.4842)."""
+    """A rectangle of random area, aspect ratio and position, resized (GoogLeNet's augmentation, arXiv 1409.4842)."""
 
     image_shape: tuple[int, int]  # (height, width) of the result
-    scale: tuple[float, ...]  # share of the picture's area, uniform
-    ratio: tuple[float, ...]  # width / height, uniform in its logarithm
+    scale: tuple[float, ...]  # least and most fraction of the picture's area; uniform
+    ratio: tuple[float, ...]  # least and most width / height; uniform in its logarithm
     interpolation: str = "bicubic"
 
     def random_map(self, element: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
@@ -27,7 +27,7 @@ class RandomResizedCrop(grain.transforms.RandomMap):
         picture = element["image"]
         box = random_box(picture.size, self.scale, self.ratio, rng)
         height, width = self.image_shape
-        # Cropped before it is resized (antialiased): with resize(box=...) the filter would see beyond the box.
+        # Crop first, then resize: with resize(box=...) the antialiasing filter would read pixels outside the box.
         cropped = picture.crop(box)
         return element | {"image": cropped.resize((width, height), RESAMPLING[self.interpolation])}
 
@@ -35,9 +35,10 @@ class RandomResizedCrop(grain.transforms.RandomMap):
 def random_box(
     size: tuple[int, int], scale: tuple[float, ...], ratio: tuple[float, ...], rng: np.random.Generator
 ) -> tuple[int, int, int, int]:
-    """(left, top, right, bottom) of a random crop of a picture of (width, height).
+    """(left, top, right, bottom) of a random crop, in pixels.
 
-    Where ten draws do not fit, the largest middle part with an allowed ratio.
+    size: the picture's (width, height). scale, ratio: as in RandomResizedCrop. If none of ten random crops fits into
+    the picture, the result is the largest centre crop with an allowed ratio.
     """
     width, height = size
     for _ in range(ATTEMPTS):
@@ -58,12 +59,12 @@ def random_box(
 
 @dataclasses.dataclass(frozen=True)
 class RandomFlip(grain.transforms.RandomMap):
-    """Left for right, with a probability."""
+    """A flip from left to right, with a probability."""
 
     probability: float = 0.5
 
     def random_map(self, element: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
-        """The element with its picture flipped, or as it was."""
+        """The element with its picture flipped or unchanged."""
         if rng.uniform() >= self.probability:
             return element
         return element | {"image": element["image"].transpose(Image.Transpose.FLIP_LEFT_RIGHT)}

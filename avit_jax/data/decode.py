@@ -1,4 +1,4 @@
-"""From the bytes of a file to an RGB picture, or one sentence that says why not."""
+"""Decoding of image files to RGB pictures; a file that cannot be decoded is refused in one sentence that says why."""
 
 import io
 import os
@@ -14,41 +14,41 @@ from PIL import ExifTags, Image, ImageFile
 
 from avit_jax.runtime.files import shown
 
-# Pillow only warns of pictures above 89 megapixels, and goes on to decode them: here that is an error.
+# Pillow only warns about pictures above 89 megapixels and decodes them anyway. Here that is an error.
 warnings.simplefilter("error", Image.DecompressionBombWarning)
 
-# Pillow warns of every damaged tag, which can be megabytes of text; what matters is whether the picture can be read.
+# Pillow warns about every damaged tag, which can be megabytes of text. Only the picture itself matters here.
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
-# Whatever a file is called, nothing else is tried: Pillow hands EPS to Ghostscript, and has forty rarely used decoders.
+# No other format is tried, whatever the file's name: Pillow passes EPS to Ghostscript and has forty rare decoders.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 MAX_FILE_SIZE = 256_000_000  # bytes
 MAX_SIDE = 1_000_000  # pixels; Pillow keeps a pointer for each row
-MAX_SCANNED_PIXELS = 2_000_000_000  # of all scans of a JPEG together: libjpeg goes over the whole picture in each
-MAX_HEADER_READS = 100_000  # pieces of a file that Pillow asks for, in Python, before it knows the size of the picture
-MAX_JPEG_HEADER = 2**24  # bytes before the picture; Pillow copies them again for each part of them
+MAX_SCANNED_PIXELS = 2_000_000_000  # of all scans of a JPEG together: libjpeg processes the whole picture in each
+MAX_HEADER_READS = 100_000  # reads that Pillow makes, in Python, before it knows the size of the picture
+MAX_JPEG_HEADER = 2**24  # bytes before the picture; Pillow copies all of them again for each segment
 MAX_TILES = 100_000  # strips of a TIFF, which Pillow reads one by one in Python
 FREE_MEMORY = 190_000_000  # bytes that any picture may take while it is decoded
-MEMORY_PER_BYTE = 200  # and as many for each byte of its file: photographs take far less, bombs up to a million
-MAX_SLOW_PIXELS = 4_000_000  # of a run-length encoded BMP, which Pillow decodes in Python, 10 million a second
+MEMORY_PER_BYTE = 200  # and this many more for each byte of its file: photographs take far less, bombs up to a million
+MAX_SLOW_PIXELS = 4_000_000  # of a run-length encoded BMP, which Pillow decodes in Python, at 10 million a second
 MAX_SLOWEST_PIXELS = 1_000_000  # of a PPM whose largest value is not 255: Pillow decodes each pixel in Python
-MAX_SLOW_BYTES = 4_000_000  # of a PPM in plain text, which it decodes in Python too; twice as many of such a BMP
+MAX_SLOW_BYTES = 4_000_000  # of a plain-text PPM, which it also decodes in Python; twice as many for such a BMP
 
 
 class BadData(ValueError):
-    """Something in the data that cannot be used: its name, and the reason."""
+    """Something in the data that cannot be used; the message gives its name and the reason."""
 
 
 class BadImage(BadData):
-    """An image that cannot be decoded; on_bad_image = "skip" lets it pass."""
+    """An image that cannot be decoded; on_bad_image = "skip" skips it."""
 
 
 class _Refused(Exception):
-    """A picture that would take too much time or memory."""
+    """A file that is not read, or a picture that would take too much time or memory."""
 
 
 class _Header(io.BytesIO):
-    """A picture's file; until `counting` is set to False it counts what Pillow reads."""
+    """A picture's file in memory. While `counting` is True, it limits how much Pillow may read."""
 
     def __init__(self, data: bytes) -> None:
         super().__init__(data)
@@ -57,22 +57,23 @@ class _Header(io.BytesIO):
         self._bytes_left = MAX_JPEG_HEADER if data.startswith(b"\xff\xd8") else sys.maxsize
 
     def read(self, size: int | None = -1) -> bytes:
-        """At most `size` bytes. Raises _Refused where the header has far more parts than any picture's."""
+        """At most `size` bytes. Raises _Refused if the header is far larger than any picture needs."""
         found = super().read(size)
         if self.counting:
             self._reads_left -= 1
             self._bytes_left -= len(found)
             if self._reads_left < 0 or self._bytes_left < 0:
-                raise _Refused("has far more in its header than a picture needs: save it again")
+                raise _Refused("has a header far larger than a picture needs: save it again")
         return found
 
 
 def decode(source: bytes | Path, name: str | Callable[[], str], *, upright: bool = False) -> Image.Image:
-    """The picture in mode RGB, as PyTorch's loader has it: alpha is dropped, CMYK converted; the first of several.
+    """Decode a picture to RGB as PyTorch's loader does: drop alpha, convert CMYK, take the first of several.
 
-    source: a file or its content; name: what an error calls it, or makes that; upright: rotated as the camera's EXIF
-    tag says, which PyTorch's loader ignores. Raises BadImage for what is no JPEG, PNG, WebP, GIF, BMP, TIFF or PPM
-    picture, is damaged or cut off, is no regular file, or is too large (89 megapixels, 256 MB).
+    source: a file's path or its content. name: what the error calls the picture, or a function that returns that.
+    upright: turn the picture as its EXIF tag says, which PyTorch's loader does not do. Raises BadImage if the file is
+    not a JPEG, PNG, WebP, GIF, BMP, TIFF or PPM picture, is damaged or truncated, is not a regular file, or is too
+    large (89 megapixels, 256 MB).
     """
     try:
         data = source if isinstance(source, bytes) else read_file(source)
@@ -86,7 +87,7 @@ def decode(source: bytes | Path, name: str | Callable[[], str], *, upright: bool
     except _Refused as error:
         raise BadImage(f"{_called(name)} {error}") from None
     except Image.UnidentifiedImageError:
-        what = f"is no image that Pillow can read as {', '.join(FORMATS)}" if data else "is empty"
+        what = f"is not an image that Pillow can read as {', '.join(FORMATS)}" if data else "is empty"
         raise BadImage(f"{_called(name)} {what}: remove it or replace it") from None
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         limit = (Image.MAX_IMAGE_PIXELS or 0) / 1e6
@@ -99,27 +100,27 @@ def decode(source: bytes | Path, name: str | Callable[[], str], *, upright: bool
 
 
 def read_file(path: Path) -> bytes:
-    """The content of a regular file of at most 256 MB; a pipe or a device is not waited for."""
-    # O_NONBLOCK: opening a pipe that nobody writes to would wait for ever.
+    """The content of a regular file of at most 256 MB. Raises _Refused for any other file, without waiting for it."""
+    # Without O_NONBLOCK, opening a pipe that nobody writes to would wait forever.
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     with os.fdopen(descriptor, "rb") as stream:
         found = os.fstat(descriptor)
         if not stat.S_ISREG(found.st_mode):
-            raise _Refused("is no regular file: remove it")
+            raise _Refused("is not a regular file: remove it")
         if found.st_size <= MAX_FILE_SIZE:
-            data = stream.read(MAX_FILE_SIZE + 1)  # some file systems say that a file has no size
+            data = stream.read(MAX_FILE_SIZE + 1)  # some file systems report a size of 0
             if len(data) <= MAX_FILE_SIZE:
                 return data
     raise _Refused(f"is larger than {MAX_FILE_SIZE / 1e6:.0f} MB, too large for one picture: make it smaller")
 
 
 def _check_cost(picture: ImageFile.ImageFile, data: bytes) -> None:
-    """Raises _Refused for a picture whose decoding takes much longer than its size suggests; nothing is decoded yet."""
+    """Raises _Refused if decoding would take far more time or memory than the file suggests; decodes nothing."""
     width, height = picture.size
     if Image.MAX_IMAGE_PIXELS and width * height > Image.MAX_IMAGE_PIXELS:
-        raise Image.DecompressionBombError  # where a program has reset the warnings
+        raise Image.DecompressionBombError  # in case the program has reset the warning filters
     if max(width, height) > MAX_SIDE:
-        raise _Refused(f"is {width} x {height} pixels, and a side may have {MAX_SIDE:,}: make it smaller")
+        raise _Refused(f"is {width} x {height} pixels, and a side may have at most {MAX_SIDE:,}: make it smaller")
     needed = width * height * _bytes_a_pixel(picture)
     if needed > FREE_MEMORY + MEMORY_PER_BYTE * len(data):
         raise _Refused(
@@ -131,7 +132,7 @@ def _check_cost(picture: ImageFile.ImageFile, data: bytes) -> None:
         if scans * width * height > MAX_SCANNED_PIXELS and scans > 4:  # 4: one for each component
             raise _Refused(f"is a JPEG of {scans} scans, too many for {width} x {height} pixels: save it again")
     if len(picture.tile) > MAX_TILES:
-        raise _Refused(f"has its pixels in {len(picture.tile):,} strips, and {MAX_TILES:,} are enough: save it again")
+        raise _Refused(f"has its pixels in {len(picture.tile):,} strips, more than {MAX_TILES:,}: save it again")
     if picture.format == "PPM" and width * height > MAX_SLOWEST_PIXELS and picture.tile[0][0] == "ppm":
         raise _Refused(f"is a PPM of unusual depth and more than {MAX_SLOWEST_PIXELS:,} pixels: save it as PNG")
     slow = width * height > MAX_SLOW_PIXELS or len(data) > 2 * MAX_SLOW_BYTES
@@ -145,23 +146,23 @@ def _check_cost(picture: ImageFile.ImageFile, data: bytes) -> None:
 
 
 def _bytes_a_pixel(picture: ImageFile.ImageFile) -> int:
-    """Memory that decoding to RGB takes at its peak, as measured with Pillow 13, rounded up."""
-    if picture.format == "WEBP":  # libwebp's reader of animations holds several canvases
+    """Peak memory of decoding to RGB, in bytes a pixel: measured with Pillow 13, rounded up."""
+    if picture.format == "WEBP":  # libwebp's animation reader holds several canvases
         return 16
     return 5 if picture.mode in ("1", "L", "P", "RGB") else 9
 
 
 def _count_scans(data: bytes) -> int:
-    """The number of scans of the first picture in a JPEG file; thumbnails and what follows the picture do not count."""
+    """The number of scans of the first picture in a JPEG file, without thumbnails and anything after the picture."""
     scans, place = 0, 2
-    # A marker is ff and a byte; inside a scan 00 and d0 to d7 after ff belong to the scan.
+    # A marker is ff and another byte. Inside a scan, ff followed by 00 or d0 to d7 is part of the scan.
     while marker := _MARKER.search(data, place):
         place = marker.end()
         kind = data[place - 1]
         if kind == 0xD9:  # the end of the picture
             break
         scans += kind == 0xDA
-        if kind not in (0x01, 0xD8):  # all others have a length
+        if kind not in (0x01, 0xD8):  # all other markers have a length
             place += int.from_bytes(data[place : place + 2], "big")
     return scans
 
@@ -169,7 +170,7 @@ def _count_scans(data: bytes) -> int:
 _MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
 
 
-# How a picture is stored, by EXIF's orientation tag, and what turns it back.
+# The EXIF orientation tag, and the transposition that turns a picture stored that way upright.
 _TURNED = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -182,12 +183,12 @@ _TURNED = {
 
 
 def _upright(picture: Image.Image) -> Image.Image:
-    """The picture as the camera was held. ImageOps.exif_transpose writes all tags anew and fails on damaged ones."""
+    """The picture turned upright by its EXIF tag; ImageOps.exif_transpose rewrites all tags and fails on bad ones."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             turn = _TURNED.get(picture.getexif().get(ExifTags.Base.Orientation) or 1)
-    except Exception:  # a damaged tag says nothing
+    except Exception:  # a damaged tag is ignored
         turn = None
     return picture if turn is None else picture.transpose(turn)
 
@@ -197,18 +198,18 @@ def _called(name: str | Callable[[], str]) -> str:
 
 
 def as_rgb(picture: Image.Image) -> Image.Image:
-    """Any mode of Pillow as RGB; grey of more than 8 bits is scaled down, not cut off at 255."""
+    """A picture of any Pillow mode as RGB. Grey with more than 8 bits is scaled down, not clipped at 255."""
     if picture.mode == "RGB":
         return picture
-    if picture.mode.startswith("I"):  # 16 bits, also where Pillow widens them to 32
+    if picture.mode.startswith("I"):  # 16 bits, which Pillow widens to 32 for some formats
         picture = _high_bytes(picture)
     elif picture.mode == "P" and "transparency" in picture.info:
-        picture = picture.convert("RGBA")  # straight to RGB Pillow warns, and gives the same colours
+        picture = picture.convert("RGBA")  # Pillow warns if it converts straight to RGB, for the same colours
     return picture.convert("RGB")
 
 
 def _high_bytes(picture: Image.Image) -> Image.Image:
-    """16-bit grey as 8-bit grey, some rows at a time: NumPy makes several copies."""
+    """16-bit grey as 8-bit grey, a few rows at a time because NumPy makes several copies."""
     grey, rows = Image.new("L", picture.size), max(1, 2**22 // picture.width)
     for top in range(0, picture.height, rows):
         levels = np.asarray(picture.crop((0, top, picture.width, min(top + rows, picture.height))))

@@ -1,4 +1,4 @@
-"""Batches that lie on the devices before they are asked for."""
+"""Batches that are copied to the devices ahead of time."""
 
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -8,10 +8,10 @@ from avit_jax.data.pipeline import Batch, TrainingBatches
 
 
 class DeviceBatches(Iterator[Batch]):
-    """The stream of `batches`, each placed on the devices `ahead` batches early; the same state, exact too.
+    """The stream of `batches`, with `ahead` batches placed on the devices in advance. Its state is exact too.
 
-    place: jax.device_put with a sharding, or jax.make_array_from_process_local_data on several hosts. JAX copies in the
-    background, so that the step that runs hides the copy.
+    place: copies a batch to the devices, for instance jax.device_put with a sharding, or on several hosts
+    jax.make_array_from_process_local_data. JAX copies in the background, so the running step hides the copy.
     """
 
     def __init__(self, batches: TrainingBatches, place: Callable[[Batch], Batch], ahead: int = 2) -> None:
@@ -26,16 +26,16 @@ class DeviceBatches(Iterator[Batch]):
         return batch
 
     def get_state(self) -> dict[str, Any]:
-        """The state after the last batch that was given out; those that wait do not count."""
+        """The state after the last batch that was returned; batches placed in advance do not count."""
         return self._state
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Go on where get_state was called."""
+        """Continue from where get_state returned `state`."""
         self._placed.clear()
         self._batches.set_state(state)
         self._state = self._batches.get_state()
 
     def close(self) -> None:
-        """End the workers."""
+        """Stop the workers."""
         self._placed.clear()
         self._batches.close()

@@ -1,4 +1,4 @@
-"""One image on its way into a batch: decoded, checked, cut for evaluation, and back to an array."""
+"""The steps from a stored image to a row of a batch: decoding, checks, cropping, conversion to an array."""
 
 import dataclasses
 import functools
@@ -19,7 +19,7 @@ from avit_jax.runtime.files import shown
 
 @dataclasses.dataclass(frozen=True)
 class Numbered:
-    """A split whose elements know their own number, which an error and the count of bad images need."""
+    """A split whose elements carry their own index, for error messages and for counting bad images."""
 
     split: Images
 
@@ -32,7 +32,7 @@ class Numbered:
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationRows:
-    """The rows of every batch that belong to one process; None stands for the padding of the last batch."""
+    """The rows of every batch that belong to one process. An image of None pads the last batch."""
 
     split: Images
     batch_size: int  # of all processes together
@@ -53,19 +53,19 @@ class EvaluationRows:
 
 @dataclasses.dataclass(frozen=True)
 class BadImages:
-    """What happens to images that cannot be used: the slot of each stays, black and with weight 0, or BadImage."""
+    """What happens to an unusable image: a black image with weight 0 takes its slot, or BadImage is raised."""
 
     split: Images
-    config: AViTConfig
+    model_config: AViTConfig
     skip: bool
 
     def blank(self) -> Image.Image:
-        """The picture that stands in for one that is missing."""
-        height, width = self.config.image_shape
-        return Image.new("L" if self.config.in_channels == 1 else "RGB", (width, height))
+        """The black picture that takes the place of a bad or missing one."""
+        height, width = self.model_config.image_shape
+        return Image.new("L" if self.model_config.in_channels == 1 else "RGB", (width, height))
 
     def cut(self, element: dict[str, Any], cut: Callable[[Image.Image], Image.Image]) -> dict[str, Any]:
-        """The element with `cut` of its picture. Raises BadImage for whatever goes wrong, unless it is skipped."""
+        """The element after `cut` of its picture. Raises BadImage for any error, unless bad images are skipped."""
         try:
             return element | {"image": cut(element["image"])}
         except Exception as error:
@@ -78,18 +78,18 @@ class BadImages:
 
 @dataclasses.dataclass(frozen=True)
 class Decode(grain.transforms.Map):
-    """A file, bytes or an array as a picture; its weight is 0 for padding and for a bad image, else 1."""
+    """Turns a file, bytes or an array into a picture. Its weight is 0 for padding and for bad images, else 1."""
 
     bad: BadImages
 
     def map(self, element: dict[str, Any]) -> dict[str, Any]:
-        """The element decoded. Raises BadImage unless skipped, BadData for a label beyond the model's classes."""
-        split, classes = self.bad.split, self.bad.config.num_classes
+        """The decoded element. Raises BadImage unless bad images are skipped, BadData for a label out of range."""
+        split, classes = self.bad.split, self.bad.model_config.num_classes
         image, label, weight = element["image"], int(element["label"]), np.float32(1)
         if image is not None and not 0 <= label < classes:
             raise BadData(
-                f"{shown(split.name(element['index']))} has label {label} and the model {classes} "
-                "classes: 0..num_classes - 1 is allowed"
+                f"{shown(split.name(element['index']))} has label {label} and the model has {classes} "
+                "classes: labels must be 0..num_classes - 1"
             )
         try:
             if isinstance(image, np.ndarray):
@@ -102,20 +102,20 @@ class Decode(grain.transforms.Map):
             image = None
         if image is None:
             image, weight = self.bad.blank(), np.float32(0)
-        if self.bad.config.in_channels == 1:
+        if self.bad.model_config.in_channels == 1:
             image = image.convert("L")
         return element | {"image": image, "label": np.int32(label), "weight": weight}
 
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationCrop(grain.transforms.Map):
-    """The resized middle of a picture, as preprocess(images, config) has it."""
+    """The centre crop of the resized picture, as preprocess(images, config) makes it."""
 
     bad: BadImages
 
     def map(self, element: dict[str, Any]) -> dict[str, Any]:
-        """The element with its picture cut."""
-        return self.bad.cut(element, lambda picture: resize_and_crop(picture, self.bad.config))
+        """The element with its picture cropped."""
+        return self.bad.cut(element, lambda picture: resize_and_crop(picture, self.bad.model_config))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,13 +126,13 @@ class TrainingCrop(grain.transforms.RandomMap):
     bad: BadImages
 
     def random_map(self, element: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
-        """The element with its picture cut."""
+        """The element with its picture cropped."""
         return self.bad.cut(element, lambda picture: self.crop.random_map({"image": picture}, rng)["image"])
 
 
 @dataclasses.dataclass(frozen=True)
 class ToArray(grain.transforms.Map):
-    """A picture as uint8 [height, width, channels]."""
+    """Turns a picture into uint8 [height, width, channels]."""
 
     def map(self, element: dict[str, Any]) -> dict[str, Any]:
         """The element with an array in place of its picture."""
@@ -147,6 +147,6 @@ def as_picture(image: np.ndarray) -> Image.Image:
 
 
 def as_array(picture: Image.Image) -> np.ndarray:
-    """The inverse of as_picture."""
+    """A picture as uint8 [height, width, channels]: the inverse of as_picture."""
     array = np.asarray(picture)
     return array[..., None] if array.ndim == 2 else array

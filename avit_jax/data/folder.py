@@ -1,4 +1,4 @@
-"""Images in folders by class, train/CLASS/*.JPEG and val/CLASS/*.JPEG: the layout that PyTorch's ImageFolder reads."""
+"""Images in one folder per class, train/CLASS/*.JPEG and val/CLASS/*.JPEG: the layout of PyTorch's ImageFolder."""
 
 import dataclasses
 import os
@@ -11,7 +11,7 @@ from jaxtyping import Int
 from avit_jax.data.folder_index import EXTENSIONS, cache_file, read_index, write_index
 from avit_jax.data.folder_index import list_files as _list_files
 from avit_jax.data.settings import DataSettings
-from avit_jax.data.sources import Dataset
+from avit_jax.data.sources import Dataset, class_parts
 from avit_jax.runtime.files import expanded, shown
 
 PURPOSES = ("train", "training", "val", "valid", "validation", "test", "testing")
@@ -19,10 +19,10 @@ PURPOSES = ("train", "training", "val", "valid", "validation", "test", "testing"
 
 @dataclasses.dataclass(frozen=True)
 class FolderSplit:
-    """Files of one purpose with their labels; an element holds the file's path."""
+    """The image files of one split with their labels. An element holds the file's path."""
 
     root: Path
-    files: np.ndarray  # bytes [n]: paths below root; one array, which costs little to hand to another process
+    files: np.ndarray  # bytes [n]: paths below root; one array is cheap to send to another process
     labels: Int[np.ndarray, " n"]
     settings: DataSettings
 
@@ -33,17 +33,17 @@ class FolderSplit:
         return {"image": Path(self.name(index)), "label": self.labels[index]}
 
     def name(self, index: int) -> str:
-        """The file's path."""
+        """The path of file number `index`."""
         return os.path.join(self.root, os.fsdecode(self.files[index]))
 
 
 def load_folder(settings: DataSettings) -> Dataset:
-    """train/ is learnt from, val/ chosen on and, unless there is a test/, read at the end; classes by sorted name.
+    """The images under settings.path: train/ for training, val/ for validation, and test/, or else val/, for the test.
 
-    A folder of class folders without train/ and val/ is split: 72 %, 8 % and 20 % of each class, the same every time.
-
-    The list of files is made once and kept in the cache folder ($XDG_CACHE_HOME or ~/.cache)/avit_jax; it is made anew
-    when a folder has changed. Raises ValueError naming the folder or file that is missing, empty or out of place.
+    Classes are sorted by name. A folder that has class folders but no train/ and val/ is split: 72 %, 8 % and 20 % of
+    each class, the same every time. The list of files is made once and kept in avit_jax/ in the cache folder
+    ($XDG_CACHE_HOME or ~/.cache); it is made again when a folder has changed. Raises ValueError naming the folder or
+    file that is missing, empty or out of place.
     """
     root = expanded(settings.path)
     if not settings.path or not root.is_dir():
@@ -62,7 +62,7 @@ def load_folder(settings: DataSettings) -> Dataset:
 
 
 def _has_only_classes(root: Path) -> bool:
-    """Whether there are class folders with images right in them, and no folders by purpose."""
+    """Whether there are class folders with images directly in them, and no folders such as train/ and val/."""
     folders = [path for path in root.iterdir() if path.is_dir() and path.name[0] != "."]
     if not folders or any(folder.name.lower() in PURPOSES for folder in folders):
         return False
@@ -72,14 +72,7 @@ def _has_only_classes(root: Path) -> bool:
 def _split_classes(root: Path, settings: DataSettings) -> Dataset:
     """Raises ValueError where there are too few images for three sets."""
     class_names, everything = _indexed(root, None, settings)
-    rng = np.random.RandomState(0)  # its stream is frozen by NumPy
-    parts: tuple[list[np.ndarray], ...] = ([], [], [])
-    for label in range(len(class_names)):
-        members = rng.permutation(np.flatnonzero(everything.labels == label))
-        cuts = [round(0.72 * len(members)), round(0.8 * len(members))]
-        for part, chosen in zip(parts, np.split(members, cuts), strict=True):
-            part.append(chosen)
-    indices = [np.sort(np.concatenate(part)) for part in parts]
+    indices = [np.sort(part) for part in class_parts(everything.labels, len(class_names))]
     if not all(len(index) for index in indices):
         raise ValueError(f"{root} has too few images to split: give at least 20 for each class, or train/ and val/")
     print(
@@ -93,7 +86,7 @@ def _split_classes(root: Path, settings: DataSettings) -> Dataset:
 
 
 def _hint(root: Path, purpose: str) -> str:
-    """Why there is no train/ or val/, as far as one can see."""
+    """The message for a missing train/ or val/, with the likely reason."""
     if any(root.glob("*.tfrecord*")) or any(root.glob("*.array_record*")) or (root / "dataset_info.json").exists():
         return f"{shown(root)} holds a TFDS data set and no folder {purpose}/: use config.data.source='tfds'"
     archives = sorted(file.name for file in root.glob("*.tar*"))
@@ -108,7 +101,7 @@ def _hint(root: Path, purpose: str) -> str:
 def _indexed(
     folder: Path, class_names: tuple[str, ...] | None, settings: DataSettings
 ) -> tuple[tuple[str, ...], FolderSplit]:
-    """The folder's classes and files, from the cache where that still holds; class_names: those of train/."""
+    """The folder's classes and files, from the cache if it is still valid; class_names: those of train/."""
     cache = cache_file(folder)
     index = read_index(cache, folder) if cache else None
     if index is None:
@@ -118,16 +111,16 @@ def _indexed(
     names, files, own_labels = index["class_names"], index["files"], index["labels"]
     if index["ignored"]:
         print(
-            f"{shown(folder)}: {len(index['ignored'])} files that are no images by their names are left out, the "
-            f"first: {shown(index['ignored'][0])}"
+            f"{shown(folder)}: {len(index['ignored'])} files are left out, because their names are not those of "
+            f"images; the first: {shown(index['ignored'][0])}"
         )
     if class_names is None:
         return names, FolderSplit(folder, files, own_labels, settings)
     extra = sorted(set(names) - set(class_names))
     if extra:
         raise ValueError(
-            f"{shown(folder / extra[0])} is a class that {shown(folder.parent / 'train')} lacks: both must name "
-            "classes alike"
+            f"{shown(folder / extra[0])} is a class that {shown(folder.parent / 'train')} lacks: both must have the "
+            "same class names"
         )
     positions = np.asarray([class_names.index(name) for name in names], np.int32)
     return class_names, FolderSplit(folder, files, positions[own_labels], settings)

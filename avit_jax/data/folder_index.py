@@ -1,4 +1,4 @@
-"""The list of a folder's images: made by walking it once, and kept in a cache that is checked before it is believed."""
+"""The list of a folder's images, made by walking through it once and kept in a cache, which is checked before use."""
 
 import hashlib
 import json
@@ -15,14 +15,15 @@ from avit_jax.runtime.files import shown
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif")
 
-_Id = tuple[int, int]  # device and inode: what a folder is, whatever path leads to it
+_Id = tuple[int, int]  # device and inode, which identify a folder whatever path leads to it
 
 
 def list_files(folder: Path) -> dict[str, Any]:
-    """Every image below a class folder, sorted, and the time stamps of all folders seen.
+    """All images below the class folders, sorted, and the modification times of all folders visited.
 
-    Symbolic links are followed; each real folder is read once for a class. Raises ValueError where a class is empty, a
-    folder cannot be read, or a link leads into another class's folder.
+    Returns class_names, files (bytes [n], paths below `folder`), labels (int32 [n]), ignored (files that are not
+    images) and stamps (nanoseconds, by folder). Symbolic links are followed; each real folder is read once for a class.
+    Raises ValueError if a class is empty, a folder cannot be read, or a link leads into another class's folder.
     """
     names = tuple(sorted(entry.name for entry in _scanned(folder) if _is_folder(entry) and entry.name[0] != "."))
     if not names:
@@ -38,8 +39,8 @@ def list_files(folder: Path) -> dict[str, Any]:
             raise ValueError(f"the class folder {shown(folder / name)} holds no images: fill it or remove it")
     if walk.left_out:
         print(
-            f"{shown(folder)}: {len(walk.left_out)} links to folders that are read already, and files that are no "
-            f"regular files, are left out, the first: {shown(walk.left_out[0])}"
+            f"{shown(folder)}: {len(walk.left_out)} links to folders that were already read, or files that are not "
+            f"regular files, are left out; the first: {shown(walk.left_out[0])}"
         )
     return {
         "class_names": names,
@@ -51,15 +52,15 @@ def list_files(folder: Path) -> dict[str, Any]:
 
 
 class _Walk:
-    """A walk through class folders that knows which real folders it has seen."""
+    """A walk through class folders that remembers which real folders it has visited."""
 
     def __init__(self, folder: Path, names: tuple[str, ...]) -> None:
         self.folder, self.names = folder, names
-        self.ignored: list[str] = []  # files that are no images by their names
-        self.left_out: list[str] = []  # links back, pipes and devices
+        self.ignored: list[str] = []  # files whose names are not those of images
+        self.left_out: list[str] = []  # links to folders that were already read, pipes and devices
         status = os.stat(folder)
         self.stamps = {".": status.st_mtime_ns}
-        # A link to one of these leads back, or out to the other purposes' images.
+        # A link to one of these leads back up, or to the images of another split.
         around = [folder, *folder.resolve().parents, *(folder.parent / purpose for purpose in ("train", "val", "test"))]
         self._around = {_identity(os.stat(place)) for place in around if place.exists()}
         self._owners: dict[_Id, int] = {}
@@ -67,11 +68,11 @@ class _Walk:
             found = _identity(os.stat(folder / name))
             other = self._owners.setdefault(found, label)
             if other != label or found in self._around:
-                what = f"the same folder as {shown(names[other])}" if other != label else "a folder around it"
+                what = f"the same folder as {shown(names[other])}" if other != label else "a folder that contains it"
                 raise ValueError(f"the class folder {shown(folder / name)} is a link to {what}: remove it")
 
     def images(self, label: int) -> Iterator[bytes]:
-        """The images of a class: paths below the folder, in the order in which os.walk finds them, sorted."""
+        """The images of a class as paths below the folder, in the order of os.walk with sorted names."""
         seen: set[_Id] = set()
         waiting = [os.path.join(self.folder, self.names[label])]
         while waiting:
@@ -84,8 +85,8 @@ class _Walk:
             owner = self._owners.setdefault(found, label)
             if owner != label:
                 raise ValueError(
-                    f"{shown(place)} leads to images of the class {shown(self.names[owner])}: an image can have one "
-                    "class, remove the link"
+                    f"{shown(place)} leads to images of the class {shown(self.names[owner])}: an image can have only "
+                    "one class, so remove the link"
                 )
             seen.add(found)
             below = os.path.relpath(place, self.folder)
@@ -99,7 +100,7 @@ class _Walk:
                     continue
                 elif not entry.name.lower().endswith(EXTENSIONS):
                     self.ignored.append(name)
-                # A link that leads nowhere is listed: reading it tells the user that an image is missing.
+                # A broken link is listed, so that reading it reports a missing image.
                 elif not os.path.exists(entry.path) or entry.is_file():
                     yield os.fsencode(name)
                 else:
@@ -127,7 +128,7 @@ def _scanned(folder: str | Path) -> list[os.DirEntry[str]]:
 
 
 def cache_file(folder: Path) -> Path | None:
-    """Where the list of a folder is kept; None where there is no home folder to keep it in."""
+    """The file in which the list of a folder is kept; None if there is no home folder."""
     try:
         caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     except RuntimeError:
@@ -137,13 +138,16 @@ def cache_file(folder: Path) -> Path | None:
 
 
 def read_index(cache: Path, folder: Path) -> dict[str, Any] | None:
-    """The cached list, or None where there is none, it is not what list_files gives, or a folder changed since."""
+    """The cached list; None if it is missing or malformed, or if a folder has changed since.
+
+    cache: the file that write_index wrote. folder: the folder that the list is of.
+    """
     try:
         if not cache.is_file():
             return None
         with cache.open("rb") as stream:
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in zipfile.ZipFile(stream).infolist()):
-                return None  # we write it uncompressed, so that no list is larger than its file
+                return None  # write_index does not compress, so no list is larger than its file
             stream.seek(0)
             with np.load(stream) as file:
                 about = json.loads(str(file["about"]))
@@ -159,7 +163,7 @@ def read_index(cache: Path, folder: Path) -> dict[str, Any] | None:
 
 
 def _is_sound(index: dict[str, Any]) -> bool:
-    """Whether a list has the types and values that list_files gives; no path leads out of the folder."""
+    """Whether a list has the types and values of list_files, and no path leads out of the folder."""
     files, labels, names = index["files"], index["labels"], index["class_names"]
     places = index["stamps"]
     letters = files.view(np.uint8).reshape(len(files), files.itemsize) if files.dtype.kind == "S" else None
@@ -181,7 +185,10 @@ def _is_sound(index: dict[str, Any]) -> bool:
 
 
 def write_index(cache: Path, index: dict[str, Any]) -> None:
-    """Whole or not at all, also while other processes write the same; without a place to write there is no cache."""
+    """Write the cache in one step, so that several processes may do it at once. Prints a line if it cannot be written.
+
+    index: the result of list_files.
+    """
     about = {name: index[name] for name in ("class_names", "ignored", "stamps")}
     partial = None
     try:
@@ -191,6 +198,6 @@ def write_index(cache: Path, index: dict[str, Any]) -> None:
             np.savez(stream, files=index["files"], labels=index["labels"], about=np.asarray(json.dumps(about)))
         os.replace(partial, cache)
     except OSError as error:
-        print(f"the list of images is not kept, it will be made again: {error}")
+        print(f"the list of images could not be kept and will be made again next time: {error}")
         if partial is not None:
             Path(partial).unlink(missing_ok=True)

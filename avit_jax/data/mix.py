@@ -1,6 +1,6 @@
-"""Random erasing, mixup and cutmix, inside the jitted training step; image i is mixed with image i XOR 1.
+"""Random erasing, mixup and cutmix inside the jitted training step; image i is mixed with image i XOR 1.
 
-The pair lies on one device, so nothing crosses devices. Every pair draws its own weight or rectangle.
+Both images of a pair are on one device, so no data moves between devices. Each pair draws its own weight or rectangle.
 """
 
 import jax
@@ -12,7 +12,7 @@ from avit_jax.data.preprocessing import normalize
 from avit_jax.data.settings import AugmentSettings
 from avit_jax.model.config import AViTConfig
 
-ERASED_AREA = (0.02, 1 / 3)  # least and most of the image (arXiv 1708.04896, with timm's upper limit)
+ERASED_AREA = (0.02, 1 / 3)  # least and most of the image's area (arXiv 1708.04896, with timm's upper limit)
 ERASED_RATIO = (0.3, 1 / 0.3)  # height / width
 ATTEMPTS = 10
 
@@ -22,23 +22,25 @@ def augment_on_device(
     images: UInt8[Array, "b h w c"] | Float[Array, "b h w c"],
     labels: Int[Array, " b"],
     augment: AugmentSettings,
-    model: AViTConfig,
+    model_config: AViTConfig,
     *,
     label_smoothing: float = 0.0,
     weight: Float[Array, " b"] | None = None,
 ) -> tuple[Float[Array, "b h w c"], Float[Array, "b classes"]]:
-    """What training_batches left to the device: normalised (uint8 images), erased, mixed; soft labels.
+    """The augmentation that training_batches leaves to the device; returns normalised images and soft labels.
 
-    weight: images with 0 (on_bad_image "skip") are not mixed with their neighbours.
+    images: uint8, which are normalised, or float32, which are already. labels: class indices. model: image size,
+    preprocessing and number of classes. weight: images with weight 0 (on_bad_image "skip") are not mixed. Raises
+    ValueError if an odd batch is to be mixed.
     """
     erase_key, mix_key = jax.random.split(key)
-    pixels = normalize(images, model) if images.dtype == jnp.uint8 else images
+    pixels = normalize(images, model_config) if images.dtype == jnp.uint8 else images
     pixels = random_erasing(erase_key, pixels, augment.erasing)
     return mix_batch(
         mix_key,
         pixels,
         labels,
-        num_classes=model.num_classes,
+        num_classes=model_config.num_classes,
         mixup=augment.mixup,
         cutmix=augment.cutmix,
         switch=augment.mix_switch,
@@ -61,12 +63,13 @@ def mix_batch(
     label_smoothing: float = 0.0,
     weight: Float[Array, " b"] | None = None,
 ) -> tuple[Float[Array, "b h w c"], Float[Array, "b classes"]]:
-    """Each image mixed with its neighbour, and labels by the share of each: mixup or cutmix, one for a pair.
+    """Mix each image with its neighbour, by mixup or cutmix, and their labels in the same proportion.
 
     mixup (arXiv 1710.09412): x = s x_i + (1 - s) x_j, s ~ Beta(mixup, mixup). cutmix (arXiv 1905.04899): a rectangle
-    of sides sqrt(1 - s), s ~ Beta(cutmix, cutmix), about a uniform centre comes from x_j; s is then the area that is
-    left of x_i. 0 turns either off; with both, cutmix has probability `switch`. A pair is mixed with `probability`.
-    Labels are smoothed as optax.smooth_labels does. Raises ValueError for an odd batch, unless both are off.
+    with sqrt(1 - s) of the image's sides, s ~ Beta(cutmix, cutmix), and a uniformly drawn centre is taken from x_j; s
+    is then the fraction of x_i's area that is left. 0 turns either off. If both are on, a pair takes cutmix with
+    probability `switch`. A pair is mixed with `probability`, and never if one of its images has weight 0. Labels are
+    smoothed first, as optax.smooth_labels does. Raises ValueError for an odd batch, unless both are off.
     """
     targets = optax.smooth_labels(jax.nn.one_hot(labels, num_classes), label_smoothing)
     if not (mixup or cutmix):
@@ -97,7 +100,7 @@ def _blend(values: Float[Array, "b ..."], own: Float[Array, "p ..."]) -> Float[A
 
 
 def _boxes(key: PRNGKeyArray, side: Float[Array, " p"], height: int, width: int) -> Bool[Array, "p h w"]:
-    """The pixels of rectangles of `side` times the image's sides about uniform centres, cut at its edge."""
+    """Masks of rectangles with `side` times the image's sides and uniformly drawn centres, cut off at the edge."""
     row_key, column_key = jax.random.split(key)
     rows = _span(jax.random.randint(row_key, side.shape, 0, height), (height * side).astype(jnp.int32), height)
     columns = _span(jax.random.randint(column_key, side.shape, 0, width), (width * side).astype(jnp.int32), width)
@@ -110,10 +113,10 @@ def _span(center: Int[Array, " p"], length: Int[Array, " p"], size: int) -> Bool
 
 
 def random_erasing(key: PRNGKeyArray, images: Float[Array, "b h w c"], probability: float) -> Float[Array, "b h w c"]:
-    """In some images a random rectangle becomes standard normal noise (arXiv 1708.04896), pixel by pixel.
+    """Replace a random rectangle in some images by standard normal noise, drawn for each pixel (arXiv 1708.04896).
 
-    Area and shape are drawn up to ten times until the rectangle fits; where it never does the image stays. images are
-    normalised, so that the noise has their scale.
+    images: normalised, so that the noise has their scale. probability: of erasing, for each image. Area and aspect
+    ratio are drawn up to ten times until the rectangle fits; if it never fits, the image stays unchanged.
     """
     if not probability:
         return images

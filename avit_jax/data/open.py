@@ -9,7 +9,7 @@ from avit_jax.data.tfds_source import load_tfds
 
 
 def open_dataset(settings: DataSettings) -> Dataset:
-    """Its splits, each of which knows how it is to be read.
+    """The data set's splits, each with the settings for reading it.
 
     Raises ValueError for files that are missing or do not hold what they should.
     """

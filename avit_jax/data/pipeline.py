@@ -1,7 +1,7 @@
 """Batches: an endless shuffled stream for training whose state is one number, and one exact pass for evaluation."""
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import grain
@@ -32,17 +32,17 @@ from avit_jax.runtime.files import shown
 from avit_jax.runtime.mesh import available_cores
 
 Batch = dict[str, Any]
-BAD_LIMIT = 0.01  # share of a split's images that on_bad_image = "skip" puts up with
+BAD_LIMIT = 0.01  # the largest fraction of bad images in a split that on_bad_image = "skip" accepts
 
 
 class TrainingBatches(Iterator[Batch]):
-    """The endless stream; get_state / set_state continue it exactly and at once, with any number of workers."""
+    """The endless training stream. set_state continues it exactly and without delay, with any number of workers."""
 
     def __init__(self, opened: Callable[[int], grain.DatasetIterator], split: Images, rows: int, share: float) -> None:
         self._opened = opened  # the iterator that starts at a given batch
         self._split = split
-        self._rows = rows  # of a batch
-        self._share = share  # of an epoch's images that come by here
+        self._rows = rows  # in a batch
+        self._share = share  # the fraction of an epoch's images that this process reads
         self._next = 0
         self._bad: set[int] = set()
         self._iterator: grain.DatasetIterator | None = None
@@ -52,22 +52,22 @@ class TrainingBatches(Iterator[Batch]):
             self._iterator = self._opened(self._next)
         batch = _next(self._iterator)
         self._next += 1
-        # After an epoch others come by: of many processes each sees all images in the end.
+        # Each epoch brings other images to this process: in the end it sees all of them.
         share = max(self._share, min(1.0, self._next * self._rows / len(self._split)))
         _count_bad(self._split, batch, self._bad, share)
         return batch
 
     def get_state(self) -> dict[str, Any]:
-        """Plain JSON: how many batches were given out, and the numbers of the images that were bad."""
+        """Plain JSON: how many batches were returned, and the indices of the bad images."""
         return {"next_index": self._next, "bad": sorted(self._bad)}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Go on where get_state was called."""
+        """Continue from where get_state returned `state`."""
         self.close()
         self._next, self._bad = state["next_index"], set(state.get("bad", ()))
 
     def close(self) -> None:
-        """End the workers."""
+        """Stop the workers."""
         if self._iterator is not None:
             self._iterator.close()
         self._iterator = None
@@ -75,20 +75,20 @@ class TrainingBatches(Iterator[Batch]):
 
 def training_batches(
     split: Images,
-    model: AViTConfig,
+    model_config: AViTConfig,
     *,
     batch_size: int,
     seed: int,
-    augment: Mapping[str, Any],
+    augment: AugmentSettings,
     process_index: int = 0,
     process_count: int = 1,
 ) -> TrainingBatches:
-    """Shuffled anew each epoch and augmented; this process's rows of every batch of batch_size images.
+    """Augmented batches, shuffled again each epoch: this process's rows of every batch of batch_size images.
 
-    Same seed, same batches, whatever the number of workers, threads and processes. "image" is normalised float32 for
-    arrays in memory, uint8 for images from disk: a quarter of the bytes to the device, which normalises them (mix.py).
-    With on_bad_image "skip" there is a "weight". augment: config.augment (AugmentSettings). Raises ValueError where a
-    batch is larger than the data or cannot be shared out; next() raises it for data that cannot be used.
+    seed: the same seed gives the same batches for any number of workers, threads and processes. "image" is normalised
+    float32 for arrays in memory. For images from disk it is uint8, a quarter of the bytes, and the device normalises it
+    (mix.py). With on_bad_image "skip" there is a "weight". Raises ValueError if a batch is larger than the data or
+    cannot be divided among the processes; next() raises it for unusable data.
     """
     settings = split.settings
     _check_shares(batch_size, process_count)
@@ -97,10 +97,12 @@ def training_batches(
     dataset = grain.MapDataset.source(Numbered(split)).seed(seed).shuffle().repeat()
     if settings.repeated_augmentation > 1:
         dataset = _Reindexed(dataset, RepeatedRows(settings.repeated_augmentation, batch_size))
-    dataset = _augmented(dataset, split, model, AugmentSettings.from_config(augment))
+    dataset = _augmented(dataset, split, model_config, augment)
     if process_count > 1:
         dataset = _Reindexed(dataset, OwnRows(batch_size, process_index, process_count))
-    finish = functools.partial(_finished, in_memory=isinstance(split, Split), model=model, settings=settings)
+    finish = functools.partial(
+        _finished, in_memory=isinstance(split, Split), model_config=model_config, settings=settings
+    )
     return TrainingBatches(
         lambda start: _read(dataset, batch_size // process_count, start, finish, settings, isinstance(split, Split)),
         split,
@@ -110,21 +112,23 @@ def training_batches(
 
 
 def _augmented(
-    dataset: grain.MapDataset, split: Images, model: AViTConfig, augment: AugmentSettings
+    dataset: grain.MapDataset, split: Images, model_config: AViTConfig, augment: AugmentSettings
 ) -> grain.MapDataset:
     settings = split.settings
     if not isinstance(split, Split) or augment.needs_pictures:
-        bad = BadImages(split, model, settings.on_bad_image == "skip")
+        bad = BadImages(split, model_config, settings.on_bad_image == "skip")
         dataset = dataset.map(Decode(bad))
         if augment.crop_scale:
-            crop = RandomResizedCrop(model.image_shape, augment.crop_scale, augment.crop_ratio, settings.interpolation)
+            crop = RandomResizedCrop(
+                model_config.image_shape, augment.crop_scale, augment.crop_ratio, settings.interpolation
+            )
             dataset = dataset.random_map(TrainingCrop(crop, bad))
         else:
             dataset = dataset.map(EvaluationCrop(bad))
         if augment.flip:
             dataset = dataset.random_map(RandomFlip(augment.flip))
         if augment.randaugment:
-            fill = tuple(min(255, round(255 * value)) for value in model.preprocessing.mean)
+            fill = tuple(min(255, round(255 * value)) for value in model_config.preprocessing.mean)
             dataset = dataset.random_map(
                 RandAugment.from_string(augment.randaugment, fill=fill, interpolation=settings.interpolation)
             )
@@ -137,12 +141,12 @@ def _augmented(
 
 
 def evaluation_batches(
-    split: Images, model: AViTConfig, batch_size: int, *, process_index: int = 0, process_count: int = 1
+    split: Images, model_config: AViTConfig, batch_size: int, *, process_index: int = 0, process_count: int = 1
 ) -> Iterator[Batch]:
-    """Every image once over all processes, in order; this process's rows of batches of batch_size.
+    """Every image once over all processes, in order: this process's rows of batches of batch_size images.
 
     "image" is normalised float32 for arrays in memory, uint8 for images from disk, as in training. The last batch
-    is padded to full size with images of `weight` 0; bad images, where they are skipped, have it too.
+    is padded to full size with images of "weight" 0. Bad images that are skipped have weight 0 too.
     """
     _check_shares(batch_size, process_count)
     own = batch_size // process_count
@@ -151,14 +155,14 @@ def evaluation_batches(
             images, labels = split.images[start : start + own], split.labels[start : start + own]
             missing = own - len(images)
             yield {
-                "image": _pad(normalize(images, model), missing),
+                "image": _pad(normalize(images, model_config), missing),
                 "label": _pad(labels, missing),
                 "weight": _pad(np.ones(len(images), np.float32), missing),
             }
         return
     settings = split.settings
     rows = EvaluationRows(split, batch_size, process_index, process_count)
-    bad_images = BadImages(split, model, settings.on_bad_image == "skip")
+    bad_images = BadImages(split, model_config, settings.on_bad_image == "skip")
     dataset = grain.MapDataset.source(rows).map(Decode(bad_images)).map(EvaluationCrop(bad_images)).map(ToArray())
     iterator = _read(dataset, own, 0, lambda batch: batch, settings, in_memory=False)
     bad: set[int] = set()
@@ -172,12 +176,12 @@ def evaluation_batches(
 
 
 def evaluation_images(
-    split: Images, indices: Sequence[int] | np.ndarray, model: AViTConfig
+    split: Images, indices: Sequence[int] | np.ndarray, model_config: AViTConfig
 ) -> UInt8[np.ndarray, "n h w c"]:
-    """Some images of a split as evaluation sees them, not normalised."""
+    """The images of a split at these indices as evaluation sees them, but not normalised."""
     if isinstance(split, Split):
         return split.images[np.asarray(indices)]
-    bad = BadImages(split, model, skip=False)
+    bad = BadImages(split, model_config, skip=False)
     elements = (Decode(bad).map(split[int(i)] | {"index": int(i)}) for i in indices)
     return np.stack([as_array(EvaluationCrop(bad).map(element)["image"]) for element in elements])
 
@@ -197,10 +201,10 @@ class _Reindexed(grain.MapDataset):
 
 
 class RepeatedRows:
-    """Repeated augmentation: row -> image of the shuffled stream, each image `times` times in succession.
+    """Repeated augmentation: maps a row to its place in the shuffled stream, so that each image comes `times` times.
 
-    Within a batch first come all first copies, then all second ones, so that no image lies beside its own copy, which
-    mixup would mix it with; the copies fall on different devices. In `times` epochs every image is seen `times` times.
+    A batch holds all first copies, then all second ones, and so on. So no image is next to its own copy, which mixup
+    would mix it with, and the copies go to different devices. In `times` epochs every image is seen `times` times.
     """
 
     def __init__(self, times: int, batch_size: int) -> None:
@@ -208,7 +212,7 @@ class RepeatedRows:
         self._order = [row for first in range(times) for row in range(first, batch_size, times)]
 
     def __call__(self, row: int) -> int:
-        """The place in the shuffled stream."""
+        """The row's place in the shuffled stream."""
         batch, offset = divmod(row, self.batch_size)
         return (batch * self.batch_size + self._order[offset]) // self.times
 
@@ -221,7 +225,7 @@ class OwnRows:
         self.first = process_index * self.own
 
     def __call__(self, row: int) -> int:
-        """The row of the whole stream."""
+        """The place in the whole stream of this process's row."""
         batch, offset = divmod(row, self.own)
         return batch * self.batch_size + self.first + offset
 
@@ -234,11 +238,11 @@ def _read(
     settings: DataSettings,
     in_memory: bool,
 ) -> grain.DatasetIterator:
-    """Batches from number `start` on, made in the background; the order does not depend on who makes them."""
+    """Batches from number `start` on, made in the background. Their order does not depend on what makes them."""
     if settings.workers:
-        if not flags.FLAGS.is_parsed():  # grain hands them to its workers; outside app.run nobody has parsed them
+        if not flags.FLAGS.is_parsed():  # grain passes flags to its workers; outside app.run they are not parsed
             flags.FLAGS.mark_as_parsed()
-        # Whole batches are dealt out to the workers in turn: single images would be batched by worker.
+        # Workers get whole batches in turn. If they got single images, each worker would make its own batches of them.
         batches = dataset.batch(size, drop_remainder=True).map(finish)[start:]
         options = grain.ReadOptions(num_threads=settings.threads or 1, prefetch_buffer_size=2)
         return iter(
@@ -247,10 +251,10 @@ def _read(
             )
         )
     if in_memory:
-        # One thread: it makes the next batches while the step runs, and two would take the step's cores.
+        # One thread makes the next batches while the step runs; a second one would take cores away from the step.
         batches = dataset.batch(size, drop_remainder=True).map(finish)[start:]
         return iter(batches.to_iter_dataset(grain.ReadOptions(settings.threads or 1, prefetch_buffer_size=4)))
-    # Image by image, so that all threads work on the batch that is needed next; few wait for it, and so in the cache.
+    # Image by image, so that all threads work on the next batch; then few images wait, and they stay in the cache.
     threads = settings.threads or available_cores()
     options = grain.ReadOptions(threads, prefetch_buffer_size=4 * threads)
     images = dataset[start * size :].to_iter_dataset(options)
@@ -258,22 +262,22 @@ def _read(
     return iter(grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=1))
 
 
-def _finished(batch: Batch, in_memory: bool, model: AViTConfig, settings: DataSettings) -> Batch:
-    """What the training step takes, and the numbers of the images where the bad ones are to be counted."""
+def _finished(batch: Batch, in_memory: bool, model_config: AViTConfig, settings: DataSettings) -> Batch:
+    """What the training step takes, and the indices of the images if bad ones are to be counted."""
     wanted = {"image", "label"} | ({"weight", "index"} if settings.on_bad_image == "skip" and not in_memory else set())
     batch = {name: value for name, value in batch.items() if name in wanted}
-    return batch | {"image": normalize(batch["image"], model)} if in_memory else batch
+    return batch | {"image": normalize(batch["image"], model_config)} if in_memory else batch
 
 
 def _next(iterator: grain.DatasetIterator) -> Batch:
     try:
         return next(iterator)
-    except BadData as error:  # raised again here: one from another process ends with that one's traceback
+    except BadData as error:  # raised again: from a worker process, its text ends with the worker's traceback
         raise type(error)(str(error).splitlines()[0]) from error
 
 
 def _count_bad(split: Images, batch: Batch, known: set[int], share: float) -> None:
-    """Log the bad images of a batch that are new. Raises BadData where they are too many of this process's share."""
+    """Log a batch's new bad images. Raises BadData if they are too many for this process's share of the data."""
     indices = batch.pop("index", None)
     if indices is None:
         return
@@ -289,18 +293,18 @@ def _count_bad(split: Images, batch: Batch, known: set[int], share: float) -> No
 
 
 def _reason(split: Images, index: int) -> str:
-    """Why an image is bad; it is decoded once more, because here the message can be shown."""
+    """Why an image is bad. It is decoded once more, because a worker process cannot show the message."""
     try:
         decode(split[index]["image"], functools.partial(split.name, index))
     except BadImage as error:
         return str(error)
-    return f"{shown(split.name(index))} could not be read and can be now"
+    return f"{shown(split.name(index))} could not be read before, but can be read now"
 
 
 def _check_shares(batch_size: int, process_count: int) -> None:
     if batch_size % process_count:
         raise ValueError(
-            f"a batch of {batch_size} cannot be shared by {process_count} processes: change the batch size"
+            f"a batch of {batch_size} cannot be divided among {process_count} processes: change the batch size"
         )
 
 

@@ -1,7 +1,8 @@
-"""RandAugment (arXiv 1909.13719) with timm's magnitudes, and the colour jitter in its place; Pillow does the work.
+"""RandAugment (arXiv 1909.13719) with timm's magnitudes, and colour jitter, which can take its place; done by Pillow.
 
-The notation is timm's, as in DeiT's recipe: rand-m9-mstd0.5-inc1 is two operations out of fifteen, each done with
-probability 0.5, at magnitude 9 of 10 with a deviation of 0.5, in the versions that grow stronger with it (inc).
+The notation is timm's, as in DeiT's recipe. rand-m9-mstd0.5-inc1 draws two of fifteen operations and applies each with
+probability 0.5, at magnitude 9 of 10 with a standard deviation of 0.5. With inc1, every operation gets stronger as the
+magnitude grows.
 """
 
 import dataclasses
@@ -14,7 +15,7 @@ import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
 from avit_jax.data.preprocessing import RESAMPLING
-from avit_jax.model.config import nearest
+from avit_jax.runtime.hints import nearest
 
 FULL = 10.0  # the magnitude at which an operation is at its strongest
 PROBABILITY = 0.5  # of each chosen operation
@@ -23,7 +24,7 @@ Colour = int | tuple[int, ...]
 _OPTIONS = {
     "m": "magnitude, 0 to 10",
     "n": "number of operations",
-    "mstd": "deviation of the magnitude",
+    "mstd": "standard deviation of the magnitude",
     "p": "probability of each operation",
     "inc": "1 for the increasing set",
 }
@@ -35,21 +36,21 @@ class RandAugment(grain.transforms.RandomMap):
 
     magnitude: float = FULL
     operations: int = 2
-    deviation: float = 0.0  # of the magnitude; above 100: uniform from 0 to it
+    deviation: float = 0.0  # standard deviation of the magnitude; above 100: uniform from 0 to the magnitude
     probability: float = PROBABILITY
-    fill: tuple[int, ...] = (124, 116, 104)  # what comes in from outside: the mean colour
+    fill: tuple[int, ...] = (124, 116, 104)  # colour of the pixels that come in from outside: the mean
     interpolation: str = "bicubic"
 
     @classmethod
     def from_string(cls, text: str, *, fill: tuple[int, ...], interpolation: str = "bicubic") -> "RandAugment":
-        """timm's notation: rand-m9-mstd0.5-inc1, with n (operations) and p (probability) if wanted.
+        """RandAugment from timm's notation: rand-m9-mstd0.5-inc1, optionally with n (operations) and p (probability).
 
-        Raises ValueError naming the part that is not understood.
+        fill, interpolation: as the fields. Raises ValueError naming the part that is not understood.
         """
         head, *parts = text.split("-")
         if head != "rand":
             raise ValueError(
-                f"config.augment.randaugment is {text!r}: it must start with rand-, as rand-m9-mstd0.5-inc1"
+                f"config.augment.randaugment is {text!r}: it must start with rand-, as in rand-m9-mstd0.5-inc1"
             )
         found: dict[str, float] = {}
         for part in parts:
@@ -64,7 +65,7 @@ class RandAugment(grain.transforms.RandomMap):
             ("m", 0 <= found.get("m", FULL) <= FULL, "from 0 to 10"),
             ("n", found.get("n", 2) in range(1, 16), "a whole number from 1 to 15"),
             ("p", found.get("p", PROBABILITY) <= 1, "at most 1"),
-            ("inc", found.get("inc", 0) == 1, "1, and given: only the increasing set is there"),
+            ("inc", found.get("inc", 0) == 1, "given as 1: there is only the increasing set"),
         ):
             if not good:
                 raise ValueError(f"config.augment.randaugment {text!r}: {name} must be {rule}")
@@ -100,9 +101,10 @@ class RandAugment(grain.transforms.RandomMap):
 def operate(
     picture: Image.Image, name: str, level: float, sign: int, *, fill: tuple[int, ...], interpolation: str = "bicubic"
 ) -> Image.Image:
-    """One operation at a level of 0 to 10; sign (1 or -1) is the direction, where there is one.
+    """The picture after one operation.
 
-    picture: mode RGB or L. fill: the colour outside, one value a channel. Raises ValueError for an unknown name.
+    picture: mode RGB or L. name: a key of OPERATIONS. level: 0 to 10. sign: 1 or -1, the direction if the operation has
+    one. fill: the colour outside, one value per channel. Raises ValueError for an unknown name.
     """
     if name not in OPERATIONS:
         raise ValueError(f"there is no operation {name!r}: {nearest(name, OPERATIONS)}")
@@ -121,7 +123,7 @@ def _enhance(kind: Callable[[Image.Image], Any], picture: Image.Image, amount: f
 
 
 def _posterize(picture: Image.Image, bits: int) -> Image.Image:
-    """The highest `bits` of every level; none at all is black, which Pillow refuses since version 13."""
+    """The highest `bits` bits of every level; 0 bits are black, which Pillow 13 refuses to make."""
     return ImageOps.posterize(picture, bits) if bits else Image.new(picture.mode, picture.size)
 
 
@@ -166,7 +168,7 @@ class ColorJitter(grain.transforms.RandomMap):
 
 
 def adjust(picture: Image.Image, order: Sequence[int], factors: Sequence[float]) -> Image.Image:
-    """Brightness (0), contrast (1) and saturation (2) multiplied by factors[0..2], in the given order."""
+    """The picture with brightness (0), contrast (1) and saturation (2) multiplied by factors[0..2], in this order."""
     kinds = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
     for kind in order:
         picture = kinds[kind](picture).enhance(factors[kind])

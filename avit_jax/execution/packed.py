@@ -14,12 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Bool, Float, Int, Shaped
+from jaxtyping import Array, Bool, Float, Int
 
+from avit_jax.execution.compiled import CompiledModel, split_model
 from avit_jax.execution.plan import PackedPlan, default_plan, layer_loads, padded_loads
 from avit_jax.execution.work import Executed, packed_gmacs
 from avit_jax.halting.rule import State, Trace, drop_halted, first_state
-from avit_jax.model.check_images import check_images
 from avit_jax.model.layers import Block
 from avit_jax.model.output import AViTOutput
 from avit_jax.model.seen import WHOLE_LAYER, Facts, of_attention
@@ -208,60 +208,32 @@ def _unpacked(model: AViT, packed: _Packed, trace: Trace, index: Array, image: A
     return model.output(state, trace)
 
 
-class PackedModel:
+class PackedModel(CompiledModel):
     """A model compiled for packed execution of up to `batch_size` images, which it is called with.
 
     `jax.export.export(packed.jitted)(*packed.abstract_arguments)` is the program as something to serialise: it takes
     packed.params, images and how many of them count.
     """
 
+    made_by = "compile_packed"
+
     def __init__(self, model: AViT, batch_size: int, plan: PackedPlan, image_exit: bool, mesh: Mesh | None) -> None:
-        self.config = model.config
-        self.batch_size = batch_size
         self._devices = devices = 1 if mesh is None else mesh.shape["data"]
         # A group never has more images than there are: padding it would cost memory and time.
         self.plan = plan = dataclasses.replace(plan, group_size=min(plan.group_size, -(-batch_size // devices)))
-        graphdef, state = nnx.split(model)
-        # Plain dicts can be exported. JAX's arrays never change, NumPy's may.
-        params = jax.tree.map(lambda p: p if isinstance(p, jax.Array) else jnp.array(p), nnx.to_pure_dict(state))
-        self.params = jax.device_put(params, NamedSharding(mesh, PartitionSpec())) if mesh is not None else params
-        self._images = NamedSharding(mesh, PartitionSpec("data")) if mesh is not None else None
-        self.jitted = jax.jit(packed_program(graphdef, plan, image_exit, mesh))
-        self._rows = -(-batch_size // devices) * devices
-        shape = (self._rows, *self.config.image_shape, self.config.in_channels)
-        abstract = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=self._images)
-        self.abstract_arguments = (self.params, abstract, jnp.int32(batch_size))  # for lower and jax.export
-        self.compiled = self.jitted.lower(*self.abstract_arguments).compile()
-        self._halting_seen = not self.config.halts or self.config.depth == 1
+        self._halting_seen = not model.config.halts or model.config.depth == 1
+        graphdef, params = split_model(model, mesh)
+        jitted = jax.jit(packed_program(graphdef, plan, image_exit, mesh))
+        images = NamedSharding(mesh, PartitionSpec("data")) if mesh is not None else None
+        super().__init__(model.config, batch_size, jitted, params, images, devices)
 
-    def __call__(self, images: Shaped[Array | np.ndarray, "..."]) -> AViTOutput:
-        """The output for each image. Raises ValueError for other images than the model takes, or too many of them."""
-        check_images(images, self.config)
-        count = len(images)
-        if count > self.batch_size:
-            raise ValueError(
-                f"{count} images for a program compiled for {self.batch_size}: compile_packed(model, {count})"
-            )
-        if count < self._rows:
-            pad = np.pad if isinstance(images, np.ndarray) else jnp.pad
-            images = pad(images, ((0, self._rows - count), (0, 0), (0, 0), (0, 0)))
-        if self._images is not None:
-            images = jax.device_put(images, self._images)
-        # A compiled program takes no tracers, and does not run where jit is off.
-        no_jit = jax.config.jax_disable_jit  # type: ignore[attr-defined]
-        as_function = no_jit or isinstance(images, jax.core.Tracer)
-        if as_function:
-            output = self.jitted(self.params, jnp.asarray(images), jnp.int32(count))
-        else:
-            output = self.compiled(self.params, images, np.int32(count))
-        if count < self._rows:
-            output = self._first(output, count)
-        if not self._halting_seen and not as_function and count:
-            self._say_whether_it_halts(output)
-        return output
+    def _arguments(self, count: int) -> tuple[np.int32]:
+        return (np.int32(count),)
 
-    def _say_whether_it_halts(self, output: AViTOutput) -> None:
+    def _seen(self, output: AViTOutput) -> None:
         """One line where the first images show that nothing is saved."""
+        if self._halting_seen:
+            return
         self._halting_seen = True
         if output.token_depth.is_fully_addressable and (np.asarray(output.token_depth) == self.config.depth).all():
             rule = self.config.halting
@@ -280,16 +252,6 @@ class PackedModel:
         by_device = np.stack(np.split(loads, self._devices, axis=1))
         gmacs = packed_gmacs(self.config, padded_loads(by_device, self.plan), self.plan.group_size, images)
         return Executed(int(loads.sum()), gmacs)
-
-    def _first(self, output: AViTOutput, count: int) -> AViTOutput:
-        """The output of the first `count` images."""
-        return AViTOutput(
-            output.logits[:count],
-            output.head_logits[:, :count],
-            output.token_depth[:count],
-            output.ponder_cost[:count],
-            output.halting_scores[:, :count],
-        )
 
 
 def packed_program(

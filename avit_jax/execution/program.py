@@ -59,7 +59,7 @@ def checked_execution(config: AViTConfig, execution: str) -> str:
     if execution == AUTO:
         return fitting[0]
     if execution not in fitting:
-        rule = config.reduction or config.halting
+        rule = config.rule_in_force
         kind = "a model without a rule" if rule is None else f"the rule {rule.name!r}"
         raise ValueError(f"{execution} execution cannot run {kind}: choose {' or '.join((*fitting, AUTO))}")
     return execution

@@ -16,8 +16,8 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Shaped
 
-from avit_jax.execution.compiled import CompiledModel
-from avit_jax.execution.work import Executed, shrinking_gmacs
+from avit_jax.execution.compiled import CompiledForward
+from avit_jax.execution.work import Executed, executed_shrinking_gmacs
 from avit_jax.model.layers import Block
 from avit_jax.model.seen import Seen, of_attention
 from avit_jax.model.vit import AViT, AViTOutput
@@ -200,18 +200,18 @@ class _Layers:
         return block.read(x, mass, self.config.num_outputs)
 
 
-class ShrinkingModel(CompiledModel):
+class ShrinkingModel(CompiledForward):
     """Shrinking execution of up to `batch_size` images; the last layer computes what the logits read."""
 
     def __init__(self, model: AViT, batch_size: int, mesh: Mesh | None = None) -> None:
         super().__init__(model, batch_size, _to_the_logits, mesh)
 
     def executed(self, token_depth: Int[np.ndarray, "b n"], images: int) -> Executed:
-        """The same for every image: the tokens that enter each layer, whatever the depths."""
+        """The same for every image, whatever the depths: the tokens that enter each layer, and the rule's own work."""
         rule, config = self.config.reduction, self.config
         counts = (config.num_tokens,) * config.depth if rule is None else rule.counts(config)
         slots = config.num_tokens + sum(counts[:-1])
-        return Executed(images * slots, shrinking_gmacs(config, short_last_layer=True))
+        return Executed(images * slots, executed_shrinking_gmacs(config))
 
 
 def _to_the_logits(model: AViT, images: Array) -> AViTOutput:

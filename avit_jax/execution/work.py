@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from avit_jax.model.config import AViTConfig
+from avit_jax.model.seen import WHOLE_LAYER
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,10 +91,10 @@ def _macs_of_depths(config: AViTConfig, token_depth: Int[Array, "b n"]) -> Float
 
 
 def shrinking_gmacs(config: AViTConfig, *, short_last_layer: bool) -> float:
-    """10^9 multiply-adds of an image under the model's reduction rule.
+    """10^9 multiply-adds of an image under the model's reduction rule, without the rule's own work, as papers count.
 
-    short_last_layer: whether the last layer computes no more than the tokens that the logits read. Raises ValueError
-    where the rule does not fit the model.
+    short_last_layer: the last layer computes no more than the tokens that the logits read, where these are the first
+    ones. Raises ValueError where the rule does not fit the model.
     """
     rule = config.reduction
     counts = (config.num_tokens,) * config.depth if rule is None else rule.counts(config)
@@ -101,8 +102,16 @@ def shrinking_gmacs(config: AViTConfig, *, short_last_layer: bool) -> float:
     d, m = config.embed_dim, config.mlp_dim
     blocks = [reducing_block_macs(n, left, d, m) for n, left in zip(entering, counts, strict=True)]
     if short_last_layer and config.pool == "token":
-        blocks[-1] = int(last_block_macs(np.array(entering[-1]), config.num_outputs, d, m))
+        blocks[-1] = int(last_block_macs(np.array([entering[-1]], np.float64), config.num_outputs, d, m)[0])
     return (sum(blocks) + embedding_macs(config) + head_macs(config)) / 1e9
+
+
+def executed_shrinking_gmacs(config: AViTConfig) -> float:
+    """10^9 multiply-adds of an image in shrinking execution: a short last layer, and the rule's own work."""
+    own = () if config.reduction is None else config.reduction.own_macs(config)
+    if config.pool == "token":  # the short last layer reduces nothing
+        own = own[:-1]
+    return shrinking_gmacs(config, short_last_layer=True) + sum(own) / 1e9
 
 
 def packed_gmacs(
@@ -112,11 +121,13 @@ def packed_gmacs(
 
     tokens: the capacity with which each group of group_size images runs (padded_loads).
     """
-    padded = tokens.astype(np.float64)
+    rule, padded = config.halting, tokens.astype(np.float64)
     first = np.asarray(block_macs(padded[:, :-1], config.embed_dim, config.mlp_dim)).sum()
-    if config.pool == "token":
-        last = last_block_macs(padded[:, -1], config.num_outputs, config.embed_dim, config.mlp_dim)
-    else:
+    if config.pool != "token" or (rule is not None and rule.reads & WHOLE_LAYER):
         last = block_macs(padded[:, -1], config.embed_dim, config.mlp_dim)
+    else:
+        last = last_block_macs(padded[:, -1], config.num_outputs, config.embed_dim, config.mlp_dim)
     blocks = first + np.asarray(last).sum()
-    return float(blocks * group_size / images + embedding_macs(config) + head_macs(config)) / 1e9
+    # What a rule computes of its own is not packed: it looks at every image after every layer.
+    own = 0.0 if rule is None else float(rule.extra_macs(config, _full_depth(config))[0])
+    return float(blocks * group_size / images + embedding_macs(config) + head_macs(config) + own) / 1e9

@@ -1,47 +1,32 @@
 """The losses of A-ViT: ponder cost, and the prior over halting depths."""
 
 import dataclasses
-import math
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from avit_jax.halting.image_mean import image_mean
+from avit_jax.runtime.settings import Settings, setting
 
 PRIORS = ("official", "kl")
 
 
 @dataclasses.dataclass(frozen=True)
-class AViTLoss:
-    """How much A-ViT's terms weigh in the objective. Raises ValueError for values that no training can work with."""
+class AViTLoss(Settings):
+    """The part of config.loss that A-ViT adds. Raises ValueError for values that cannot be."""
 
-    ponder_weight: float = dataclasses.field(
-        default=0.0, metadata={"help": "weight of the mean ponder cost (layers)", "resume": "never"}
-    )
-    prior_weight: float = dataclasses.field(
-        default=0.0, metadata={"help": "weight of the prior over halting depths", "resume": "never"}
-    )
-    prior: str = dataclasses.field(
-        default="kl",
-        metadata={"help": 'form of the prior: "official" (published code) or "kl" (paper)', "resume": "never"},
-    )
-    prior_target_depth: float = dataclasses.field(
-        default=9.0, metadata={"help": "centre of the prior, in layers (kl)", "resume": "never"}
-    )
-    prior_deviation: float = dataclasses.field(
-        default=1.0, metadata={"help": "deviation of the prior, in layers (kl)", "resume": "never"}
-    )
+    section = "loss"
 
-    def __post_init__(self) -> None:
-        for name in ("ponder_weight", "prior_weight"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 0 and finite")
-        _check_prior(self.prior)
-        if not math.isfinite(self.prior_target_depth):
-            raise ValueError(f"prior_target_depth is {self.prior_target_depth}: it must be finite")
-        if not 0 < self.prior_deviation < math.inf:
-            raise ValueError(f"prior_deviation is {self.prior_deviation}: it must be above 0 and finite")
+    ponder_weight: float = setting(0.0, "Weight of the mean ponder cost, which is in layers.", least=0)
+    prior_weight: float = setting(0.0, "Weight of the prior over the layers where tokens halt.", least=0)
+    prior: str = setting(
+        "kl",
+        "kl: the paper's Kullback-Leibler divergence; official: the published code's, always about layer 9.",
+        choices=PRIORS,
+    )
+    prior_target_depth: float = setting(9.0, "The layer about which the prior of kl lies.")
+    prior_deviation: float = setting(1.0, "Standard deviation of the prior of kl, in layers.", above=0)
 
 
 def _check_prior(kind: str) -> None:

@@ -1,15 +1,16 @@
 """What a model is: its architecture, its gate, and the preprocessing and class names that travel with it."""
 
 import dataclasses
-import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from avit_jax.halting.avit import AViTGate
 from avit_jax.halting.rule import Halting
 from avit_jax.reduction.groups import Reduction
 from avit_jax.rules import RULES, rule_from_json, rule_to_json
+from avit_jax.runtime.hints import nearest
 from avit_jax.runtime.json_fields import typed_fields
+from avit_jax.runtime.settings import setting
 
 # At least this part of the resized image is cropped: 384 pixels of 3840. Published models use 0.8 to 1.
 MIN_CROP_FRACTION = 0.1
@@ -54,28 +55,28 @@ class AViTConfig:
     (and distillation) token and before the patches. With num_classes 0 there is no head: logits are what it would read.
     """
 
-    image_size: int | Sequence[int] = 224  # one side, or (height, width)
-    patch_size: int = 16
-    in_channels: int = 3
-    num_classes: int = 1000
-    embed_dim: int = 192
-    depth: int = 12
-    num_heads: int = 3
-    mlp_ratio: float = 4.0
-    qkv_bias: bool = True
-    distilled: bool = False
-    class_token: bool = True
-    num_registers: int = 0
-    pool: str = "token"
-    norm_epsilon: float = 1e-6  # of every LayerNorm
-    gate_scale: float | None = None
-    gate_center: float | None = None
-    halt_epsilon: float = 0.01
-    rule: Halting | Reduction | None = None
-    drop_rate: float = 0.0
-    drop_path_rate: float = 0.0
-    dtype: str = "float32"
-    remat: bool = False
+    image_size: int | Sequence[int] = setting(224, "Pixels: one side, or (height, width).")
+    patch_size: int = setting(16, "Side of a patch in pixels; it divides height and width.")
+    in_channels: int = setting(3, "Channels of an image.")
+    num_classes: int = setting(1000, "Classes; 0: no head.")
+    embed_dim: int = setting(192, "Width of a token.")
+    depth: int = setting(12, "Layers.")
+    num_heads: int = setting(3, "Heads of the attention; they divide embed_dim.")
+    mlp_ratio: float = setting(4.0, "Width of the MLP's hidden layer, in units of embed_dim.")
+    qkv_bias: bool = setting(True, "Whether queries, keys and values have biases.")
+    distilled: bool = setting(False, "Whether there is a distillation token, with a head of its own.")
+    class_token: bool = setting(True, "Whether there is a class token.")
+    num_registers: int = setting(0, "Register tokens, which no head reads.")
+    pool: str = setting("token", "What the head reads: token, mean_norm, norm_mean or token_and_mean.")
+    norm_epsilon: float = setting(1e-6, "Added to the variance in every LayerNorm.")
+    gate_scale: float | None = setting(None, "Halting score: sigmoid(gate_scale * channel 0 - gate_center).")
+    gate_center: float | None = setting(None, "See gate_scale; without both no token ever halts.")
+    halt_epsilon: float = setting(0.01, "A token stops where its halting scores add up to 1 - halt_epsilon.")
+    rule: Halting | Reduction | None = setting(None, "Another rule than the gate's, as tome(r=8).")
+    drop_rate: float = setting(0.0, "Dropout in training: of embeddings, attention output and MLP.")
+    drop_path_rate: float = setting(0.0, "Stochastic depth in training: the last layer's rate; the first has 0.")
+    dtype: str = setting("float32", "Of matrix products: float32 or bfloat16. Parameters are float32.")
+    remat: bool = setting(False, "Compute activations again in the backward pass, instead of keeping them.")
     preprocessing: Preprocessing = Preprocessing()
     class_names: Sequence[str] | None = None
 
@@ -203,6 +204,11 @@ class AViTConfig:
         return self.rule if isinstance(self.rule, Reduction) else None
 
     @property
+    def rule_in_force(self) -> Halting | Reduction | None:
+        """The rule of either kind, A-ViT's gate included; None: every token runs through all layers."""
+        return self.reduction or self.halting
+
+    @property
     def halts(self) -> bool:
         """Whether there is a halting rule."""
         return self.halting is not None
@@ -286,13 +292,6 @@ PRESETS: dict[str, AViTConfig] = {
     for distilled in (False, True)
     for image_size in (224, 384)
 }
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """A hint for a name that is not known: the closest one, or all of them."""
-    known = sorted(known)
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
 
 
 def config_from(preset: str | None, **overrides: Any) -> AViTConfig:

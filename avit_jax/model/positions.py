@@ -1,4 +1,4 @@
-"""Position embeddings at another resolution, as PyTorch's bicubic interpolation has it."""
+"""Position embeddings resized to another resolution, by the same bicubic interpolation as PyTorch's."""
 
 import numpy as np
 from jaxtyping import Array, Float
@@ -12,11 +12,12 @@ def resize_positions(
     *,
     antialias: bool = False,
 ) -> Float[np.ndarray, "1 m d"]:
-    """Positions of a grid of patches (rows, columns) resized to another; the special tokens' rows stay as they are.
+    """Positions of a grid of patches resized to another grid; the special tokens' rows stay as they are.
 
-    Bicubic convolution with a = -0.75, half-pixel centres (align_corners=False), no antialiasing, borders repeated:
-    torch.nn.functional.interpolate(mode="bicubic"). jax.image.resize has a = -0.5. With antialias, as PyTorch then:
-    a = -0.5, the filter as wide as the step, cut off at the borders.
+    num_special: rows before those of the patches. source, target: (rows, columns) of patches. The interpolation is that
+    of torch.nn.functional.interpolate(mode="bicubic"): bicubic convolution with a = -0.75, half-pixel centres
+    (align_corners=False), no antialiasing, borders repeated. jax.image.resize has a = -0.5. With antialias, a is -0.5
+    as in PyTorch, and the filter is as wide as the step and cut off at the borders.
     """
     values: np.ndarray = np.asarray(positions)
     special, patches = values[:, :num_special], values[0, num_special:]
@@ -29,7 +30,7 @@ def resize_positions(
 
 
 def _cubic_weights(source: int, target: int) -> Float[np.ndarray, "t s"]:
-    """Row t holds the weights of the source positions that position t of the target is made of."""
+    """Row t holds the weights of the source positions for position t of the target."""
     centre = (np.arange(target) + 0.5) * (source / target) - 0.5
     first = np.floor(centre).astype(int)
     weights = np.zeros((target, source))

@@ -53,6 +53,10 @@ class Reduction(Protocol):
     name: ClassVar[str]  # in config.json
     sweeps: ClassVar[tuple[str, ...]]  # its settings that may change at test time
 
+    def describe(self) -> str:
+        """The rule and its settings in a few words, for what is printed."""
+        ...
+
     @property
     def reads(self) -> frozenset[str]:
         """The fields of Seen that it wants."""

@@ -46,6 +46,11 @@ class ToMe:
         if not isinstance(self.proportional, bool):
             raise ValueError(f"ToMe's proportional is {self.proportional!r}: give True or False")
 
+    def describe(self) -> str:
+        """Such as "ToMe, r 8"."""
+        r = str(self.r) if isinstance(self.r, int) else f"({', '.join(map(str, self.r))})"
+        return f"ToMe, r {r}{'' if self.proportional else ', sizes not in attention'}"
+
     def counts(self, config: Any) -> tuple[int, ...]:
         """Tokens after each layer, special ones included. Raises ValueError unless r has one number for each layer."""
         if isinstance(self.r, tuple) and len(self.r) != config.depth:

@@ -86,35 +86,35 @@ def token_depths(model: AViT, split: Images, indices: Sequence[int]) -> Int[np.n
     return np.asarray(predict(model, normalize(images, model.config)).token_depth)
 
 
-def alive(token_depth: Int[np.ndarray, " n"], config: AViTConfig) -> list[int]:
+def alive(token_depth: Int[np.ndarray, " n"], model_config: AViTConfig) -> list[int]:
     """The tokens, special ones included, that go on after each layer."""
-    return [int((token_depth > layer).sum()) for layer in range(1, config.depth + 1)]
+    return [int((token_depth > layer).sum()) for layer in range(1, model_config.depth + 1)]
 
 
-def covers(token_depth: Int[np.ndarray, " n"], config: AViTConfig) -> list[str]:
+def covers(token_depth: Int[np.ndarray, " n"], model_config: AViTConfig) -> list[str]:
     """For each layer a data: URI that covers the patches which do not go on after it."""
-    depths = depth_map(token_depth, config)
-    return [png_uri(_cover(depths > layer)) for layer in range(1, config.depth + 1)]
+    depths = depth_map(token_depth, model_config)
+    return [png_uri(_cover(depths > layer)) for layer in range(1, model_config.depth + 1)]
 
 
 def _cover(going: Bool[np.ndarray, "rows columns"]) -> UInt8[np.ndarray, "rows columns 4"]:
     return np.where(going[..., None], np.uint8(0), np.array(_HALTED, np.uint8))
 
 
-def map_uri(token_depth: Int[np.ndarray, " n"], config: AViTConfig) -> str:
+def map_uri(token_depth: Int[np.ndarray, " n"], model_config: AViTConfig) -> str:
     """The map of depths, one pixel a patch, in the colours of depth_colours."""
-    return png_uri(coloured(depth_map(token_depth, config), config.depth))
+    return png_uri(coloured(depth_map(token_depth, model_config), model_config.depth))
 
 
 def side_by_side(
-    image: UInt8[np.ndarray, "h w c"], token_depth: Int[np.ndarray, " n"], config: AViTConfig
+    image: UInt8[np.ndarray, "h w c"], token_depth: Int[np.ndarray, " n"], model_config: AViTConfig
 ) -> Image.Image:
     """The picture as it is, its map of depths, and the colours of the layers; small pictures are enlarged."""
     shown = picture(image).convert("RGB")
     factor = -(-_LONGEST // max(shown.size))
     shown = shown.resize((factor * shown.width, factor * shown.height), Image.Resampling.NEAREST)
-    depths = Image.fromarray(coloured(depth_map(token_depth, config), config.depth))
-    key = _key(config.depth, shown.height)
+    depths = Image.fromarray(coloured(depth_map(token_depth, model_config), model_config.depth))
+    key = _key(model_config.depth, shown.height)
     found = Image.new("RGB", (2 * shown.width + 2 * _GAP + key.width, shown.height), "white")
     found.paste(shown, (0, 0))
     found.paste(depths.resize(shown.size, Image.Resampling.NEAREST), (shown.width + _GAP, 0))

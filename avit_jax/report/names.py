@@ -3,6 +3,7 @@
 import unicodedata
 
 from avit_jax.model.config import AViTConfig
+from avit_jax.runtime.text import escaped
 
 LONGEST = 80  # characters of a class name in the page and in report.json
 _JOINERS = "\u200c\u200d"  # invisible, and part of how some scripts and emoji are written
@@ -14,7 +15,7 @@ def printable(text: str, most: int | None = None) -> str:
     most: characters; a longer text ends in an ellipsis.
     """
     short = text if most is None else text[: most + 1]  # no more than is shown is looked at
-    shown = "".join(character if _is_plain(character) else _escaped(character) for character in short)
+    shown = escaped(short, _is_plain)
     return shown if most is None or len(shown) <= most else f"{shown[: most - 1]}…"
 
 
@@ -23,13 +24,11 @@ def _is_plain(character: str) -> bool:
     return character in _JOINERS or unicodedata.category(character) not in ("Cc", "Cf", "Cs", "Zl", "Zp")
 
 
-def _escaped(character: str) -> str:
-    return character.encode("unicode_escape").decode()
-
-
-def class_names(config: AViTConfig, most: int = LONGEST) -> tuple[str, ...]:
+def class_names(model_config: AViTConfig, most: int = LONGEST) -> tuple[str, ...]:
     """The checkpoint's class names, or numbers; each printable and at most so many characters long."""
-    return tuple(printable(name, most) for name in config.class_names or map(str, range(config.num_classes)))
+    return tuple(
+        printable(name, most) for name in model_config.class_names or map(str, range(model_config.num_classes))
+    )
 
 
 def verdict(prediction: str, label: str | None, right: bool | None) -> str:

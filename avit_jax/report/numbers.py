@@ -22,24 +22,24 @@ def only_layer(shares: Sequence[float]) -> int | None:
     return int(filled[0]) + 1 if len(filled) == 1 else None
 
 
-def evaluation_numbers(result: Evaluation, config: AViTConfig) -> dict[str, Any]:
+def evaluation_numbers(result: Evaluation, model_config: AViTConfig) -> dict[str, Any]:
     """What one model did on the data: summary, and depth and accuracy by everything they may depend on."""
     numbers = {
-        "summary": summary(result, config),
+        "summary": summary(result, model_config),
         "by_layer": _by_layer(result),
-        "class_token": _shares(result.per_image.class_token_depth, config.depth),
-        "by_position": np.reshape(result.depth_by_token[config.num_special :], config.patch_grid).tolist(),
-        "special_tokens": list(result.depth_by_token[: config.num_special]),
+        "class_token": _shares(result.per_image.class_token_depth, model_config.depth),
+        "by_position": np.reshape(result.depth_by_token[model_config.num_special :], model_config.patch_grid).tolist(),
+        "special_tokens": list(result.depth_by_token[: model_config.num_special]),
     }
     if result.labelled:
         numbers["by_depth"] = by_depth(result.per_image)
         numbers["right_and_wrong"] = _right_and_wrong(result.per_image)
-        numbers["by_class"] = by_class(result.per_image, class_names(config))
+        numbers["by_class"] = by_class(result.per_image, class_names(model_config))
         numbers["calibration"] = _calibration(result.per_image)
     return numbers
 
 
-def summary(result: Evaluation, config: AViTConfig) -> dict[str, Any]:
+def summary(result: Evaluation, model_config: AViTConfig) -> dict[str, Any]:
     """The figures of eval.py; those that are means over images have a 95 % bootstrap interval over images."""
     images = result.per_image
     columns = {"mean_depth": images.mean_depth, "class_token_depth": images.class_token_depth, "gmacs": images.gmacs}
@@ -58,7 +58,7 @@ def summary(result: Evaluation, config: AViTConfig) -> dict[str, Any]:
         "depth_fraction": result.depth_fraction,
         "depth_std_tokens": result.depth_std_tokens,
         "depth_std_images": result.depth_std_images,
-        "gmacs_whole": whole_gmacs(config),
+        "gmacs_whole": whole_gmacs(model_config),
         "executed_gmacs": result.executed_gmacs,
         "executed_depth": result.executed_depth,
     }

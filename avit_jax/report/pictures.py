@@ -30,23 +30,32 @@ _plain_text = matplotlib.rc_context({"text.parse_math": False, "text.usetex": Fa
 _DENSE, _ADAPTIVE = "#7a7a7a", "#21698a"
 
 
-def depth_map(token_depth: Int[np.ndarray, " n"], config: AViTConfig) -> Int[np.ndarray, "rows columns"]:
+def depth_map(token_depth: Int[np.ndarray, " n"], model_config: AViTConfig) -> Int[np.ndarray, "rows columns"]:
     """The patches' depths laid out as the image is: row 0 at the top."""
-    return token_depth[config.num_special :].reshape(config.patch_grid)
+    return token_depth[model_config.num_special :].reshape(model_config.patch_grid)
 
 
 @_plain_text
 def draw_depth_maps(
     model: AViT, split: Images, image_depths: Float[np.ndarray, " n"], path: Path, columns: int = 8
 ) -> Path:
-    """The images of the lowest and of the highest mean depth, each above its map of token depths, in layers."""
+    """The images of the lowest and of the highest mean depth, each above its map of token depths, in layers.
+
+    Under a reduction rule all images have the same mean depth: they are the first and the last.
+    """
     columns = min(columns, len(split) // 2 or 1)
     order = np.argsort(image_depths, kind="stable")
     config = model.config
     names = class_names(config, _TITLE)
+    rule, titles = config.rule_in_force, ("fewest\nlayers", "most\nlayers")
+    said_of = "The test images on which A-ViT spends the fewest and the most layers"
+    if rule is not None and rule.name != "avit":
+        said_of = f"The test images with the fewest and the most layers: {rule.describe()}"
+    if config.reduction is not None:
+        said_of, titles = f"Test images, and where their tokens stop: {config.reduction.describe()}", ("", "")
     figure = Figure(figsize=(1.5 * columns + 1.2, 7.2), layout="constrained")
     axes = figure.subplots(4, columns, squeeze=False)
-    for row, (title, chosen) in enumerate((("fewest", order[:columns]), ("most", order[::-1][:columns]))):
+    for row, (title, chosen) in enumerate(zip(titles, (order[:columns], order[::-1][:columns]), strict=True)):
         images = evaluation_images(split, chosen, config)
         output = predict(model, normalize(images, config))
         depths, predicted = np.asarray(output.token_depth), np.asarray(output.logits.argmax(-1))
@@ -60,14 +69,14 @@ def draw_depth_maps(
             above.set_title(said.replace(", ", ",\n", 1) if right is False else said, fontsize=8.5, color=colour)
             below.imshow(depth_map(depths[column], config), cmap=COLOURS, norm=scale(config.depth))
             below.set_title(f"mean {image_depths[index]:.2f}", fontsize=8.5)
-        axes[2 * row][0].set_ylabel(f"{title}\nlayers", fontsize=10)
+        axes[2 * row][0].set_ylabel(title, fontsize=10)
         axes[2 * row + 1][0].set_ylabel("token\ndepth", fontsize=10)
     for axis in axes.flat:
         axis.set_xticks([])
         axis.set_yticks([])
     bar = ScalarMappable(scale(config.depth), cmap=COLOURS)
     figure.colorbar(bar, ax=axes, label="layers that computed the token", ticks=ticks(config.depth), shrink=0.7)
-    figure.suptitle("The test images on which A-ViT spends the fewest and the most layers", fontsize=11)
+    figure.suptitle(said_of, fontsize=11)
     return _save(figure, path)
 
 
@@ -138,12 +147,12 @@ def draw_curves(lines: Sequence[dict[str, Any]], path: Path, depth: int) -> Path
 def draw_run(
     model: AViT, images: Images, result: Evaluation, lines: Sequence[dict[str, Any]], workdir: Path
 ) -> list[Path]:
-    """The pictures of a run in its folder; a model that never halts has curves alone.
+    """The pictures of a run in its folder; a model without a rule has curves alone.
 
     images: the test images that `result` is of; lines: of the run's metrics.jsonl. Returns the files.
     """
     pictures = [draw_curves(lines, workdir / "curves.png", model.config.depth)]
-    if model.config.halts:
+    if model.config.rule_in_force is not None:
         pictures.append(draw_depth_maps(model, images, result.image_depths, workdir / "depth_maps.png"))
         has_one = model.config.class_token
         pictures.append(draw_depth_histogram(result, workdir / "depth_histogram.png", class_token=has_one))

@@ -14,6 +14,7 @@ from flax import nnx
 from avit_jax.data.sources import Images
 from avit_jax.evaluate.figures import Evaluation
 from avit_jax.evaluate.sweep import Sweep
+from avit_jax.execution.program import AUTO, checked_execution, fitting_executions
 from avit_jax.execution.work import whole_gmacs
 from avit_jax.model.config import NO_RULE, AViTConfig
 from avit_jax.model.vit import AViT
@@ -22,8 +23,8 @@ from avit_jax.report.depth_colours import legend
 from avit_jax.report.names import class_names, verdict
 from avit_jax.report.numbers import as_json, disagreements, evaluation_numbers, only_layer
 from avit_jax.report.page import render, write_page
-from avit_jax.report.speed import ROUNDS, Variants, batch_sizes, environment, measure_at, measure_speeds
 from avit_jax.report.sweep_part import Setting, evaluate_settings, setting_name, sweep_charts, sweep_numbers
+from avit_jax.report.throughput import ROUNDS, Variants, batch_sizes, environment, measure_at, measure_speeds
 from avit_jax.runtime.bars import Steps
 from avit_jax.runtime.files import writable_folder, write_json
 
@@ -72,14 +73,14 @@ def write_report(
     with contextlib.closing(Steps("report", kinds, _GUESSES)) as steps:
         settings = evaluate_settings(model, split, batch_size, sweep, steps) if sweep else []
         speeds = measure_speeds(_variants(subject, baseline), split, index, batch_size, steps)
-        if model.config.halts:
+        if model.config.rule_in_force is not None:
             speeds["saved_work"] = _saved_work(result, model.config, batch_size)
         rates: dict[str, float] = {}
         if settings:
             # The settings at one batch size, the best of the checkpoint's own: what differs is the setting. The
             # baseline stands in the same chart, so it is timed again in turn with them.
-            timed: dict[str, tuple[AViT, str]] = {setting_name(s): (s.model, "packed") for s in settings}
-            batches = dict.fromkeys(timed, speeds["best_batch"]["packed"])
+            timed: dict[str, tuple[AViT, str]] = {setting_name(s): (s.model, AUTO) for s in settings}
+            batches = dict.fromkeys(timed, speeds["best_batch"][_own_execution(model.config)])
             if baseline:
                 timed["baseline"] = _variants(subject, baseline)["baseline"]
                 batches["baseline"] = speeds["best_batch"]["baseline"]
@@ -118,7 +119,7 @@ def _write_page(
     report["galleries"] = {name: [_image(i, subject, baseline) for i in indices] for name, indices in chosen.items()}
     shown = {image["image"] for images in report["galleries"].values() for image in images}
     pictures: dict[str, Any] = {}
-    if model.config.halts and only_layer(result.depth_histogram) is None:
+    if model.config.rule_in_force is not None and only_layer(result.depth_histogram) is None:
         widest = int(np.argmax(result.per_image.depth_std))
         report["strip"] = _image(widest, subject)
         (depth,) = gallery.token_depths(model, split, [report["strip"]["image"]])
@@ -129,7 +130,7 @@ def _write_page(
         fixed = result.per_image.index[gallery.spread(result, _FIXED)].tolist()
         maps = [gallery.token_depths(setting.model, split, fixed) for setting in settings]
         report["sweep"] = sweep_numbers(sweep, settings, model, rates, fixed, maps)
-        report["sweep"]["batch"] = speeds["best_batch"]["packed"]
+        report["sweep"]["batch"] = speeds["best_batch"][_own_execution(model.config)]
         if baseline:
             report["sweep"]["baseline_images_per_second"] = rates["baseline"]
         pictures["sweep"] = [[gallery.map_uri(depth, model.config) for depth in depths] for depths in maps]
@@ -143,9 +144,13 @@ def _write_page(
 
 def _describe(subject: Subject) -> dict[str, Any]:
     config = subject.model.config
+    rule = config.rule_in_force
     parameters = jax.tree.leaves(nnx.state(subject.model, nnx.Param))
     return {
         "name": subject.name,
+        "rule": None if rule is None else rule.name,
+        "rule_text": None if rule is None else rule.describe(),
+        "execution": _own_execution(config),
         "halts": config.halts,
         "gate_scale": config.gate_scale,
         "gate_center": config.gate_center,
@@ -167,25 +172,30 @@ def _describe(subject: Subject) -> dict[str, Any]:
     }
 
 
-def _saved_work(result: Evaluation, config: AViTConfig, batch_size: int) -> dict[str, Any]:
-    """How much faster packed execution were if time were multiply-adds alone: dense's over its own.
+def _own_execution(model_config: AViTConfig) -> str:
+    """What the page compares with dense."""
+    return checked_execution(model_config, AUTO)
+
+
+def _saved_work(result: Evaluation, model_config: AViTConfig, batch_size: int) -> dict[str, Any]:
+    """How much faster the model's execution were if time were multiply-adds alone: dense's over its own.
 
     Its own are counted by a packed evaluation, padding included; a masked one saves nothing and knows the rule's alone.
     """
-    whole = whole_gmacs(config)
+    whole = whole_gmacs(model_config)
     counted = result.executed_gmacs < whole
     gmacs = result.executed_gmacs if counted else result.gmacs
     return {"allows": whole / gmacs, "share": gmacs / whole, "padding_counted": counted, "batch": batch_size}
 
 
 def _variants(subject: Subject, baseline: Subject | None) -> Variants:
-    """What is timed: dense is the model itself with the rule taken out."""
+    """What is timed: dense is the model itself with its rule taken out; then the executions of the rule."""
     model = subject.model
-    variants = {"dense": (model.with_config(**NO_RULE), "masked")}
-    if model.config.halts:
-        variants |= {"masked": (model, "masked"), "packed": (model, "packed")}
+    variants = {"dense": (model.with_config(**NO_RULE), AUTO)}
+    if model.config.rule_in_force is not None:
+        variants |= {execution: (model, execution) for execution in sorted(fitting_executions(model.config))}
     if baseline:
-        variants["baseline"] = (baseline.model, "packed" if baseline.model.config.halts else "masked")
+        variants["baseline"] = (baseline.model, _own_execution(baseline.model.config))
     return variants
 
 
@@ -193,7 +203,7 @@ def _chosen(subject: Subject, baseline: Subject | None) -> dict[str, list[int]]:
     """The images that the page shows, by their place in the evaluation: found from the few numbers kept of each."""
     result = subject.result
     chosen = {}
-    if subject.model.config.halts and np.ptp(result.image_depths) > 0:
+    if subject.model.config.rule_in_force is not None and np.ptp(result.image_depths) > 0:
         chosen = {"fewest_layers": gallery.shallowest(result), "most_layers": gallery.deepest(result)}
     if result.labelled:
         chosen["confidently_wrong"] = gallery.confidently_wrong(result)
@@ -227,7 +237,7 @@ def _charts(report: dict[str, Any]) -> dict[str, Any]:
     """The charts that this report has numbers for; what a sentence says as well (one bar, one point) has none."""
     found = {}
     model, summary = report["model"], report["summary"]
-    if model["halts"]:
+    if model["rule"]:
         if only_layer([row["stopped"] for row in report["by_layer"]]) is None:
             found["by_layer"] = charts.by_layer(report["by_layer"], summary["mean_depth"]["value"])
             found["position_map"] = charts.position_map(report["by_position"], model["depth"])

@@ -13,7 +13,10 @@ _Item = TypeVar("_Item")
 
 
 def counted(items: Iterable[_Item], text: str, total: int, unit: str) -> Iterator[_Item]:
-    """The items, while progress is shown after two seconds; text: what is done with them."""
+    """The items, with a display of progress after two seconds.
+
+    text: what is done with the items. total: how many there are. unit: what they are called.
+    """
     if sys.stderr.isatty():
         yield from tqdm(items, desc=text, total=total, unit=unit, delay=2, leave=False)
         return
@@ -28,9 +31,10 @@ def counted(items: Iterable[_Item], text: str, total: int, unit: str) -> Iterato
 
 
 class Steps:
-    """Steps of several kinds, whose numbers are known; the time left is told from those of each kind so far.
+    """Progress over steps of several kinds. The time left is estimated from the finished steps of each kind.
 
-    counts: how many there are of each kind; guesses: seconds of a step, until the first of its kind is done.
+    name: what the work is called. counts: how many steps there are of each kind. guesses: seconds of a step of each
+    kind, used until the first one is done.
     """
 
     def __init__(self, name: str, counts: Mapping[str, int], guesses: Mapping[str, float]) -> None:
@@ -52,17 +56,17 @@ class Steps:
         self._bar.update()
 
     def leave_out(self, kind: str) -> None:
-        """The steps of this kind that are left will not be taken."""
+        """Drop the remaining steps of this kind."""
         self._total -= self._left[kind]
         self._bar.total = self._total
         self._left[kind] = 0
 
     def close(self) -> None:
-        """No more steps: the bar goes."""
+        """Remove the bar."""
         self._bar.close()
 
     def seconds_left(self) -> float:
-        """What the steps left take at the pace of their kind so far, else as guessed."""
+        """Seconds for the remaining steps, at the average of their kind so far, or else as guessed."""
         found = 0.0
         for kind, count in self._left.items():
             took = self._took[kind] or [self._guesses[kind]]
@@ -81,6 +85,6 @@ class Steps:
 
 
 def seconds(value: float) -> str:
-    """40 s or 3 min 20 s"""
+    """Seconds as text: 40 s, or 3 min 20 s."""
     whole = round(value)
     return f"{whole} s" if whole < 100 else f"{whole // 60} min {whole % 60} s"

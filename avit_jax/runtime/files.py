@@ -1,4 +1,4 @@
-"""Small files that are whole or not there (JSON written beside and renamed), their folders, and names in messages."""
+"""Small files that are written in one step, reading of JSON, folders, and names in messages."""
 
 import contextlib
 import errno
@@ -8,14 +8,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-# What a disk answers, and what mends it.
+from avit_jax.runtime.text import escaped
+
+# Errors of the disk, and what to do about each.
 DISK_ERRORS = {
     errno.ENOSPC: "make space there",
     errno.EDQUOT: "make space there",
     errno.EROFS: "make it writable",
     errno.EACCES: "make it writable",
     errno.EPERM: "make it writable",
-    errno.EIO: "see whether the disk is sound",
+    errno.EIO: "check the disk for damage",
     errno.ENOTDIR: "a file is in the way of a folder",
     errno.EEXIST: "a file is in the way of a folder",
 }
@@ -29,9 +31,9 @@ class CannotWrite(ValueError):
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Raises CannotWrite where the disk under `path` is full or does not let us write.
+    """Raises CannotWrite if the disk under `path` is full or not writable.
 
-    Libraries tell that in errors of many kinds, some of them only in the text. All other errors pass.
+    Libraries report this with many kinds of errors, some only in their text. All other errors pass through.
     """
     try:
         yield
@@ -65,7 +67,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Replace the content of `path` in one step, so that a killed process leaves no half of it.
+    """Replace the content of `path` in one step, so that a killed process never leaves half of it.
 
     UTF-8 in any locale; lone surrogates, which it cannot hold, become escapes (\\ud800).
     """
@@ -74,14 +76,14 @@ def replace_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Replace a JSON file as replace_text does."""
+    """Replace a JSON file in one step, as replace_text does."""
     replace_text(path, json.dumps(content, indent=2) + "\n")
 
 
 def read_json(path: Path, most: int = _MAX_JSON) -> Any:
     """The content of a JSON file of at most `most` bytes.
 
-    Raises ValueError, naming the file, where it is missing, larger or damaged.
+    Raises ValueError, naming the file, if it is missing, larger or damaged.
     """
     try:
         if path.exists() and not path.is_file():
@@ -96,7 +98,7 @@ def read_json(path: Path, most: int = _MAX_JSON) -> Any:
 
 
 def parse_json(text: str) -> Any:
-    """The content of JSON from anyone. Raises ValueError where it is damaged, too deep, or has a key twice."""
+    """The content of untrusted JSON. Raises ValueError if it is damaged, nested too deeply, or has a key twice."""
     try:
         return json.loads(text, object_pairs_hook=_without_repeats)
     except RecursionError:
@@ -111,10 +113,10 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def shown(value: object, limit: int = 200) -> str:
-    """Text, a path or a number from a stranger as one line of at most `limit` characters, for a message.
+    """Untrusted text, a path or a number as one line of at most `limit` characters, for a message.
 
-    What a terminal would obey is escaped (ESC, newlines), and long text is cut in the middle. Of any other value only
-    the type is told: to print it could take forever.
+    What a terminal would obey is escaped (ESC, newlines), and long text is cut in the middle. For any other value only
+    the type is shown, because printing it could take forever.
     """
     if isinstance(value, int) and value.bit_length() > 64:
         return f"a number of {value.bit_length()} bits"
@@ -123,7 +125,7 @@ def shown(value: object, limit: int = 200) -> str:
     text = str(value)
     cut = len(text) > limit
     text = text[:limit] + text[-limit:] if cut else text
-    printable = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    printable = escaped(text)
     if cut or len(printable) > limit:
         half = (limit - 5) // 2
         return f"{printable[:half]} ... {printable[-half:]}"
@@ -131,7 +133,7 @@ def shown(value: object, limit: int = 200) -> str:
 
 
 def shown_value(value: Any) -> str:
-    """A value from a stranger's JSON for a message: text in quotes, numbers as they are, of all else the type."""
+    """A value from untrusted JSON for a message: text in quotes, numbers as they are, and only the type of all else."""
     if isinstance(value, str):
         return repr(value[:100])
     if value is None or _is_short_number(value):
@@ -146,7 +148,7 @@ def _is_short_number(value: Any) -> bool:
 
 
 def read_table(path: Path, name: str) -> dict[str, Any]:
-    """The object under `name` in a JSON file. Raises ValueError, naming the file, where there is none."""
+    """The object under `name` in a JSON file. Raises ValueError, naming the file, if there is none."""
     content = read_json(path)
     table = content.get(name) if isinstance(content, dict) else None
     if not isinstance(table, dict):
@@ -155,7 +157,7 @@ def read_table(path: Path, name: str) -> dict[str, Any]:
 
 
 def expanded(path: str | Path) -> Path:
-    """The path with ~ replaced. Raises ValueError where there is no home folder to replace it with."""
+    """The path with ~ replaced. Raises ValueError if there is no home folder to replace it with."""
     try:
         return Path(path).expanduser()
     except RuntimeError as error:  # HOME is not set, and the user is not in the password file
@@ -163,7 +165,7 @@ def expanded(path: str | Path) -> Path:
 
 
 def writable_folder(path: str | Path) -> Path:
-    """The folder, made where it is missing. Raises ValueError where nothing can be written into it."""
+    """The folder, which is made if it is missing. Raises ValueError if it cannot be written to."""
     folder = Path(path)
     probe = folder / ".writable"
     try:

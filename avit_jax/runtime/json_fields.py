@@ -1,4 +1,4 @@
-"""The fields of a dataclass from JSON that anyone may have written: each is of its annotated type, or refused."""
+"""The fields of a dataclass from untrusted JSON: a value that does not have its annotated type is refused."""
 
 import dataclasses
 import types
@@ -8,7 +8,7 @@ from typing import Any
 
 from avit_jax.runtime.files import shown
 
-_MAX_INT = 2**31 - 1  # what an array's axis can have in JAX
+_MAX_INT = 2**31 - 1  # the longest axis of an array in JAX
 _MAX_FLOAT = 1e9  # float32 squares it without overflow
 _MAX_TEXT = 1000  # characters
 _NAMES = {
@@ -23,12 +23,13 @@ _NAMES = {
 def typed_fields(cls: type, content: Any, what: str, required: Collection[str]) -> dict[str, Any]:
     """The fields of `cls` in a JSON object, lists as tuples.
 
-    what: how messages call the object. Raises ValueError for anything but an object, for unknown fields, for missing
-    ones that are required, and for a value of another type than the field's annotation, or out of all bounds.
+    what: what messages call the object. required: fields that must be there. Raises ValueError for anything but an
+    object, for unknown fields, for missing required ones, and for a value that does not have the field's annotated type
+    or is out of all bounds.
     """
     if not isinstance(content, dict):
         raise ValueError(f"{what} is {shown(content, 50)}, not a JSON object")
-    # A field that is a dataclass itself has a part of the JSON of its own.
+    # A field that is itself a dataclass has its own part of the JSON.
     fields = {field.name: field.type for field in dataclasses.fields(cls) if not dataclasses.is_dataclass(field.type)}
     if unknown := [name for name in content if name not in fields]:
         raise ValueError(f"{what} has no field '{shown(unknown[0], 50)}': known are {', '.join(fields)}")

@@ -1,10 +1,10 @@
-"""How much memory there is for a run."""
+"""The memory that is free for a run."""
 
 from pathlib import Path
 
 from jax.sharding import Mesh
 
-# The folder and the files with the limit and the use of a container's memory, in Linux's control groups 2 and 1.
+# The folder and files that give a container's memory limit and use, in Linux's control groups 2 and 1.
 _GROUPS = (
     (Path("/sys/fs/cgroup"), "memory.max", "memory.current"),
     (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.usage_in_bytes"),
@@ -12,7 +12,7 @@ _GROUPS = (
 
 
 def device_memory(mesh: Mesh) -> int | None:
-    """Bytes that are free for each device of this process; the cores of a CPU share the machine's. None: not known."""
+    """Free bytes for each device of this process; None if unknown. The devices of a CPU share the machine's memory."""
     devices = mesh.local_devices
     if devices[0].platform == "cpu":
         free = host_memory()
@@ -23,7 +23,7 @@ def device_memory(mesh: Mesh) -> int | None:
 
 
 def host_memory() -> int | None:
-    """Bytes that this machine, or this container, has free; None where the system does not say."""
+    """Free bytes of this machine or container; None if the system does not say."""
     found = []
     try:
         lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
@@ -32,7 +32,7 @@ def host_memory() -> int | None:
         pass
     for folder, limit, used in _GROUPS:
         try:
-            # The use includes cached files, which give way to whoever needs the memory.
+            # The use includes cached files, whose memory is freed when it is needed.
             taken = int((folder / used).read_text()) - _cached_files(folder / "memory.stat")
             found.append(int((folder / limit).read_text()) - taken)
         except (OSError, ValueError):  # not there, or "max"
@@ -41,7 +41,7 @@ def host_memory() -> int | None:
 
 
 def _cached_files(path: Path) -> int:
-    """Bytes of cached files in a control group's memory.stat; 0 where it does not say."""
+    """Bytes of cached files in a control group's memory.stat; 0 if it does not say."""
     try:
         counts = dict(line.split() for line in path.read_text().splitlines())
         return int(counts["active_file"]) + int(counts["inactive_file"])

@@ -1,11 +1,30 @@
-"""Devices and shardings: the batch is split over all of them, the training state over the axis `fsdp`."""
+"""Devices and shardings. The batch is split over all devices, the training state over the axis `fsdp`."""
 
+import dataclasses
 import os
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+
+from avit_jax.runtime.settings import Settings, setting
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshSettings(Settings):
+    """config.mesh: how many devices split what. Raises ValueError for numbers that cannot be."""
+
+    section = "mesh"
+
+    data: int = setting(-1, "Groups of devices that split each batch; -1: as many as fsdp leaves.", resume="free")
+    fsdp: int = setting(1, "Devices that split the training state as well.", resume="free")
+
+    def __post_init__(self) -> None:
+        if self.fsdp < 1 or (self.data < 1 and self.data != -1):
+            raise ValueError(
+                f"config.mesh is data={self.data}, fsdp={self.fsdp}: give numbers of devices, or data=-1 for the rest"
+            )
 
 
 def available_cores() -> int:
@@ -16,8 +35,8 @@ def available_cores() -> int:
 def use_all_cores(most: int = 8) -> None:
     """Make every CPU core a JAX device (at most `most`); call it before anything else runs on JAX.
 
-    One device leaves cores idle in the small operations: two devices on two cores make a training step a fifth faster.
-    Other backends, and a count given in XLA_FLAGS or JAX_NUM_CPU_DEVICES, are not touched.
+    A single device leaves cores idle in small operations: with two devices on two cores, a training step is a fifth
+    faster. Other backends, and a count given in XLA_FLAGS or JAX_NUM_CPU_DEVICES, are left alone.
     """
     given = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
     if not given and "JAX_NUM_CPU_DEVICES" not in os.environ:
@@ -25,10 +44,10 @@ def use_all_cores(most: int = 8) -> None:
 
 
 def check_platform() -> None:
-    """Raises ValueError where JAX_PLATFORMS names a platform that this machine, or this JAX, does not have.
+    """Raises ValueError if JAX_PLATFORMS names a platform that this machine, or this JAX, does not have.
 
-    JAX itself fails with an assertion or with an error that names no way out. It starts the backend: several processes
-    have to be joined before (distributed.start_distributed).
+    JAX itself fails with an assertion, or with an error that suggests no fix. This call starts the backend, so several
+    processes have to be joined before it (processes.start_distributed).
     """
     try:
         jax.local_devices()
@@ -48,16 +67,16 @@ def data_mesh(batch_size: int) -> Mesh:
     return jax.make_mesh((count,), ("data",), axis_types=(AxisType.Auto,), devices=devices[:count])
 
 
-def training_mesh(data: int, fsdp: int, batch_size: int, parts: int = 1) -> Mesh:
+def training_mesh(settings: MeshSettings, batch_size: int, parts: int = 1) -> Mesh:
     """The mesh of config.mesh: the batch is split over `data` and `fsdp`, the training state over `fsdp`.
 
-    data -1 takes the devices that fsdp leaves; on one machine without accelerators as many as divide the batch.
-    parts: config.accumulation; each part is split over all devices. Raises ValueError where the axes do not make up the
-    devices, or the devices do not divide a part.
+    data, fsdp: devices along each axis. data -1 takes all devices that fsdp leaves, or on one machine without
+    accelerators, as many of them as divide the batch. batch_size: images of a step, in all processes. parts:
+    config.accumulation; each part is split over all devices. Raises ValueError if the product of the axes is not the
+    number of devices, or if the devices do not divide a part.
     """
+    data, fsdp = settings.data, settings.fsdp
     devices = jax.devices()
-    if fsdp < 1 or (data < 1 and data != -1):
-        raise ValueError(f"config.mesh is data={data}, fsdp={fsdp}: give numbers of devices, or data=-1 for the rest")
     if data == -1 and jax.process_count() == 1 and jax.default_backend() == "cpu":
         fitting = [n for n in range(1, len(devices) // fsdp + 1) if batch_size % (n * fsdp * parts) == 0]
         devices = devices[: fitting[-1] * fsdp] if fitting else devices
@@ -65,7 +84,7 @@ def training_mesh(data: int, fsdp: int, batch_size: int, parts: int = 1) -> Mesh
     if count * fsdp != len(devices):
         raise ValueError(
             f"config.mesh is data={data}, fsdp={fsdp} and there are {len(devices)} devices: their product must be "
-            "the number of devices; data=-1 fills"
+            "the number of devices; data=-1 takes the rest"
         )
     if batch_size % (slots := len(devices) * parts):
         in_parts = f"in {parts} parts " if parts > 1 else ""
@@ -78,19 +97,20 @@ def training_mesh(data: int, fsdp: int, batch_size: int, parts: int = 1) -> Mesh
 
 
 def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
-    """The same array on every device."""
+    """The sharding that puts the same array on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """The leading axis split over all axes of the mesh."""
+    """The sharding that splits the leading axis over all axes of the mesh."""
     return NamedSharding(mesh, PartitionSpec(mesh.axis_names))
 
 
 def state_shardings(mesh: Mesh | AbstractMesh, state: Any) -> Any:
-    """How each array of a training state lies: split over `fsdp` along its longest axis that it divides.
+    """The sharding of each array of a training state: over `fsdp`, along the longest axis that `fsdp` divides.
 
-    Never along the layers of stacked blocks, which are scanned over; whole on every device where nothing divides.
+    The layer axis of stacked blocks is never split, because it is scanned over. An array without a suitable axis is
+    copied to every device.
     """
     parts = mesh.shape["fsdp"]
 
@@ -106,15 +126,15 @@ def state_shardings(mesh: Mesh | AbstractMesh, state: Any) -> Any:
 
 
 def global_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """A batch over all processes from the rows that each of them has."""
+    """A batch over all processes, from the rows that each process has."""
     sharding = batch_sharding(mesh)
     return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}
 
 
 def place(tree: Any, shardings: Any) -> Any:
-    """The arrays laid out so: jax.device_put, which between several processes knows neither local nor moved arrays.
+    """`device_put` that also works across processes, where jax.device_put takes neither local nor moved arrays.
 
-    shardings: one for all arrays, or a tree of them. Local arrays must be the same in all processes.
+    tree: arrays; local ones must be the same in all processes. shardings: one for all arrays, or a tree of them.
     """
     if isinstance(shardings, NamedSharding):
         shardings = jax.tree.map(lambda _: shardings, tree)

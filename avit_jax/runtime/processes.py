@@ -1,4 +1,4 @@
-"""Several processes as one run: starting them, ending with them, seeing that they mean the same."""
+"""Several processes as one run: joining them, ending together, and checking that they have the same settings."""
 
 import ctypes
 import json
@@ -13,25 +13,26 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax._src import distributed as jax_distributed  # the coordinator's address, where the cluster told it
-from jax._src.clusters.cloud_tpu_cluster import GceTpuCluster, GkeTpuCluster  # has no public name
 from jax.experimental import multihost_utils
 
-HEARTBEAT_SECONDS = 30  # after which a process that ended without a word is given up; JAX's default is 100
-LEAVING_SECONDS = 10.0  # a process with an error waits so long for the others to end with theirs
+from avit_jax.runtime.jax_private import coordinator_address, on_tpu_pod
+
+HEARTBEAT_SECONDS = 30  # until a process that no longer answers counts as lost; JAX's default is 100
+LEAVING_SECONDS = 10.0  # how long a process with an error waits for the others to end with theirs
 LOST = (
-    "another process of this run has ended or does not answer any more: see its own messages, then start all of them "
-    "again with the same command; the run goes on from its last checkpoint"
+    "another process of this run has ended or no longer answers: see its own messages, then start all processes again "
+    "with the same command; the run goes on from its last checkpoint"
 )
 
 
 def start_distributed(
     requested: bool, coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None
 ) -> None:
-    """Join the other processes: on request, and by itself where SLURM or a TPU pod started several.
+    """Join the other processes, on request or if SLURM or a TPU pod started several.
 
-    coordinator (host:port of process 0), num_processes and process_id where nothing tells them by itself. Call it
-    before anything else runs on JAX. Raises ValueError, with the address, where the coordinator does not answer.
+    requested: join in any case. coordinator (HOST:PORT of process 0), num_processes, process_id: needed only if the
+    cluster does not provide them. Call this before anything else runs on JAX. Raises ValueError, with the address, if
+    the coordinator does not answer.
     """
     if not (requested or _started_among_several()):
         return
@@ -45,9 +46,9 @@ def start_distributed(
         _await_coordinator(coordinator, timeout)
     _at_abort(
         lambda: (
-            f"the coordinator {jax_distributed.global_state.coordinator_address} does not answer, or not all processes "
-            f"have come there, within {timeout} s (AVIT_COORDINATOR_TIMEOUT): see that process 0 runs there, that the "
-            "port is open and that all are started"
+            f"the coordinator {coordinator_address()} does not answer, or not all processes "
+            f"have joined it, within {timeout} s (AVIT_COORDINATOR_TIMEOUT): check that process 0 runs there, that the "
+            "port is open and that all processes are started"
         )
     )
     try:
@@ -67,7 +68,7 @@ def start_distributed(
 
 
 def _await_coordinator(address: str, timeout: int) -> None:
-    """Raises ValueError, with the address, where nobody answers there in time; JAX's runtime would call abort()."""
+    """Raises ValueError, with the address, if nobody answers there in time; JAX's runtime would call abort()."""
     host, _, port = address.rpartition(":")
     if not (host and port.isdigit()):
         raise ValueError(f"--coordinator {address!r} is not HOST:PORT: give process 0's, as host0:1234")
@@ -79,7 +80,7 @@ def _await_coordinator(address: str, timeout: int) -> None:
         except OSError as error:
             if time.monotonic() > until:
                 raise ValueError(
-                    f"the coordinator {address} does not answer within {timeout} s (AVIT_COORDINATOR_TIMEOUT): see "
+                    f"the coordinator {address} does not answer within {timeout} s (AVIT_COORDINATOR_TIMEOUT): check "
                     f"that process 0 runs there and that the port is open ({error.strerror or error})"
                 ) from error
         time.sleep(0.2)
@@ -87,20 +88,20 @@ def _await_coordinator(address: str, timeout: int) -> None:
 
 def _started_among_several() -> bool:
     """Whether SLURM's srun or a TPU pod started this process as one of several."""
-    if int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:  # of this step: an allocation for many may run one process
+    if int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:  # of this step: a large allocation may run one process
         return True
-    return any(pod.is_env_present() and pod.get_process_count() > 1 for pod in (GkeTpuCluster, GceTpuCluster))
+    return on_tpu_pod()
 
 
 _HANDLER = ctypes.CFUNCTYPE(None, ctypes.c_int)
-_abort_handler: Any = None  # the system holds no reference to it
+_abort_handler: Any = None  # kept here, because the system holds no reference to it
 
 
 def _at_abort(sentence: Callable[[], str]) -> None:
-    """End with this sentence and status 1 where JAX's runtime would call abort().
+    """End with this sentence and status 1 when JAX's runtime calls abort().
 
-    That is its only answer to a coordinator or a process that is gone. A handler of Python's own signal module would
-    run too late: after abort() has returned, which it does not.
+    The runtime calls it when the coordinator or another process is gone. A handler of Python's own signal module would
+    run only after abort() returns, which it never does.
     """
 
     def ended(_: int) -> None:
@@ -113,7 +114,7 @@ def _at_abort(sentence: Callable[[], str]) -> None:
 
 
 def lost_a_process(error: BaseException) -> bool:
-    """Whether an error of JAX's runtime says that a process on the other side of a collective has gone."""
+    """Whether an error of JAX's runtime shows that another process in a collective is gone."""
     signs = ("gloo", "nccl", "rccl", "coordination", "connection", "heartbeat", "barrier", "unavailable")
     return (
         jax.distributed.is_initialized()
@@ -123,9 +124,9 @@ def lost_a_process(error: BaseException) -> bool:
 
 
 def leave(lost: bool) -> None:
-    """End this process of several with status 1; the others would wait for it, and it for them, for minutes.
+    """End this process, one of several, with status 1; otherwise all would wait for each other for minutes.
 
-    lost: another one has gone already. Else they are given a moment to end with the same error.
+    lost: whether another process is already gone. If not, the others get a moment to end with the same error.
     """
     if not lost:
         ending = threading.Thread(target=jax.distributed.shutdown, daemon=True)
@@ -135,14 +136,14 @@ def leave(lost: bool) -> None:
 
 
 def end_now() -> None:
-    """End this process with status 1, whatever it would wait for."""
+    """End this process with status 1 at once, without waiting for anything."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(1)
 
 
 def check_same(settings: dict[str, Any]) -> None:
-    """Raises ValueError, naming the key, where this process's settings are not those of process 0."""
+    """Raises ValueError, naming the key, if this process's settings are not those of process 0."""
     if jax.process_count() == 1:
         return
     own = np.frombuffer(json.dumps(settings).encode(), np.uint8)
@@ -151,25 +152,25 @@ def check_same(settings: dict[str, Any]) -> None:
     padded[: min(length, len(own))] = own[:length]
     first = json.loads(np.asarray(multihost_utils.broadcast_one_to_all(padded)).tobytes())
     differing = [name for name in sorted(first.keys() | settings.keys()) if first.get(name) != settings.get(name)]
-    # All learn of it, so that none waits for one that has gone.
+    # All processes learn of a difference, so that none waits for one that has ended.
     found = multihost_utils.process_allgather(np.asarray(len(differing)))
     if differing:
         name = differing[0]
         raise ValueError(
             f"config.{name} is {settings.get(name)!r} in process {jax.process_index()} and {first.get(name)!r} in "
-            "process 0: start all with the same command"
+            "process 0: start all processes with the same command"
         )
     if found.any():
         raise ValueError(f"process {int(np.flatnonzero(found)[0])} has another config than process 0: see its message")
 
 
 def in_any_process(flag: bool) -> bool:
-    """Whether it is so in one of the processes; all wait here for each other."""
+    """Whether `flag` is True in any process. All processes must call this, and wait for each other here."""
     return flag if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.asarray(flag)).any())
 
 
 def gathered(values: np.ndarray) -> np.ndarray:
-    """Every process's rows, one process's after the other's; their numbers of rows may differ."""
+    """The rows of all processes, in the order of the processes. Their numbers of rows may differ."""
     if jax.process_count() == 1:
         return values
     counts = multihost_utils.process_allgather(np.asarray(len(values)))

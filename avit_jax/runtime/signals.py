@@ -1,4 +1,4 @@
-"""What can end a run from outside: signals, a second run on the same folder."""
+"""Signals that stop a run, and a lock against a second run in the same folder."""
 
 import fcntl
 import os
@@ -13,20 +13,20 @@ from avit_jax.runtime.processes import in_any_process
 
 
 class StopAsked(Exception):
-    """A signal asked this run to stop; raised where something long can be broken off."""
+    """A signal asked this run to stop; raised at points where long work can be interrupted."""
 
 
 class StopRequest:
-    """SIGTERM and SIGINT ask for the step to be finished and a checkpoint written; a second one quits at once.
+    """After SIGTERM or SIGINT, the run finishes its step and writes a checkpoint; a second signal ends it at once.
 
-    With several processes all must stop after the same step: JAX's runtime has SIGTERM then, and
+    Several processes must all stop after the same step. JAX's runtime then handles SIGTERM, and
     RunCheckpoints.preempted tells every process when one of them got it.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
     def __init__(self) -> None:
-        self.signal: str | None = None  # of a run with one process
+        self.signal: str | None = None  # the signal's name, in a run with one process
         self._asked_before = False
         self._before: dict[int, Any] = {}
 
@@ -34,7 +34,7 @@ class StopRequest:
         for number in self.SIGNALS if jax.process_count() == 1 else (signal.SIGINT,):
             try:
                 self._before[number] = signal.signal(number, self._asked)
-            except ValueError:  # not the main thread: whoever started it has the signals
+            except ValueError:  # not the main thread, so another part of the program handles signals
                 break
         return self
 
@@ -42,7 +42,7 @@ class StopRequest:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         if kind is None and self.signal is not None:
-            # It came after the last look at it, and must not be lost.
+            # The signal came after the last check, and must not be lost.
             os.kill(os.getpid(), signal.Signals[self.signal])
 
     def check(self) -> None:
@@ -61,25 +61,25 @@ class StopRequest:
             self.signal = signal.Signals(number).name
 
     def agreed(self) -> None:
-        """The run is about to stop: from now on a signal ends this process at once.
+        """Tell this object that the run is about to stop: from now on, a signal ends this process at once.
 
-        Files are whole at any moment: orbax renames a checkpoint when it is complete.
+        Files are whole at any moment, because orbax renames a checkpoint when it is complete.
         """
         for number in self.SIGNALS:
             signal.signal(number, signal.SIG_DFL)
 
 
 class FolderLock:
-    """One run at a time in a folder; the operating system gives the lock back however the run ends.
+    """Allows one run at a time in a folder. The operating system releases the lock however the run ends.
 
-    Raises ValueError where another run has it.
+    Entering it raises ValueError if another run has the lock.
     """
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / ".lock"
 
     def __enter__(self) -> "FolderLock":
-        # Process 0 holds it for all, and all learn where it cannot.
+        # Process 0 holds the lock for all processes, and all of them learn if it cannot get it.
         if in_any_process(jax.process_index() == 0 and not self._taken()):
             raise ValueError(f"another run is at work in {self._path.parent}: wait for it, or give another --workdir")
         return self
@@ -89,7 +89,7 @@ class FolderLock:
             with writing(self._path):
                 self._path.parent.mkdir(parents=True, exist_ok=True)
                 self._file = self._path.open("a+")
-        except FileNotFoundError as error:  # where no folder can be, as in /proc
+        except FileNotFoundError as error:  # a place where no folder can be made, such as /proc
             raise ValueError(f"the run's folder {self._path.parent} cannot be made: give another --workdir") from error
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import jax
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
 from avit_jax.execution.work import whole_gmacs
 from avit_jax.model.config import AViTConfig
+from avit_jax.train.settings import parse_profile
 
 # The figures of a log line that differ from run to run.
 TIMES = ("images_per_second", "data_wait", "device_wait", "checkpoint_wait", "memory_gigabytes", "mfu")
@@ -22,13 +22,22 @@ WAITS = ("data", "device", "checkpoint")
 class StepClock:
     """Times between two log lines; with config.profile "START:STEPS" a trace of those steps in the run's profile/."""
 
-    def __init__(self, config: ConfigDict, model: AViTConfig, mesh: Mesh, workdir: Path) -> None:
-        self._batch_size = config.batch_size
-        self._first, self._steps = parse_profile(config.profile)
+    def __init__(
+        self,
+        model_config: AViTConfig,
+        mesh: Mesh,
+        workdir: Path,
+        *,
+        batch_size: int,
+        profile: str = "",
+        peak_tflops: float = 0.0,
+    ) -> None:
+        self._batch_size = batch_size
+        self._first, self._steps = parse_profile(profile)
         self._trace_folder, self._tracing = workdir / "profile", False
         # Dense multiply-adds, 2 flops each; the backward pass costs twice the forward one. Remat is not counted.
-        self._step_flops = 3 * 2e9 * whole_gmacs(model) * config.batch_size
-        self._peak_flops = config.peak_tflops * 1e12 * mesh.size
+        self._step_flops = 3 * 2e9 * whole_gmacs(model_config) * batch_size
+        self._peak_flops = peak_tflops * 1e12 * mesh.size
         self.start(0)
 
     def start(self, step: int) -> None:
@@ -80,13 +89,3 @@ def peak_memory() -> int:
     """Bytes: the fullest device's high-water mark; on a CPU, which keeps none, that of this process."""
     found = [stats["peak_bytes_in_use"] for device in jax.local_devices() if (stats := device.memory_stats())]
     return max(found) if found else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def parse_profile(text: str) -> tuple[int, int]:
-    """ "START:STEPS" as numbers; "" is no trace. Raises ValueError for anything else."""
-    if not text:
-        return 0, 0
-    first, _, steps = text.partition(":")
-    if not (first.isdigit() and steps.isdigit() and int(first) >= 1 and int(steps) >= 1):
-        raise ValueError(f"--profile or config.profile {text!r} is not START:STEPS: give two numbers from 1, as 20:5")
-    return int(first), int(steps)

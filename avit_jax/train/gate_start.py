@@ -1,5 +1,6 @@
 """Where an A-ViT's gate starts: a static ViT's channel 0 made free, then filled with which patches are attended to."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -13,6 +14,21 @@ from avit_jax.halting.avit import AViTGate
 from avit_jax.model.check_images import check_images
 from avit_jax.model.config import AViTConfig
 from avit_jax.model.vit import AViT
+from avit_jax.runtime.settings import Settings, setting
+
+
+@dataclasses.dataclass(frozen=True)
+class GateStartSettings(Settings):
+    """config.gate_start. Raises ValueError for values that cannot be."""
+
+    section = "gate_start"
+
+    images: int = setting(
+        0, "Training images that the gate of init_from starts from; 0: it stays where its channel 0 has it.", least=0
+    )
+    target_depth: float = setting(0.0, "Mean token depth that the gate starts at, in layers.")
+    deviation: float = setting(0.0, "Deviation of that depth between the patches, in layers.")
+
 
 # What writes into the residual stream, its channels on the last axis.
 _WRITERS = ("patch_embed.proj", "cls_token", "dist_token", "reg_token", "pos_embed", "attn.proj", "mlp.fc2")
@@ -112,27 +128,27 @@ def _fit(
     return pixels, attention.mean(0) - patches.mean(0) @ pixels
 
 
-def _centre(offsets: Float[np.ndarray, "b p"], slope: float, config: AViTConfig, target_depth: float) -> float:
+def _centre(offsets: Float[np.ndarray, "b p"], slope: float, model_config: AViTConfig, target_depth: float) -> float:
     """The layer from which patches that stop `offsets` layers later have a mean token depth nearest to target_depth."""
-    layers = np.arange(1, config.depth)
-    wanted = target_depth * config.num_tokens - config.depth * config.num_special
+    layers = np.arange(1, model_config.depth)
+    wanted = target_depth * model_config.num_tokens - model_config.depth * model_config.num_special
 
     def depth_of_patches(centre: float) -> float:
         scores = 1 / (1 + np.exp(-slope * (layers - (centre + offsets[..., None]))))
-        goes_on = np.cumsum(scores, axis=-1) < 1 - config.halt_epsilon
+        goes_on = np.cumsum(scores, axis=-1) < 1 - model_config.halt_epsilon
         return (1 + goes_on.sum(-1)).mean(0).sum()
 
-    low, high = -float(config.depth), 2.0 * config.depth
+    low, high = -float(model_config.depth), 2.0 * model_config.depth
     for _ in range(40):
         middle = (low + high) / 2
         low, high = (low, middle) if depth_of_patches(middle) > wanted else (middle, high)
     return low
 
 
-def _looking(config: AViTConfig) -> slice:
+def _looking(model_config: AViTConfig) -> slice:
     """The tokens whose attention says what matters: those with a head or beside the mean, else all patches."""
-    first = sum(config.tokens_read[: config.num_special])  # registers, which are not read, come after them
-    return slice(first) if first else slice(config.num_special, None)
+    first = sum(model_config.tokens_read[: model_config.num_special])  # registers, which are not read, come after them
+    return slice(first) if first else slice(model_config.num_special, None)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -13,7 +13,6 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array
-from ml_collections import ConfigDict
 
 from avit_jax.checkpoints.run_checkpoints import Restored, RunCheckpoints
 from avit_jax.data.device import DeviceBatches
@@ -27,6 +26,7 @@ from avit_jax.train.clock import StepClock
 from avit_jax.train.display import Display
 from avit_jax.train.logs import RunLog
 from avit_jax.train.progress import Metrics, Progress
+from avit_jax.train.settings import TrainSettings
 from avit_jax.train.setup import prepare
 from avit_jax.train.state import TrainState, initial_state, state_items, state_with, teacher_weights
 
@@ -44,7 +44,7 @@ class Trained:
 
 
 def train(
-    config: ConfigDict,
+    settings: TrainSettings,
     dataset: Dataset,
     model: AViT,
     workdir: Path,
@@ -59,32 +59,31 @@ def train(
     checkpoint stays. Raises Stopped after SIGTERM or SIGINT.
     """
     began = time.perf_counter() - seconds
-    mesh = training_mesh(config.mesh.data, config.mesh.fsdp, config.batch_size, config.accumulation)
+    mesh = training_mesh(settings.mesh, settings.batch_size, settings.accumulation)
     batches = DeviceBatches(
         training_batches(
             dataset.train,
             model.config,
-            batch_size=config.batch_size,
-            seed=config.seed,
-            augment=dict(config.augment),
+            batch_size=settings.batch_size,
+            seed=settings.seed,
+            augment=settings.augment,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
         ),
         place=lambda batch: global_batch(batch, mesh),
     )
-    setup = prepare(config, model, mesh, len(dataset.train), teacher)
-    state = initial_state(model, setup.optimizer, config.optim.ema_decay, mesh)
+    setup = prepare(settings, model, mesh, len(dataset.train), teacher)
+    state = initial_state(model, setup.optimizer, settings.optim.ema_decay, mesh)
     weights = teacher_weights(teacher, mesh)
 
     def step(state: TrainState, batch: dict[str, Array]) -> tuple[TrainState, dict[str, Array]]:
         return setup.step(state, batch, weights)
 
-    kept = config.keep_checkpoints, config.keep_every, config.keep_best
+    kept = settings.keep_checkpoints, settings.keep_every, settings.keep_best
     with contextlib.closing(batches), RunCheckpoints(workdir / "checkpoints", *kept) as checkpoints:
-        display = Display(setup.steps, config.batch_size)
-        run = _Run(config, dataset, model, setup.steps, mesh, step, batches, checkpoints, display, state, began)
-        data = f"{len(dataset.train)} images in {len(dataset.class_names)} classes ({_source(dataset)})"
-        display.begin(model.config, sum(leaf.size for leaf in jax.tree.leaves(state.params)), data, workdir)
+        display = Display(setup.steps, settings.batch_size)
+        run = _Run(settings, dataset, model, setup.steps, mesh, step, batches, checkpoints, display, state, began)
+        display.begin(model.config, sum(leaf.size for leaf in jax.tree.leaves(state.params)), dataset, workdir)
         run.restore(workdir)
         begun = run.progress
         with (
@@ -96,14 +95,9 @@ def train(
     return Trained(model, dataclasses.replace(run.progress, seconds=run.seconds()))
 
 
-def _source(dataset: Dataset) -> str:
-    settings = dataset.train.settings
-    return ", ".join(value for value in (settings.source, settings.name, settings.path) if value)
-
-
 @dataclasses.dataclass
 class _Run:
-    config: ConfigDict
+    settings: TrainSettings
     dataset: Dataset
     model: AViT
     steps: int
@@ -141,7 +135,14 @@ class _Run:
 
     def loop(self, log: RunLog, stop: StopRequest, workdir: Path) -> None:
         """To the last step."""
-        clock = StepClock(self.config, self.model.config, self.mesh, workdir)
+        clock = StepClock(
+            self.model.config,
+            self.mesh,
+            workdir,
+            batch_size=self.settings.batch_size,
+            profile=self.settings.profile,
+            peak_tflops=self.settings.peak_tflops,
+        )
         self.display.start(self.progress.step)
         while self.progress.step < self.steps or self.progress.evaluation_due:
             try:
@@ -153,7 +154,7 @@ class _Run:
         self.checkpoints.wait()
         try:
             self._show(self.state.params if self.state.ema is None else self.state.ema)
-            if self.state.ema is not None and self.config.optim.compare_ema:
+            if self.state.ema is not None and self.settings.optim.compare_ema:
                 self._keep_better(stop)
             stop.check()
         except StopAsked:
@@ -161,7 +162,7 @@ class _Run:
 
     def _some_steps(self, log: RunLog, stop: StopRequest, clock: StepClock) -> None:
         """Until the end, or a loss that is not finite."""
-        config, progress = self.config, self.progress
+        settings, progress = self.settings, self.progress
         pending: tuple[int, dict[str, Array]] | None = None
         if progress.evaluation_due and not self._evaluate(log, stop):
             self._stop(stop)  # its checkpoint is there already
@@ -181,9 +182,9 @@ class _Run:
             if stopping:
                 stop.agreed()
             last = step == self.steps
-            logs = last or step % config.log_every == 0
-            progress.evaluation_due = last or step % config.eval_every == 0
-            saves = last or stopping or step % config.checkpoint_every == 0
+            logs = last or step % settings.log_every == 0
+            progress.evaluation_due = last or step % settings.eval_every == 0
+            saves = last or stopping or step % settings.checkpoint_every == 0
             if logs or progress.evaluation_due or saves:
                 with clock.waiting_for("device"):
                     progress.window.append(_checked(*pending))
@@ -214,8 +215,8 @@ class _Run:
         )
 
     def _save(self, now: bool) -> None:
-        # With the metrics since the last line: the next line after a resume is the same mean.
         self.progress.seconds = self.seconds()
+        # The progress has the metrics since the last line: the next line after a resume is the same mean.
         step, items = self.progress.step, state_items(self.state)
         self.checkpoints.save(
             step, items, self.progress.to_json(), self.batches.get_state(), self.model.config, self.progress.top1
@@ -229,7 +230,7 @@ class _Run:
         try:
             self._show(self.state.params if self.state.ema is None else self.state.ema)
             result = self._on_validation(stop)
-            if self.state.ema is not None and self.config.optim.compare_ema:
+            if self.state.ema is not None and self.settings.optim.compare_ema:
                 self._show(self.state.params)
                 raw = self._on_validation(stop)
         except StopAsked:
@@ -243,7 +244,7 @@ class _Run:
         return True
 
     def _on_validation(self, stop: StopRequest) -> Evaluation:
-        return evaluate(self.model, self.dataset.val, self.config.eval_batch_size, before_batch=stop.check)
+        return evaluate(self.model, self.dataset.val, self.settings.eval_batch_size, before_batch=stop.check)
 
     def _keep_better(self, stop: StopRequest) -> None:
         """Leave the model with the moving average or the raw weights, whichever is better on validation; say which."""
@@ -263,7 +264,7 @@ class _Run:
 
     def _roll_back(self, error: FloatingPointError) -> None:
         """Go on from the last checkpoint and skip the data since; once, and with config.on_nan = "roll back"."""
-        if self.config.on_nan != "roll back" or self.progress.rolled_back:
+        if self.settings.on_nan != "roll back" or self.progress.rolled_back:
             raise error
         bad, data = self.progress.step + 1, self.batches.get_state()
         self.checkpoints.wait()

@@ -1,5 +1,6 @@
 """The training objective: classification, with distillation, and what the model's rule makes of it or adds to it."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -10,8 +11,29 @@ from jaxtyping import Array, Float, Int
 
 from avit_jax.halting.image_mean import image_mean
 from avit_jax.halting.rule import Halting, State, Trace
+from avit_jax.runtime.settings import Settings, setting
 
 DISTILLATIONS = ("none", "hard", "soft")
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassificationLoss(Settings):
+    """The part of config.loss that any model has. Raises ValueError for values that cannot be."""
+
+    section = "loss"
+
+    label_smoothing: float = setting(
+        0.0, "The part of each target that is spread evenly over all classes.", least=0, below=1
+    )
+    distillation: str = setting(
+        "none", "How the teacher is followed: its decision (hard), its distribution (soft).", choices=DISTILLATIONS
+    )
+    distillation_weight: float = setting(
+        0.5, "The teacher's part of the classification loss; the labels have the rest.", least=0, most=1
+    )
+    distillation_temperature: float = setting(
+        1.0, "With soft, logits of teacher and student are divided by it.", above=0
+    )
 
 
 def classification_loss(

@@ -1,5 +1,6 @@
 """The optimiser: AdamW with warm-up and cosine decay, weight decay by parameter name, and the moving average."""
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -9,43 +10,76 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
-from ml_collections import ConfigDict
+
+from avit_jax.runtime.settings import Settings, setting
 
 SCHEDULES = ("step", "epoch")
 
 
-def peak_learning_rate(config: ConfigDict, batch_size: int) -> float:
-    """config.learning_rate, in proportion to batch_size / config.reference_batch where a reference batch is given."""
-    return config.learning_rate * (batch_size / config.reference_batch if config.reference_batch else 1.0)
+@dataclasses.dataclass(frozen=True)
+class OptimSettings(Settings):
+    """config.optim. Raises ValueError for values that cannot be."""
+
+    section = "optim"
+
+    learning_rate: float = setting(1e-3, "The peak learning rate, after the warm-up.", least=0)
+    reference_batch: int = setting(
+        0, "The batch that learning_rate is for: it grows in proportion to batch_size. 0: it is used as it is."
+    )
+    final_learning_rate: float = setting(1e-5, "The learning rate that the cosine decay ends at.", least=0)
+    schedule: str = setting(
+        "step",
+        "step: warm-up and decay change with each step; epoch: with each epoch, as timm and DeiT have it.",
+        choices=SCHEDULES,
+    )
+    warmup_steps: int = setting(0, "Steps of linear warm-up from 0, with schedule step.", least=0)
+    warmup_epochs: int = setting(0, "Epochs of linear warm-up from warmup_learning_rate, with schedule epoch.", least=0)
+    warmup_learning_rate: float = setting(0.0, "The learning rate of the first epoch, with schedule epoch.")
+    weight_decay: float = setting(0.05, "AdamW's decay of the kernels of linear layers.", least=0)
+    beta1: float = setting(0.9, "AdamW's decay of the mean gradient.", least=0, below=1)
+    beta2: float = setting(0.999, "AdamW's decay of the mean squared gradient.", least=0, below=1)
+    clip_norm: float = setting(0.0, "The global norm that gradients are clipped to; 0: no clipping.", least=0)
+    ema_decay: float = setting(
+        0.0,
+        "Decay of the moving average of the weights, which is evaluated and kept; 0: no average.",
+        least=0,
+        below=1,
+    )
+    compare_ema: bool = setting(
+        False, "Evaluate the raw weights beside their average, and keep the better ones on the validation images."
+    )
 
 
-def learning_rate_schedule(config: ConfigDict, steps: int, *, epochs: float, batch_size: int) -> optax.Schedule:
+def peak_learning_rate(settings: OptimSettings, batch_size: int) -> float:
+    """learning_rate, in proportion to batch_size / reference_batch where a reference batch is given."""
+    return settings.learning_rate * (batch_size / settings.reference_batch if settings.reference_batch else 1.0)
+
+
+def learning_rate_schedule(settings: OptimSettings, steps: int, *, epochs: float, batch_size: int) -> optax.Schedule:
     """The learning rate of each step (config.optim).
 
     schedule "step": linear warm-up over warmup_steps, then cosine decay to final_learning_rate at the last step.
     "epoch", as timm and DeiT have it: constant within an epoch e, w + e (peak - w) / warmup_epochs in the warm-up with
     w = warmup_learning_rate, then final + (peak - final) (1 + cos(pi e / epochs)) / 2: the cosine counts from epoch 0.
-    Raises ValueError for another name, and where the warm-up is as long as the training.
+    Raises ValueError where the warm-up is as long as the training.
     """
-    peak = peak_learning_rate(config, batch_size)
-    if config.schedule not in SCHEDULES:
-        raise ValueError(f"config.optim.schedule {config.schedule!r} is unknown: choose one of {', '.join(SCHEDULES)}")
-    if config.schedule == "step":
-        if config.warmup_steps >= steps:
+    peak = peak_learning_rate(settings, batch_size)
+    if settings.schedule == "step":
+        if settings.warmup_steps >= steps:
             raise ValueError(
-                f"config.optim.warmup_steps {config.warmup_steps} is not below the {steps} steps of this training: "
+                f"config.optim.warmup_steps {settings.warmup_steps} is not below the {steps} steps of this training: "
                 "lower it or raise config.epochs"
             )
         return optax.warmup_cosine_decay_schedule(
             init_value=0.0,
             peak_value=peak,
-            warmup_steps=config.warmup_steps,
+            warmup_steps=settings.warmup_steps,
             decay_steps=steps,
-            end_value=config.final_learning_rate,
+            end_value=settings.final_learning_rate,
         )
-    if config.warmup_epochs >= epochs:
+    if settings.warmup_epochs >= epochs:
         raise ValueError(
-            f"config.optim.warmup_epochs {config.warmup_epochs} is not below config.epochs {epochs}: "
+            f"config.optim.warmup_epochs {settings.warmup_epochs} is not below config.epochs {epochs}: "
             "lower config.optim.warmup_epochs"
         )
 
@@ -55,11 +89,11 @@ def learning_rate_schedule(config: ConfigDict, steps: int, *, epochs: float, bat
 
     def by_epoch(step: Int[Array, ""] | int) -> Float[Array, ""]:
         epoch = jnp.searchsorted(jnp.asarray(first_steps), jnp.asarray(step), side="right") - 1
-        start = config.warmup_learning_rate
-        warmup = start + epoch * (peak - start) / max(config.warmup_epochs, 1)
-        final = config.final_learning_rate
+        start = settings.warmup_learning_rate
+        warmup = start + epoch * (peak - start) / max(settings.warmup_epochs, 1)
+        final = settings.final_learning_rate
         decay = final + (peak - final) * (1 + jnp.cos(math.pi * epoch / (epochs or 1))) / 2
-        return jnp.where(epoch < config.warmup_epochs, warmup, decay)
+        return jnp.where(epoch < settings.warmup_epochs, warmup, decay)
 
     return by_epoch
 
@@ -70,16 +104,16 @@ def weight_decay_mask(params: Any) -> Any:
 
 
 def make_optimizer(
-    config: ConfigDict, schedule: optax.Schedule, factors: Mapping[str, float] | None = None
+    settings: OptimSettings, schedule: optax.Schedule, factors: Mapping[str, float] | None = None
 ) -> optax.GradientTransformation:
     """AdamW (config.optim), after gradient clipping by global norm where clip_norm is not 0.
 
     factors: by part of a parameter's path, such as "rule_module", what its learning rate is multiplied with.
     """
     adamw = optax.adamw(
-        schedule, b1=config.beta1, b2=config.beta2, weight_decay=config.weight_decay, mask=weight_decay_mask
+        schedule, b1=settings.beta1, b2=settings.beta2, weight_decay=settings.weight_decay, mask=weight_decay_mask
     )
-    clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
+    clip = optax.clip_by_global_norm(settings.clip_norm) if settings.clip_norm else optax.identity()
     return optax.chain(clip, adamw, *([_scaled(factors)] if factors else []))
 
 

@@ -6,10 +6,10 @@ import jax
 import optax
 from flax import nnx
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
 from avit_jax.model.vit import AViT
 from avit_jax.train.optim import learning_rate_schedule, make_optimizer
+from avit_jax.train.settings import TrainSettings
 from avit_jax.train.state import TrainState, state_shapes
 from avit_jax.train.step import make_train_step
 
@@ -25,17 +25,17 @@ class Setup:
     step: jax.stages.Wrapped  # (state, batch, the teacher's weights or None) -> (state, metrics)
 
 
-def prepare(config: ConfigDict, model: AViT, mesh: Mesh, images: int, teacher: AViT | None = None) -> Setup:
+def prepare(settings: TrainSettings, model: AViT, mesh: Mesh, images: int, teacher: AViT | None = None) -> Setup:
     """Number of steps, optimizer and jitted step for so many training images.
 
     Of model and teacher the shapes are enough (nnx.eval_shape). Raises ValueError where config.optim's schedule does
     not fit the number of steps.
     """
-    steps = max(1, round(config.epochs * images / config.batch_size))
-    schedule = learning_rate_schedule(config.optim, steps, epochs=config.epochs, batch_size=config.batch_size)
+    steps = settings.steps(images)
+    schedule = learning_rate_schedule(settings.optim, steps, epochs=settings.epochs, batch_size=settings.batch_size)
     rule = model.config.halting
-    optimizer = make_optimizer(config.optim, schedule, rule.learning_rate_factors if rule is not None else None)
-    state = state_shapes(model, optimizer, config.optim.ema_decay)
+    optimizer = make_optimizer(settings.optim, schedule, rule.learning_rate_factors if rule is not None else None)
+    state = state_shapes(model, optimizer, settings.optim.ema_decay)
     teacher_graphdef = None if teacher is None else nnx.graphdef(teacher)
-    step = make_train_step(nnx.graphdef(model), optimizer, config, mesh, state, teacher_graphdef)
+    step = make_train_step(nnx.graphdef(model), optimizer, settings.step, mesh, state, teacher_graphdef)
     return Setup(steps, schedule, optimizer, state, step)

@@ -6,24 +6,23 @@ from typing import Any
 
 import numpy as np
 from flax import nnx
-from ml_collections import ConfigDict
 
 from avit_jax.checkpoints.convert.weight_files import read_config
-from avit_jax.checkpoints.model_folder import is_foreign, load
+from avit_jax.checkpoints.model_folder import is_foreign, load, no_checkpoint
 from avit_jax.data.pipeline import evaluation_images
 from avit_jax.data.preprocessing import normalize
 from avit_jax.data.settings import DataSettings
 from avit_jax.data.sources import Dataset, Split
 from avit_jax.model.config import AViTConfig, Preprocessing, config_from
-from avit_jax.model.settings import given_fields
+from avit_jax.model.settings import ModelSettings
 from avit_jax.model.vit import AViT
 from avit_jax.train.gate_start import start_gate
+from avit_jax.train.settings import TrainSettings
 
 
-def check_starts(config: ConfigDict) -> None:
+def check_starts(settings: TrainSettings) -> None:
     """Raises ValueError where config.init_from or config.teacher names nothing that a model could be loaded from."""
-    for name in ("init_from", "teacher"):
-        path = config[name]
+    for name, path in (("init_from", settings.init_from), ("teacher", settings.teacher)):
         if not path or Path(path).exists():
             continue
         if Path(path).parts[:1] == ("checkpoints",):
@@ -35,22 +34,22 @@ def check_starts(config: ConfigDict) -> None:
             way = f"train that model first, or give --config.{name}=CHECKPOINT"
         else:
             way = f"give --config.{name}=CHECKPOINT, a run, a saved model or a file of weights"
-        raise ValueError(f"there is no checkpoint at {path} (config.{name}): {way}")
+        raise no_checkpoint(path, way, f"config.{name}")
 
 
-def resolve_model_config(config: ConfigDict, dataset: Dataset) -> AViTConfig:
+def resolve_model_config(model: ModelSettings, data: DataSettings, dataset: Dataset) -> AViTConfig:
     """config.model, with image size, channels, classes, class names and normalisation taken from the data.
 
     Raises ValueError where config.model names a field that does not exist or contradicts the data.
     """
-    preset, fields = given_fields(config.model)
+    fields = dict(model.given)
     from_data: dict[str, Any] = {"num_classes": len(dataset.class_names)}
     if isinstance(dataset.train, Split):
         _, height, width, channels = dataset.train.images.shape
         from_data |= {"image_size": height if height == width else (height, width), "in_channels": channels}
     elif fields.setdefault("in_channels", 3) not in (1, 3):  # images from disk are made what the model takes
         raise ValueError(f"config.model.in_channels is {fields['in_channels']}: images from disk are read as 3 or 1")
-    preprocessing = _preprocessing(config, dataset)
+    preprocessing = _preprocessing(data, dataset)
     for name, value in from_data.items():
         if fields.setdefault(name, value) != value:
             raise ValueError(f"config.model.{name} is {fields[name]} and the data say {value}: change one of them")
@@ -59,18 +58,17 @@ def resolve_model_config(config: ConfigDict, dataset: Dataset) -> AViTConfig:
             f"config.data.mean and std have {len(preprocessing.mean)} values and images {fields['in_channels']} "
             "channels: give one value for each channel"
         )
-    return config_from(preset, **fields, class_names=dataset.class_names, preprocessing=preprocessing)
+    return config_from(model.preset, **fields, class_names=dataset.class_names, preprocessing=preprocessing)
 
 
-def _preprocessing(config: ConfigDict, dataset: Dataset) -> Preprocessing:
+def _preprocessing(data: DataSettings, dataset: Dataset) -> Preprocessing:
     """The config's mean and std, or those of the training images by channel (exact: from histograms of bytes).
 
     For images from disk: the config's or ImageNet's, and the config's crop.
     """
-    data = DataSettings.from_config(dict(config.data))
-    mean, std = tuple(data.mean), tuple(data.std)
+    mean, std = data.mean, data.std
     if not isinstance(dataset.train, Split):
-        return Preprocessing(**stated_preprocessing(config))
+        return Preprocessing(**stated_preprocessing(data))
     if not (mean and std):
         values = np.arange(256) / 255
         channels = np.moveaxis(dataset.train.images, -1, 0)
@@ -82,71 +80,73 @@ def _preprocessing(config: ConfigDict, dataset: Dataset) -> Preprocessing:
     return Preprocessing(mean, std, crop_fraction=1.0)
 
 
-def stated_preprocessing(config: ConfigDict) -> dict[str, Any]:
+def stated_preprocessing(data: DataSettings) -> dict[str, Any]:
     """Preprocessing that config.data states, by not having the default; a checkpoint's own gives way to it."""
-    data, default = DataSettings.from_config(dict(config.data)), DataSettings()
+    default = DataSettings()
     names = [field.name for field in dataclasses.fields(Preprocessing)]
     return {name: getattr(data, name) for name in names if getattr(data, name) != getattr(default, name)}
 
 
-def initial_model(config: ConfigDict, dataset: Dataset) -> AViT:
+def initial_model(settings: TrainSettings, dataset: Dataset) -> AViT:
     """A model with random weights from config.seed, or with those of config.init_from and this config's gate.
 
     With config.gate_start.images the gate starts from so many training images (gate_start.start_gate).
     """
-    model_config = resolve_model_config(config, dataset)
-    if not config.init_from:
-        return AViT(model_config, rngs=nnx.Rngs(config.seed))
+    model_config = resolve_model_config(settings.model, settings.data, dataset)
+    if not settings.init_from:
+        return AViT(model_config, rngs=nnx.Rngs(settings.seed))
     preset, fields = None, {name: getattr(model_config, name) for name in model_config.__dataclass_fields__}
-    if is_foreign(config.init_from):
-        preset, fields = fields_for_foreign(config, dataset)
+    if is_foreign(settings.init_from):
+        preset, fields = fields_for_foreign(settings.model, settings.data, dataset)
     elif not isinstance(dataset.train, Split):
-        fields["preprocessing"] = stated_preprocessing(config)  # the rest is the checkpoint's own
-    model = load(config.init_from, preset, **fields)
-    if config.gate_start.images:
+        fields["preprocessing"] = stated_preprocessing(settings.data)  # the rest is the checkpoint's own
+    model, gate = load(settings.init_from, preset, **fields), settings.gate_start
+    if gate.images:
         # Evenly over the set, which may be sorted by class.
-        chosen = np.linspace(0, len(dataset.train) - 1, min(config.gate_start.images, len(dataset.train))).astype(int)
+        chosen = np.linspace(0, len(dataset.train) - 1, min(gate.images, len(dataset.train))).astype(int)
         images = normalize(evaluation_images(dataset.train, chosen, model.config), model.config)
-        start_gate(model, images, target_depth=config.gate_start.target_depth, deviation=config.gate_start.deviation)
+        start_gate(model, images, target_depth=gate.target_depth, deviation=gate.deviation)
     return model
 
 
-def fields_for_foreign(config: ConfigDict, dataset: Dataset) -> tuple[str | None, dict[str, Any]]:
+def fields_for_foreign(model: ModelSettings, data: DataSettings, dataset: Dataset) -> tuple[str | None, dict[str, Any]]:
     """Preset and AViTConfig fields to load a checkpoint with that does not carry our configuration.
 
     They are what config.model gives and what the data decide; the rest is the checkpoint's. Images from disk are
     preprocessed as was published with the checkpoint, unless config.data states otherwise.
     """
-    model_config = resolve_model_config(config, dataset)
-    preset, fields = given_fields(config.model)
-    fields |= {
+    model_config = resolve_model_config(model, data, dataset)
+    fields = model.given | {
         name: getattr(model_config, name) for name in ("image_size", "in_channels", "num_classes", "class_names")
     }
     if isinstance(dataset.train, Split):
         fields["preprocessing"] = model_config.preprocessing
-    elif stated := stated_preprocessing(config):
+    elif stated := stated_preprocessing(data):
         fields["preprocessing"] = stated
-    return preset, fields
+    return model.preset, fields
 
 
-def load_baseline(config: ConfigDict, model_config: AViTConfig) -> AViT | None:
-    """config.init_from as it is, for the table's other row; None where it knows other classes or another image size."""
-    if not config.init_from:
+def load_baseline(path: str, model_config: AViTConfig) -> AViT | None:
+    """The model at config.init_from as it is, for the table's other row.
+
+    None where there is no path, and where that model knows other classes or another image size.
+    """
+    if not path:
         return None
-    model = load(config.init_from, **_own_fields(config.init_from, model_config))
+    model = load(path, **_own_fields(path, model_config))
     same = ("num_classes", "image_shape")
     return model if all(getattr(model.config, name) == getattr(model_config, name) for name in same) else None
 
 
-def load_teacher(config: ConfigDict, student: AViTConfig) -> AViT | None:
+def load_teacher(path: str, student: AViTConfig) -> AViT | None:
     """The model at config.teacher. Raises ValueError unless it sees the same images and knows the same classes."""
-    if not config.teacher:
+    if not path:
         return None
-    teacher = load(config.teacher, **_own_fields(config.teacher, student))
+    teacher = load(path, **_own_fields(path, student))
     for name in ("image_shape", "in_channels", "num_classes", "preprocessing"):
         there, here = getattr(teacher.config, name), getattr(student, name)
         if there != here:
-            raise ValueError(f"the teacher {config.teacher} has {name} {there} and the student {here}: they must agree")
+            raise ValueError(f"the teacher {path} has {name} {there} and the student {here}: they must agree")
     return teacher
 
 

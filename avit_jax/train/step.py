@@ -1,6 +1,5 @@
 """The jitted training step: forward, the terms of the objective, backward, update, on any mesh."""
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -10,22 +9,20 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array
-from ml_collections import ConfigDict
 
 from avit_jax.data.mix import augment_on_device
-from avit_jax.data.settings import AugmentSettings
 from avit_jax.halting.image_mean import image_mean
-from avit_jax.halting.prior import AViTLoss
 from avit_jax.runtime.mesh import batch_sharding, replicated, state_shardings
 from avit_jax.train.objective import distillation_loss, objective_terms
 from avit_jax.train.optim import update_average
+from avit_jax.train.settings import StepSettings
 from avit_jax.train.state import TrainState
 
 
 def make_train_step(
     graphdef: nnx.GraphDef,
     optimizer: optax.GradientTransformation,
-    config: ConfigDict,
+    settings: StepSettings,
     mesh: Mesh,
     state: TrainState,
     teacher_graphdef: nnx.GraphDef | None = None,
@@ -33,12 +30,12 @@ def make_train_step(
     """One jitted function (state, batch, the teacher's weights or None) -> (state, metrics); it donates the old state.
 
     state: arrays or shapes, which say how the state is laid out. The batch is split over the mesh, means are over the
-    whole of it; with config.accumulation above 1 it is worked on in as many parts, and the prior, which is no mean, is
+    whole of it; with accumulation above 1 it is worked on in as many parts, and the prior, which is no mean, is
     the mean of the parts' own. Images whose batch["weight"] is 0 count for nothing.
     """
     layout, everywhere = state_shardings(mesh, state), replicated(mesh)
     return jax.jit(
-        build_train_step(graphdef, optimizer, config, mesh, teacher_graphdef),
+        build_train_step(graphdef, optimizer, settings, mesh, teacher_graphdef),
         donate_argnums=0,
         in_shardings=(layout, batch_sharding(mesh), everywhere),
         out_shardings=(layout, everywhere),
@@ -48,14 +45,12 @@ def make_train_step(
 def build_train_step(
     graphdef: nnx.GraphDef,
     optimizer: optax.GradientTransformation,
-    config: ConfigDict,
+    settings: StepSettings,
     mesh: Mesh,
     teacher_graphdef: nnx.GraphDef | None,
 ) -> Callable[[TrainState, dict[str, Array], Any], tuple[TrainState, dict[str, Array]]]:
     """What make_train_step compiles: (state, batch, the teacher's weights) -> (state, metrics)."""
-    loss_config, parts = config.loss, config.accumulation
-    augment = AugmentSettings.from_config(dict(config.augment))
-    rule_loss = AViTLoss(**{field.name: loss_config[field.name] for field in dataclasses.fields(AViTLoss)})
+    classifying, rule_loss, parts = settings.classification, settings.halting_loss, settings.accumulation
 
     def loss_function(params: nnx.State, batch: dict[str, Array], key: Array, teacher_state: Any) -> Any:
         model = nnx.merge(graphdef, params)
@@ -70,9 +65,9 @@ def build_train_step(
                 head_logits,
                 batch["target"],
                 teacher_logits,
-                kind=loss_config.distillation,
-                weight=loss_config.distillation_weight,
-                temperature=loss_config.distillation_temperature,
+                kind=classifying.distillation,
+                weight=classifying.distillation_weight,
+                temperature=classifying.distillation_temperature,
                 image_weight=weight,
             )
 
@@ -112,15 +107,15 @@ def build_train_step(
     def train_step(
         state: TrainState, batch: dict[str, Array], teacher_state: Any
     ) -> tuple[TrainState, dict[str, Array]]:
-        key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+        key = jax.random.fold_in(jax.random.key(settings.seed), state.step)
         model_config = nnx.merge(graphdef, state.params).config
         images, targets = augment_on_device(
             jax.random.fold_in(key, 1),
             batch["image"],
             batch["label"],
-            augment,
+            settings.augment,
             model_config,
-            label_smoothing=loss_config.label_smoothing,
+            label_smoothing=classifying.label_smoothing,
             weight=batch.get("weight"),
         )
         batch = batch | {"image": images, "target": targets}
@@ -130,7 +125,7 @@ def build_train_step(
         grads = jax.lax.with_sharding_constraint(grads, state_shardings(mesh, grads))
         updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
-        ema = None if state.ema is None else update_average(state.ema, params, config.optim.ema_decay)
+        ema = None if state.ema is None else update_average(state.ema, params, settings.ema_decay)
         metrics["gradient_norm"] = optax.tree.norm(grads)
         return TrainState(state.step + 1, params, ema, optimizer_state), metrics
 

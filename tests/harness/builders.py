@@ -28,15 +28,15 @@ def small_config(**overrides: Any) -> AViTConfig:
     return AViTConfig(**(fields | overrides))
 
 
-def spread_gate(config: AViTConfig, seed: int = 0, factor: float = 4.0) -> AViT:
+def spread_gate(model_config: AViTConfig, seed: int = 0, factor: float = 4.0) -> AViT:
     """A model with weights large enough that its tokens halt at many different layers."""
-    model = AViT(config, rngs=nnx.Rngs(seed))
+    model = AViT(model_config, rngs=nnx.Rngs(seed))
     state = jax.tree.map(lambda x: factor * x if x.ndim >= 2 else x, nnx.state(model, nnx.Param))
     nnx.update(model, state)
     return model
 
 
-def toy_arrays(count: int = 120, classes: int = 3, size: int = 8, seed: int = 0) -> dict[str, np.ndarray]:
+def toy_arrays(count: int = 120, classes: int = 3, size: int = 8, seed: int = 0) -> dict[str, Any]:
     """Images whose class is the position of a bright band: learnt within a few steps."""
     rng = np.random.default_rng(seed)
     labels = np.arange(count) % classes
@@ -46,10 +46,15 @@ def toy_arrays(count: int = 120, classes: int = 3, size: int = 8, seed: int = 0)
     return {"images": images.astype(np.uint8), "labels": labels}
 
 
+def toy_data(path: Path) -> Path:
+    """toy_arrays as a file; returns its path."""
+    np.savez(path, **toy_arrays())
+    return path
+
+
 def tiny_experiment(path: Path, **loss: Any) -> ConfigDict:
     """An experiment of seconds: 8 x 8 pixels, two layers of width 16, 8 steps of 12 images; path: where its data go."""
-    np.savez(path, **toy_arrays())
-    config = npz_avit.get_config(str(path))
+    config = npz_avit.get_config(str(toy_data(path)))
     config.init_from = config.teacher = ""
     config.loss.update({"distillation": "none", "label_smoothing": 0.1})
     config.model.update({"patch_size": 4, "embed_dim": 16, "depth": 3, "num_heads": 2, "drop_path_rate": 0.0})
@@ -68,12 +73,13 @@ def quick_start() -> dict[str, str]:
 
     tensorboardX would import torch, two seconds: a module of that name stands in its way.
     """
-    programs = Path(jax.config.jax_compilation_cache_dir)
+    programs = Path(jax.config.jax_compilation_cache_dir)  # type: ignore[attr-defined]
     modules = programs.with_name(f"{programs.name}_modules")
     modules.mkdir(exist_ok=True)
     (modules / "torch.py").write_text("raise ImportError\n")
     return {
         "PYTHONPATH": str(modules),
         "JAX_COMPILATION_CACHE_DIR": str(programs),
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }

@@ -9,8 +9,9 @@ import jax
 from flax import nnx
 
 from avit_jax import AViT
-from benchmarks.collectives import said
-from benchmarks.tpu_compile import (
+from configs import imagenet_avit
+from tests.harness.collectives import said
+from tests.harness.tpu_programs import (
     bytes_needed,
     check_crossing,
     compile_packed_evaluation,
@@ -18,7 +19,6 @@ from benchmarks.tpu_compile import (
     model_of,
     topology_mesh,
 )
-from configs import imagenet_avit
 
 config = imagenet_avit.get_config("tiny")
 config.batch_size = 64

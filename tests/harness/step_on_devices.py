@@ -14,6 +14,7 @@ from jax.sharding import AxisType
 
 from avit_jax import Preprocessing
 from avit_jax.checkpoints.digests import tree_digests
+from avit_jax.commands.typed_config import parse
 from avit_jax.runtime.mesh import global_batch
 from avit_jax.train.state import initial_state
 from avit_jax.train.step import make_train_step
@@ -42,11 +43,12 @@ def step(data: int, fsdp: int, parts: int) -> tuple[np.ndarray, dict[str, Any], 
     """The gradient as one vector, the metrics, the kept gradient."""
     config = npz_avit.get_config("")
     config.accumulation = parts
+    config.teacher = ""
     config.loss.update({"distillation": "none", "ponder_weight": 0.1, "prior_weight": 0.1, "prior_target_depth": 2.0})
     axes, types = ("data", "fsdp"), (AxisType.Auto, AxisType.Auto)
     mesh = jax.make_mesh((data, fsdp), axes, axis_types=types, devices=jax.devices()[: data * fsdp])
     state = initial_state(model, keep, 0.0, mesh)
-    run = make_train_step(graphdef, keep, config, mesh, state)
+    run = make_train_step(graphdef, keep, parse(config).step, mesh, state)
     state, metrics = run(state, global_batch(batch, mesh), None)
     gradient = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(state.optimizer)])
     return gradient, jax.device_get(metrics), state.optimizer

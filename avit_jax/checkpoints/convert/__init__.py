@@ -1,4 +1,4 @@
-"""Weights of PyTorch, Hugging Face and AugReg in, weights for PyTorch out: `python -m avit_jax.convert IN OUT`."""
+"""Conversion of weights from PyTorch, Hugging Face and AugReg, and to PyTorch: `python -m avit_jax.convert IN OUT`."""
 
 from avit_jax.checkpoints.convert.architecture import override
 from avit_jax.checkpoints.convert.fitting import Conversion, fit

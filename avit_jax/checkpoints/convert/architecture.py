@@ -1,4 +1,4 @@
-"""The configuration of a model from the names and shapes of its weights, and what the caller says."""
+"""The configuration of a model, from the names and shapes of its weights and from what the caller gives."""
 
 import dataclasses
 import math
@@ -11,14 +11,14 @@ import numpy as np
 from avit_jax.checkpoints.convert.names import LAYER
 from avit_jax.model.config import AViTConfig, config_from
 
-# Published ViTs of other widths than 64 times their heads: huge has heads of 80.
+# Width -> heads of published ViTs. Each head has 64 channels, or 80 in ViT-Huge.
 _HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}
-# What a preset does not say of a foreign checkpoint.
+# The fields of another program's checkpoint that a preset does not determine.
 BESIDE_PRESET = ("norm_epsilon", "pool", "class_token", "num_registers")
 
 
 def override(saved: AViTConfig, overrides: dict[str, Any]) -> AViTConfig:
-    """The configuration that a checkpoint carries, with fields replaced; class names go where their number changes."""
+    """A checkpoint's own configuration with fields replaced; without class names if the number of classes changes."""
     if overrides.get("num_classes", saved.num_classes) != saved.num_classes:
         overrides = {"class_names": None} | overrides
     return config_from(None, **(vars(saved) | overrides))
@@ -31,7 +31,12 @@ def configuration(
     saved: AViTConfig | None,
     overrides: dict[str, Any],
 ) -> AViTConfig:
-    """Overrides before the preset before the file's own configuration before what names, shapes and JSON tell."""
+    """The configuration of a checkpoint.
+
+    Each of these takes precedence over the next: overrides, the preset, the file's own configuration (saved), what JSON
+    files and names say (traits), the shapes of the weights (state). Raises ValueError if these do not determine an
+    architecture, or not one that AViT has.
+    """
     layers = _depth(state)
     if preset is not None:
         config = config_from(preset, **({name: traits[name] for name in BESIDE_PRESET if name in traits} | overrides))
@@ -45,7 +50,7 @@ def configuration(
     width, channels, patch, columns = kernel.shape
     if patch != columns or not patch:
         raise ValueError(
-            f"patch_embed.proj.weight has shape {kernel.shape}: patches are square, [width, channels, p, p]"
+            f"patch_embed.proj.weight has shape {kernel.shape}: patches must be square, [width, channels, p, p]"
         )
     inferred: dict[str, Any] = {"embed_dim": width, "in_channels": channels, "patch_size": patch, "depth": layers}
     inferred["qkv_bias"] = "blocks.0.attn.qkv.bias" in state
@@ -59,7 +64,7 @@ def configuration(
         inferred["num_classes"] = _tensor(state, "head.weight", 2, "[classes, features]").shape[0]
     if "num_heads" not in overrides and "num_heads" not in traits:
         if width not in _HEADS:
-            raise ValueError(f"width {width} does not tell the number of heads: give num_heads or a preset")
+            raise ValueError(f"the number of heads is not known for width {width}: give num_heads or a preset")
         inferred["num_heads"] = _HEADS[width]
     fields = inferred | traits | overrides
     if "class_names" in traits and fields["num_classes"] != len(traits["class_names"]):
@@ -67,36 +72,36 @@ def configuration(
     if "image_size" not in fields:
         if "pos_embed" not in state:
             raise ValueError(
-                "pos_embed is missing: its architecture has no learned positions (rotary ones, as DINOv3's, perhaps), "
-                "which AViT has"
+                "pos_embed is missing: its architecture has no learned positions (perhaps rotary ones, as in DINOv3), "
+                "which AViT needs"
             )
         count = _tensor(state, "pos_embed", 3, "[1, tokens, width]").shape[1]
         side = next((side for special in special_rows(state) if (side := square(count - special))), 0)
         if not side:
-            raise ValueError(f"{count} position embeddings are of no square image: give image_size=(height, width)")
+            raise ValueError(f"{count} position embeddings do not fit a square image: give image_size=(height, width)")
         fields["image_size"] = side * fields["patch_size"]
     return config_from(None, **fields)
 
 
 def special_rows(state: Mapping[str, np.ndarray]) -> list[int]:
-    """How many rows of pos_embed may belong to other tokens than patches: all special ones, registers not, or none."""
+    """How many rows of pos_embed may not belong to patches: those of all special tokens, without registers, or none."""
     special = sum(name in state for name in ("cls_token", "dist_token"))
     registers = state["reg_token"].shape[1] if "reg_token" in state else 0
     return [special + registers, special, 0]
 
 
 def square(count: int) -> int:
-    """The side of a square grid of so many patches, or 0."""
+    """The side of a square grid of `count` patches, or 0."""
     side = math.isqrt(max(count, 0))
     return side if side * side == count else 0
 
 
 def _depth(state: Mapping[str, np.ndarray]) -> int:
-    """The number of layers. Raises ValueError where they are not numbered from 0 without a gap."""
+    """The number of layers. Raises ValueError if they are not numbered from 0 without a gap."""
     layers = {int(match[1]) for name in state if (match := re.match(rf"blocks\.({LAYER})\.", name))}
     if layers and max(layers) + 1 != len(layers):
         missing = next(layer for layer in range(len(layers) + 1) if layer not in layers)
-        raise ValueError(f"its layers reach up to blocks.{max(layers)}, and blocks.{missing} is missing")
+        raise ValueError(f"its layers reach up to blocks.{max(layers)}, but blocks.{missing} is missing")
     return len(layers)
 
 

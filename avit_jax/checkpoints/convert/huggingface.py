@@ -1,4 +1,4 @@
-"""Folders of the Hugging Face Hub, written by transformers or timm: weights, and what their JSON files say of them."""
+"""Folders of the Hugging Face Hub, written by transformers or timm: their weights and JSON files."""
 
 import dataclasses
 import re
@@ -18,7 +18,7 @@ _RESAMPLE = {0: "nearest", 2: "bilinear", 3: "bicubic"}  # Pillow's numbers
 
 @dataclasses.dataclass
 class Folder:
-    """The tensors of a folder, and the AViTConfig fields that its JSON files say."""
+    """The tensors of a folder, and the AViTConfig fields that its JSON files give."""
 
     state: dict[str, np.ndarray]
     told: dict[str, Any]
@@ -35,9 +35,9 @@ def is_foreign_folder(path: Path) -> bool:
 
 
 def read_folder(path: Path) -> Folder:
-    """The weights and what config.json and preprocessor_config.json say; no code of the folder is run.
+    """The weights, and what config.json and preprocessor_config.json say. No code in the folder is run.
 
-    Raises ValueError, one sentence, for files that are missing or say what cannot be, and for another architecture.
+    Raises ValueError, one sentence, for missing files, impossible values, and another architecture.
     """
     config = _json(path / "config.json") if (path / "config.json").is_file() else {}
     told: dict[str, Any] = {}
@@ -49,12 +49,12 @@ def read_folder(path: Path) -> Folder:
             config, where, told, checks, notes
         )
     else:
-        notes.append("config.json is missing: the architecture comes from names and shapes alone")
+        notes.append("config.json is missing: the architecture comes from names and shapes only")
     if (path / "preprocessor_config.json").is_file():
         where = path / "preprocessor_config.json"
         _read_preprocessor(_json(where), where, told, notes)
     elif "preprocessing" not in told:
-        notes.append("preprocessor_config.json is missing: it would say the preprocessing")
+        notes.append("preprocessor_config.json is missing: it would give the preprocessing")
     state = _weights(path)
     _check_shapes(state, checks, path)
     _check_image_size(state, told, path)
@@ -62,7 +62,7 @@ def read_folder(path: Path) -> Folder:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    """A JSON object of bounded size."""
+    """The JSON object in a file of bounded size."""
     content = read_json(path)
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}: it must be a JSON object")
@@ -79,7 +79,7 @@ def _number(config: dict[str, Any], name: str, where: Path, most: int = 100_000)
 
 
 def _side(config: dict[str, Any], name: str, where: Path) -> int | tuple[int, int] | None:
-    """A size that is a number, [height, width] or {"height": h, "width": w}, as one number where it is square."""
+    """A size that is a number, [height, width] or {"height": h, "width": w}, as one number if it is square."""
     value = config.get(name)
     if isinstance(value, dict) and "height" in value:
         value = [value.get("height"), value.get("width")]
@@ -99,14 +99,14 @@ def _read_transformers(
     kind = config.get("model_type")
     if kind not in _MODEL_TYPES:
         raise ValueError(
-            f"{where}: its architecture is another one (model_type {shown_value(kind)}), here are "
+            f"{where}: its architecture is unsupported (model_type {shown_value(kind)}): it must be one of "
             + ", ".join(_MODEL_TYPES)
         )
     activation = config.get("hidden_act", "gelu")
     if activation != "gelu":
-        raise ValueError(f"{where}: hidden_act is {shown_value(activation)}, AViT has the exact gelu alone")
+        raise ValueError(f"{where}: hidden_act is {shown_value(activation)}, but AViT has only the exact gelu")
     if config.get("use_swiglu_ffn") is True:
-        raise ValueError(f"{where}: use_swiglu_ffn is true, AViT has no gated MLP")
+        raise ValueError(f"{where}: use_swiglu_ffn is true, but AViT has no gated MLP")
     for theirs, ours in (
         ("hidden_size", "embed_dim"),
         ("num_hidden_layers", "depth"),
@@ -121,7 +121,7 @@ def _read_transformers(
     told |= {name: value for name, value in sizes.items() if value is not None}
     patch = _side(config, "patch_size", where)
     if isinstance(patch, tuple):
-        raise ValueError(f"{where}: patch_size is {patch}, AViT's patches are square")
+        raise ValueError(f"{where}: patch_size is {patch}, but AViT's patches are square")
     if patch is not None:
         checks["patch_size"] = patch
     epsilon = config.get("layer_norm_eps")
@@ -147,17 +147,17 @@ def _read_timm(
 ) -> None:
     architecture = config["architecture"]
     if not isinstance(architecture, str) or not re.match(r"(vit|deit|deit3)_", architecture):
-        raise ValueError(f"{where}: its architecture is another one ({shown_value(architecture)}), not vit_ or deit_")
+        raise ValueError(f"{where}: its architecture is unsupported ({shown_value(architecture)}): not vit_ or deit_")
     for part in ("quickgelu", "_rpn", "_parallel", "_sbb", "_srelpos", "_relpos", "_siglip", "_hybrid"):
         if part in architecture:
-            raise ValueError(f"{where}: its architecture is another one ({architecture:.100}): AViT has no {part[1:]}")
+            raise ValueError(f"{where}: its architecture is unsupported ({architecture:.100}): AViT has no {part[1:]}")
     published = config.get("pretrained_cfg")
     published = published if isinstance(published, dict) else config
     pool = config.get("global_pool")
     if pool == "avg":
         told["global_pool"] = "avg"
     elif pool not in (None, "token"):
-        raise ValueError(f"{where}: global_pool is {shown_value(pool)}, AViT's head reads the class token or the mean")
+        raise ValueError(f"{where}: global_pool is {shown_value(pool)}, but AViT's head reads class token or mean")
     else:
         told["global_pool"] = "token"
     size = published.get("input_size")
@@ -168,14 +168,14 @@ def _read_timm(
     if values:
         told["preprocessing"] = _preprocessing(values, where)
     if published.get("crop_mode") == "squash":
-        notes.append("timm squeezes whole images into a square for this model: here the middle square is cut out")
+        notes.append("timm squeezes whole images into a square for this model: avit_jax crops the middle square")
     labels = config.get("label_names")
     if isinstance(labels, list) and labels and all(isinstance(label, str) and label for label in labels):
         told["class_names"] = tuple(labels)
 
 
 def _read_preprocessor(config: dict[str, Any], where: Path, told: dict[str, Any], notes: list[str]) -> None:
-    """Mean, std and crop; where it shows the model other images than config.json says, positions are resized."""
+    """Read mean, std and crop. Its image size takes precedence over config.json's; positions are then resized."""
     values: dict[str, Any] = {}
     if config.get("do_normalize", True):
         values |= {o: config[t] for t, o in (("image_mean", "mean"), ("image_std", "std")) if config.get(t) is not None}
@@ -183,10 +183,10 @@ def _read_preprocessor(config: dict[str, Any], where: Path, told: dict[str, Any]
         values |= {"mean": [0.0, 0.0, 0.0], "std": [1.0, 1.0, 1.0]}
     scale = config.get("rescale_factor", 1 / 255)
     if not _is_number(scale) or abs(scale * 255 - 1) > 1e-3:
-        raise ValueError(f"{where}: rescale_factor is {shown_value(scale)}, AViT's pixels go from 0 to 1")
+        raise ValueError(f"{where}: rescale_factor is {shown_value(scale)}, but AViT's pixels go from 0 to 1")
     resample = config.get("resample", 2)
     if isinstance(resample, bool) or not isinstance(resample, int) or resample not in _RESAMPLE:
-        raise ValueError(f"{where}: resample is {shown_value(resample)}, AViT has {_RESAMPLE} (Pillow's numbers)")
+        raise ValueError(f"{where}: resample is {shown_value(resample)}, but AViT has {_RESAMPLE} (Pillow's numbers)")
     values["interpolation"] = _RESAMPLE[resample]
     size = config.get("size")
     edge = size if isinstance(size, dict) and "shortest_edge" in size else None
@@ -197,15 +197,15 @@ def _read_preprocessor(config: dict[str, Any], where: Path, told: dict[str, Any]
     if crop is not None and resized is not None:
         shorter, shown = (min(side) if isinstance(side, tuple) else side for side in (resized, crop))
         values["crop_fraction"] = min(shown / shorter, 1.0)
-    # transformers takes a plain number as the shorter side for its Bit and CLIP processors alone.
+    # In transformers, only the Bit and CLIP processors take a plain number as the shorter side.
     kind = str(config.get("image_processor_type") or config.get("feature_extractor_type"))[:100]
     if edge is None and not (isinstance(size, int) and kind.startswith(("Bit", "CLIP"))):
-        notes.append("transformers squeezes whole images into a square for it: here the middle square is cut out")
+        notes.append("transformers squeezes whole images into a square for it: avit_jax crops the middle square")
     told["preprocessing"] = _preprocessing(values, where)
     if seen is not None and seen != told.get("image_size"):
         if "image_size" in told:
             notes.append(
-                f"config.json says image_size {told['image_size']} and preprocessor_config.json {seen}, which is taken"
+                f"config.json says image_size {told['image_size']} and preprocessor_config.json {seen}, which is used"
             )
         told["image_size"] = seen
 
@@ -223,7 +223,7 @@ def _preprocessing(values: dict[str, Any], where: Path) -> Preprocessing:
                 raise ValueError(f"{where}: the crop is {shown_value(value)} of the image, it must be from 0.1 to 1")
             checked[name] = float(value)
         elif value not in INTERPOLATIONS:
-            raise ValueError(f"{where}: interpolation is {shown_value(value)}, AViT has {', '.join(INTERPOLATIONS)}")
+            raise ValueError(f"{where}: interpolation is {shown_value(value)}, not one of {', '.join(INTERPOLATIONS)}")
         else:
             checked[name] = value
     try:
@@ -237,7 +237,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _weights(path: Path) -> dict[str, np.ndarray]:
-    """The tensors of the first form of weights that is there, whole or in shards."""
+    """The tensors of the first kind of weight file found, whole or in shards."""
     for name in _WEIGHTS:
         if (path / name).is_file():
             return read_weight_file(path / name).state
@@ -252,12 +252,12 @@ def _weights(path: Path) -> dict[str, np.ndarray]:
 def _shards(index: Path) -> dict[str, np.ndarray]:
     mapping = _json(index).get("weight_map")
     if not isinstance(mapping, dict) or not mapping:
-        raise ValueError(f"{index}: weight_map must say the file of each tensor")
+        raise ValueError(f"{index}: weight_map must name the file of each tensor")
     files: dict[str, set[str]] = {}
     for name, file in mapping.items():
-        # A plain name in this very folder: a stranger's index must not read files from elsewhere.
+        # A plain name in this folder only: an untrusted index must not make us read files elsewhere.
         if not isinstance(file, str) or not re.fullmatch(r"[\w-][\w.-]{0,200}", file):
-            raise ValueError(f"{index}: the shard {shown_value(file)} is no plain file name")
+            raise ValueError(f"{index}: the shard {shown_value(file)} is not a plain file name")
         files.setdefault(file, set()).add(name)
     state: dict[str, np.ndarray] = {}
     for file in sorted(files):
@@ -273,7 +273,7 @@ def _shards(index: Path) -> dict[str, np.ndarray]:
 
 
 def _check_shapes(state: dict[str, np.ndarray], checks: dict[str, int], path: Path) -> None:
-    """config.json and the weights must speak of one model; layers are counted where names are read."""
+    """Raises ValueError unless config.json and the weights are of the same model."""
     kernel = next((v for n, v in state.items() if n.endswith("patch_embeddings.projection.weight")), None)
     if kernel is None or kernel.ndim != 4:
         return
@@ -282,11 +282,11 @@ def _check_shapes(state: dict[str, np.ndarray], checks: dict[str, int], path: Pa
     found["depth"] = len(layers)
     for name, value in checks.items():
         if found[name] != value:
-            raise ValueError(f"{path / 'config.json'} says {name} {value}, and the weights have {found[name]}")
+            raise ValueError(f"{path / 'config.json'} says {name} {value}, but the weights have {found[name]}")
 
 
 def _check_image_size(state: dict[str, np.ndarray], told: dict[str, Any], path: Path) -> None:
-    """Positions are resized to what a preprocessor shows, but not to sizes that would fill the memory."""
+    """Raises ValueError for an image size so large that positions resized to it would fill the memory."""
     positions = next((v for n, v in state.items() if n.endswith(("position_embeddings", "pos_embed"))), None)
     kernel = next((v for n, v in state.items() if n.endswith(("projection.weight", "patch_embed.proj.weight"))), None)
     size = told.get("image_size")
@@ -296,5 +296,5 @@ def _check_image_size(state: dict[str, np.ndarray], told: dict[str, Any], path: 
     patches = (height // max(kernel.shape[2], 1)) * (width // max(kernel.shape[2], 1))
     if patches > 16 * positions.shape[1]:
         raise ValueError(
-            f"{path} says image size {height}x{width}, {patches} patches, and pos_embed has {positions.shape[1]} rows"
+            f"{path} says image size {height}x{width}, {patches} patches, but pos_embed has {positions.shape[1]} rows"
         )

@@ -1,4 +1,4 @@
-"""Checkpoint layouts, told by their names, and brought to timm's names, shapes and one kind of block."""
+"""Checkpoint layouts, recognised by their names and converted to timm's names, shapes and one kind of block."""
 
 import dataclasses
 import re
@@ -26,21 +26,22 @@ _MOST_TOKENS = 2**17  # 1,448 x 1,448 pixels in patches of 4
 
 @dataclasses.dataclass
 class Recognised:
-    """A checkpoint under timm's names; of the final LayerNorm the name is norm, whatever its head reads."""
+    """A checkpoint under timm's names. The final LayerNorm is called norm, whatever the head reads."""
 
     layout: str
     kind: str  # which published preprocessing it has, see published.py
     state: State
-    traits: dict[str, Any]  # AViTConfig fields that names tell: num_heads, pool, norm_epsilon, ...
+    traits: dict[str, Any]  # AViTConfig fields found from names: num_heads, pool, norm_epsilon, ...
     extras: list[str]  # source names that were left out
     notes: list[str]  # what was changed besides names
 
 
 def recognise(source: State) -> Recognised:
-    """timm's names and shapes, one query-key-value matrix, LayerScale folded in; source is emptied.
+    """A checkpoint with timm's names and shapes, one query-key-value matrix, and LayerScale folded in.
 
-    A prefix that all names share comes off. Raises ValueError, with some of the names, for a layout that is none of
-    timm's, Hugging Face's, torchvision's and AugReg's, and for an architecture that this project does not have.
+    source: arrays by name, emptied as they are used. A prefix that all names share is removed. Raises ValueError, with
+    some of the names, for a layout other than timm's, Hugging Face's, torchvision's and AugReg's, and for an
+    architecture that this project does not have.
     """
     names = list(source)
     if len(names) > MAX_TENSORS:
@@ -49,7 +50,7 @@ def recognise(source: State) -> Recognised:
     family, prefix, notes = _family(names)
     extras = [name for name in names if EXTRAS.fullmatch(name)]
     kept = set(names).difference(extras)
-    # A classifier of DINOv2 stands beside its backbone.
+    # DINOv2's classifier is stored beside the backbone.
     inside = {name: name.removeprefix(prefix) for name in kept if name.startswith((prefix, "linear_head."))}
     other = sorted(kept.difference(inside))
     if any(name.startswith("student.") for name in other) and prefix.startswith("teacher."):
@@ -57,7 +58,7 @@ def recognise(source: State) -> Recognised:
         other = [name for name in other if not name.startswith("student.")]
     if other:
         raise ValueError(
-            f"its model lies under {prefix!r}, and it has {len(other)} more tensors: {', '.join(other[:5])}; "
+            f"its model is under {prefix!r}, but it has {len(other)} more tensors: {', '.join(other[:5])}; "
             "leave them out"
         )
     kind = _kind(family, set(inside.values()), [name.removeprefix(prefix) for name in extras])
@@ -67,15 +68,15 @@ def recognise(source: State) -> Recognised:
         if name in inside:
             new = renamed(inside[name], family.rules)
             if new in state:
-                raise ValueError(f"two of its tensors mean {new}, one of them {name}")
+                raise ValueError(f"two of its tensors map to {new}, one of them {name}")
             state[new] = source.pop(name)
     traits: dict[str, Any] = {}
     if family is AUGREG:
         state, traits = _from_augreg(state)
     positions = state.get("pos_embed")
     if positions is not None and max(positions.shape, default=0) > _MOST_TOKENS:
-        # A few bytes can say any number of them, and the whole model is as wide.
-        raise ValueError(f"pos_embed has shape {positions.shape}: no more than {_MOST_TOKENS} tokens make sense")
+        # A few bytes can declare any number of them, and the whole model would be as large.
+        raise ValueError(f"pos_embed has shape {positions.shape}: at most {_MOST_TOKENS} tokens are allowed")
     result = Recognised(family.name, kind, _joined_query_key_value(state), traits, extras, notes)
     _fold_layer_scale(result)
     if head_on_class_token and "dist_token" in result.state and "head.bias" in result.state:
@@ -85,7 +86,7 @@ def recognise(source: State) -> Recognised:
 
 
 def _family(names: list[str]) -> tuple[Family, str, list[str]]:
-    """The family and the prefix of its names: of a teacher and its student the teacher's."""
+    """The family and the prefix of its names, and notes. Of a teacher and its student, the teacher is taken."""
     for family in FAMILIES:
         pattern = re.compile(rf"((?:.*?[./])??){family.anchor}")
         prefixes = sorted({match[1] for name in names if len(name) < 300 and (match := pattern.fullmatch(name))})
@@ -97,7 +98,7 @@ def _family(names: list[str]) -> tuple[Family, str, list[str]]:
         if prefixes:
             raise ValueError(f"it holds {len(prefixes)} models, under {', '.join(prefixes[:5])}: keep one of them")
     raise ValueError(
-        "its names are of no layout known here (timm, published DeiT and A-ViT, Hugging Face ViT, DeiT and DINOv2, "
+        "its names match no known layout (timm, published DeiT and A-ViT, Hugging Face ViT, DeiT and DINOv2, "
         f"torchvision, AugReg .npz): {', '.join(f'{name:.100}' for name in sorted(names)[:5]) or 'it has no tensors'}"
     )
 
@@ -124,7 +125,7 @@ def _kind(family: Family, names: set[str], extras: list[str]) -> str:
 
 
 def _from_augreg(state: State) -> tuple[State, dict[str, Any]]:
-    """Kernels turned from [in, out] to [out, in], heads joined; the head count."""
+    """The state with kernels turned from [in, out] to [out, in] and heads joined, and the number of heads."""
     heads = [value.shape[0] for name, value in state.items() if name.endswith("attn.query.bias") and value.ndim == 2]
     result: State = {}
     for name, value in state.items():
@@ -157,7 +158,7 @@ def _joined_query_key_value(state: State) -> State:
         parts = [state.pop(name) for both in names for name in both if name in state]
         if len(parts) != 3 or len({part.shape for part in parts}) != 1 or not parts[0].ndim:
             shapes = [part.shape for part in parts]
-            raise ValueError(f"{stem} needs query, key and value of one shape ({kind}), it has {shapes}")
+            raise ValueError(f"{stem} needs query, key and value of one shape ({kind}), but has {shapes}")
         result[joined] = np.concatenate(parts)
     return result
 
@@ -173,7 +174,7 @@ def _fold_layer_scale(result: Recognised) -> None:
             raise ValueError(f"{name} has shape {gamma.shape}: LayerScale has one number for each channel")
         for parameter, scale in ((f"{layer}.weight", gamma[:, None]), (f"{layer}.bias", gamma)):
             if parameter not in state or state[parameter].shape[:1] != gamma.shape:
-                raise ValueError(f"{name} of shape {gamma.shape} scales {parameter}: missing or of another width")
+                raise ValueError(f"{name} of shape {gamma.shape} scales {parameter}, which is missing or has another")
             state[parameter] = np.asarray(state[parameter], np.float32) * scale
         folded += 1
     if folded:
@@ -181,17 +182,17 @@ def _fold_layer_scale(result: Recognised) -> None:
 
 
 def _split_single_head(result: Recognised) -> None:
-    """A distillation token but one head, on the class token: our logits are the mean of two heads."""
+    """Make two heads of one, for a distillation token without its own: our logits are the mean of two heads."""
     for kind in ("weight", "bias"):
         head = np.asarray(result.state[f"head.{kind}"], np.float32)
         result.state[f"head.{kind}"], result.state[f"head_dist.{kind}"] = 2 * head, np.zeros_like(head)
     result.notes.append(
-        "it has a distillation token and one head: head is twice that, head_dist zero, their mean is its logits"
+        "it has a distillation token but one head: head is twice that and head_dist zero, so their mean is its logits"
     )
 
 
 def _tell_architecture(result: Recognised) -> None:
-    """Registers, class token, what the head reads and the LayerNorms' epsilon, as far as names and shapes tell them."""
+    """Add what names and shapes show: registers, class token, what the head reads, the LayerNorms' epsilon."""
     state, traits = result.state, result.traits
     if "reg_token" in state:
         registers = state["reg_token"]
@@ -202,7 +203,7 @@ def _tell_architecture(result: Recognised) -> None:
         traits["class_token"], traits["pool"] = False, "norm_mean"
     if "fc_norm.weight" in state:
         if "norm.weight" in state:
-            raise ValueError("its architecture is another one (fc_norm.weight): two LayerNorms stand before its head")
+            raise ValueError("its architecture is unsupported (fc_norm.weight): two LayerNorms before its head")
         traits["pool"] = "mean_norm"
         for kind in ("weight", "bias"):
             if f"fc_norm.{kind}" in state:
@@ -221,17 +222,17 @@ def _tell_architecture(result: Recognised) -> None:
         elif head.shape[1] > 2 * len(width) and head.shape[1] % len(width) == 0:
             raise ValueError(
                 f"its head reads {head.shape[1]} features, {head.shape[1] // len(width)} times the width (DINOv2's "
-                "classifier on several layers): AViT's head reads the last layer alone"
+                "classifier on several layers): AViT's head reads only the last layer"
             )
-    # The values in transformers' and the published config.json; all other families have 1e-6.
+    # This value is in transformers and in the published config.json; all other families have 1e-6.
     if result.layout == HUGGING_FACE.name and result.kind != "DINOv2":
         traits["norm_epsilon"] = 1e-12
     for name in [name for name in state if name.endswith("mlp.fc2.weight")]:
         first, second = state.get(name.replace("fc2", "fc1")), state[name]
         if first is not None and first.ndim == second.ndim == 2 and first.shape[0] == 2 * second.shape[1]:
-            raise ValueError(f"its architecture is another one ({name}): its MLP is gated (SwiGLU), AViT's is not")
+            raise ValueError(f"its architecture is unsupported ({name}): its MLP is gated (SwiGLU), AViT's is not")
 
 
 def can_tell_pool(result: Recognised) -> bool:
-    """Whether the names say what the head reads; timm's models with global_pool="avg" have the same ones."""
+    """Whether the names show what the head reads. timm's models have the same names with global_pool="avg"."""
     return result.layout != TIMM.name or result.kind in ("DeiT", "DeiT III", "DINOv2", "MAE") or "pool" in result.traits

@@ -1,4 +1,4 @@
-"""How much a file of weights may ask for. A file beyond these limits is damaged or hostile: no ViT comes near them."""
+"""Limits for a file of weights. A file beyond them is damaged or hostile: no ViT comes near them."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -21,21 +21,21 @@ _MAX_COUNT = 2**62  # values of a tensor: what NumPy can count
 
 
 def allowance(file_size: int) -> int:
-    """Bytes that the arrays of a file may take: its size, plus a margin for shared and compressed arrays."""
+    """Bytes that the arrays of a file of this many bytes may take; there is a margin for shared and compressed ones."""
     return 2 * file_size + 2**26
 
 
 def count(value: Any) -> int:
     """A size from a file, checked. Raises ValueError for anything but a whole number from 0 to 2^62."""
     if type(value) is not int or not 0 <= value <= _MAX_COUNT:
-        raise ValueError(f"it is damaged: {shown(value, 50)} where a size belongs")
+        raise ValueError(f"it is damaged: {shown(value, 50)} in place of a size")
     return value
 
 
 def elements(shape: tuple[Any, ...]) -> int:
-    """The number of values of an array. Raises ValueError where the shape is no real one."""
+    """The number of values of an array. Raises ValueError if the shape is impossible."""
     if len(shape) > MAX_AXES:
-        raise ValueError(f"one of its tensors has {len(shape)} axes, where no more than {MAX_AXES} make sense")
+        raise ValueError(f"one of its tensors has {len(shape)} axes: at most {MAX_AXES} are allowed")
     total = 1
     for length in shape:
         total *= count(length)
@@ -45,9 +45,9 @@ def elements(shape: tuple[Any, ...]) -> int:
 
 
 def check_names(state: Mapping[Any, Any]) -> None:
-    """Raises ValueError where there are too many tensors, or where a name cannot be printed in one line."""
+    """Raises ValueError if there are too many tensors, or if a name cannot be printed in one line."""
     if len(state) > MAX_TENSORS:
-        raise ValueError(f"it has {len(state)} tensors, where a ViT has no more than {MAX_TENSORS}")
+        raise ValueError(f"it has {len(state)} tensors: a ViT has at most {MAX_TENSORS}")
     for name in state:
         if len(name) > MAX_NAME or not name.isprintable():
             raise ValueError(
@@ -57,10 +57,10 @@ def check_names(state: Mapping[Any, Any]) -> None:
 
 
 def check_folder(path: Path, shapes: Iterable[tuple[int, ...]]) -> None:
-    """Raises ValueError where float32 arrays of these shapes take far more than the folder of compressed files."""
+    """Raises ValueError if float32 arrays of these shapes take far more bytes than the folder's compressed files."""
     size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
     total = 4 * sum(map(elements, shapes))
     if total > allowance(size):
         raise ValueError(
-            f"the checkpoint {shown(path)} has {size} bytes, and its arrays {total}: weights do not compress so well"
+            f"the checkpoint {shown(path)} has {size} bytes, and its arrays {total}: weights do not compress that well"
         )

@@ -1,4 +1,4 @@
-"""How each family of checkpoints names its parameters: the tensor that tells the family, and rules to timm's names."""
+"""How each family of checkpoints names its parameters: a tensor that identifies it, and rules to get timm's names."""
 
 import dataclasses
 import re
@@ -7,7 +7,7 @@ from collections.abc import Callable
 # Applied one after the other, each to the whole name.
 Rules = list[tuple[str, str | Callable[[re.Match[str]], str]]]
 
-LAYER = "[0-9]{1,5}"  # longer numbers are not taken for layers
+LAYER = "[0-9]{1,5}"  # longer numbers are not layers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +44,7 @@ HUGGING_FACE = Family(
         (r"(?:cls_)?classifier\.(.*)", r"head.\1"),
     ],
 )
-# google-research/vision_transformer counts attention and MLP among the block's layers, big_vision by themselves.
+# google-research/vision_transformer numbers all of a block's layers together, big_vision each kind separately.
 AUGREG = Family(
     "AugReg",
     r"(?:opt/target/|params/|params/img/)?embedding/kernel",
@@ -78,7 +78,7 @@ TORCHVISION = Family(
         (r"(blocks\..*)\.mlp\.(?:0|linear_1)\.(.*)", r"\1.mlp.fc1.\2"),
         (r"(blocks\..*)\.mlp\.(?:3|linear_2)\.(.*)", r"\1.mlp.fc2.\2"),
         (r"encoder\.ln\.(.*)", r"norm.\1"),
-        (r"heads\.(?:head\.|0\.)?(weight|bias)", r"head.\1"),  # heads = Linear(...) is what people write to fine-tune
+        (r"heads\.(?:head\.|0\.)?(weight|bias)", r"head.\1"),  # people write heads = Linear(...) to fine-tune
         (r"heads\.pre_logits\.(.*)", r"pre_logits.\1"),
     ],
 )
@@ -96,7 +96,7 @@ TIMM = Family(
 )
 FAMILIES = (AUGREG, HUGGING_FACE, TORCHVISION, TIMM)
 
-# No part of what a classifier computes from an image.
+# Tensors that a classifier does not use.
 EXTRAS = re.compile(
     r"(?:.*\.)?(?:mask_token|position_ids|pooler\..*)"
     r"|n_averaged"  # the counter of torch.optim.swa_utils.AveragedModel
@@ -106,7 +106,7 @@ EXTRAS = re.compile(
 
 
 def renamed(name: str, rules: Rules) -> str:
-    """The name after all rules."""
+    """The name after all rules have been applied."""
     for pattern, replacement in rules:
         if match := re.fullmatch(pattern, name):
             name = match.expand(replacement) if isinstance(replacement, str) else replacement(match)

@@ -1,9 +1,9 @@
-"""A small pickle machine that runs no code of the file's.
+"""A small pickle machine that runs no code from the file.
 
-The machine knows tensors and plain containers. Whatever else a pickle asks for is refused by name, so that nothing that
-the file says is ever imported or called. Its work is bounded: it never hashes, compares or prints a container of the
-file, because a few hundred bytes can describe one of 2^60 parts, or one nested so deeply that Python overflows its own
-stack.
+The machine knows tensors and plain containers. Anything else that a pickle asks for is refused by name, so nothing that
+the file names is ever imported or called. Its work is bounded: it never hashes, compares or prints a container from the
+file, because a few hundred bytes can describe one with 2^60 parts, or one nested so deeply that Python's stack
+overflows.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ from avit_jax.runtime.files import shown
 
 @dataclasses.dataclass(frozen=True)
 class _Name:
-    """Something of a module's that a pickle names, and that it is allowed to name."""
+    """A function or class that a pickle names, and that it is allowed to name."""
 
     module: str
     name: str
@@ -59,7 +59,7 @@ _PLAIN_KEYS = (int, float, bool, bytes, type(None))
 
 
 class PickleMachine:
-    """Executes pickles over plain values; pickletools reads the opcodes, nothing else of Python's unpickling runs."""
+    """Executes pickles on plain values. pickletools reads the opcodes; nothing else of Python's unpickling runs."""
 
     def __init__(self, file: StorageFile) -> None:
         self._file = file
@@ -71,7 +71,7 @@ class PickleMachine:
         self._alive: list[Any] = []  # all containers, so that no id is used twice
 
     def run(self, source: io.BytesIO) -> Any:
-        """The object of one pickle. Raises ValueError for what it may not ask for, and for damage."""
+        """The object in one pickle. Raises ValueError if it asks for something that is not allowed, or is damaged."""
         self._stack: list[Any] = []
         self._memo: dict[int, Any] = {}
         try:
@@ -134,7 +134,7 @@ class PickleMachine:
     def _hold(self, container: Any, values: Iterable[Any]) -> None:
         """Count the nesting of a container that is about to get `values`, and seal those of them that are containers.
 
-        A sealed container cannot change: its own nesting is part of the other one's by now. No pickler asks for that,
+        A sealed container cannot change, because its nesting is already part of another one's. No pickler needs that,
         except for an object that contains itself.
         """
         deepest = 0
@@ -159,7 +159,7 @@ class PickleMachine:
         stack.append(self._new(values, values) if values else values)
 
     def _collect(self, opcode: str) -> None:
-        """Everything above the last mark, into a tuple or into the container below the mark."""
+        """Put everything above the last mark into a tuple, or into the container below the mark."""
         stack = self._stack
         start = len(stack) - 1
         while stack[start] is not _MARK:
@@ -191,15 +191,15 @@ class PickleMachine:
         target.update(zip(keys, values, strict=True))
 
     def _check_keys(self, keys: Iterable[Any]) -> None:
-        """Raises ValueError for a key that Python might hash for hours, or that collides with others on purpose.
+        """Raises ValueError for keys that Python might hash for hours, or that are made to collide.
 
-        Text is hashed with a secret, numbers are not: of those there may be only as many as cannot do harm.
+        Python hashes text with a secret seed, but not numbers, so only a harmless number of those is allowed.
         """
         for key in keys:
             if type(key) is str:
                 continue
             if type(key) not in _PLAIN_KEYS:
-                raise ValueError(f"its pickle has a {type(key).__name__} for a key, where text or a number belongs")
+                raise ValueError(f"its pickle has a {type(key).__name__} for a key, which must be text or a number")
             if type(key) is int and key.bit_length() > 64:
                 raise ValueError(f"its pickle has {shown(key)} for a key")
             self._plain_keys_left -= 1
@@ -208,17 +208,17 @@ class PickleMachine:
 
     def _storage(self, promise: Any) -> Storage:
         if not isinstance(promise, tuple) or len(promise) not in (5, 6):
-            raise ValueError("its pickle is damaged: a reference to something else than a storage")
+            raise ValueError("its pickle is damaged: a reference to something other than a storage")
         kind, name, key, _, size = promise[:5]
         if type(kind) is not str or kind != "storage" or not isinstance(name, _Name) or name.name not in DTYPES:
-            raise ValueError("its pickle is damaged: a reference to something else than a storage")
+            raise ValueError("its pickle is damaged: a reference to something other than a storage")
         if len(promise) == 6 and promise[5] is not None:
             raise ValueError("it has views of storages, as torch before 0.4 wrote them: save it again")
         if type(key) is not str or len(key) > 100 or not key.isprintable():
             raise ValueError(f"its pickle is damaged: a storage is called {shown(key, 100)}")
         storage = Storage(np.dtype(DTYPES[name.name]), key, count(size))
         if self.storages.setdefault(key, storage) != storage:
-            raise ValueError(f"storage {key} is promised with two sizes or types")
+            raise ValueError(f"storage {key} is declared with two sizes or types")
         return storage
 
     def _call(self, function: Any, arguments: Any) -> Any:
@@ -250,10 +250,10 @@ class PickleMachine:
             return mapping
         pairs = arguments[0]
         if len(arguments) > 1 or not isinstance(pairs, list | tuple):
-            raise ValueError("its pickle is damaged: a mapping is made of something else than pairs")
+            raise ValueError("its pickle is damaged: a mapping is made of something other than pairs")
         self._work(len(pairs))
         if not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in pairs):
-            raise ValueError("its pickle is damaged: a mapping is made of something else than pairs")
+            raise ValueError("its pickle is damaged: a mapping is made of something other than pairs")
         self._set_items(mapping, [key for key, _ in pairs], [value for _, value in pairs])
         return mapping
 
@@ -271,6 +271,6 @@ def _allowed(module: Any, name: Any) -> _Name:
     if (module, name) not in _ALLOWED:
         raise ValueError(
             f"it asks for {shown(module, 60)}.{shown(name, 60)}, which is neither a tensor nor a plain container: "
-            "where you trust the file, load it with torch and save model.state_dict() alone"
+            "if you trust the file, load it with torch and save only model.state_dict()"
         )
     return _Name(module, name)

@@ -1,4 +1,4 @@
-"""Preprocessing that published checkpoints expect, and the pages where they can be had."""
+"""Preprocessing that published checkpoints expect, and the pages to download them from."""
 
 import dataclasses
 import re
@@ -13,7 +13,7 @@ CHANGE = "give preprocessing={...} (on the command line --mean, --std, --crop-fr
 
 @dataclasses.dataclass(frozen=True)
 class Published:
-    """What the authors of a kind of checkpoint showed it."""
+    """The preprocessing that the authors of a kind of checkpoint use."""
 
     whose: str
     preprocessing: Preprocessing
@@ -29,12 +29,12 @@ def published(kind: str, image_size: int) -> Published:
         return Published(
             "google/vit-base-patch16-224's",
             Preprocessing(**_HALF, crop_fraction=1.0, interpolation="bilinear"),
-            "DINO's and MAE's ViT have ImageNet's mean and std; preprocessor_config.json beside the weights tells",
+            "DINO's and MAE's ViT have ImageNet's mean and std; preprocessor_config.json beside the weights shows it",
         )
     if kind == "Hugging Face DeiT":
         return Published("facebook/deit-base-patch16-224's", Preprocessing())
     if kind == "torchvision":
-        # The bilinear weights are of 224 pixels; SWAG's of 384 and 512 are bicubic and see the whole square.
+        # The weights for 224 pixels are bilinear; SWAG's for 384 and 512 are bicubic and see the whole square.
         if large:
             return Published("torchvision's SWAG", Preprocessing(crop_fraction=1.0))
         doubt = "vit_l_16 expects crop 0.926, the SWAG weights of 224 pixels crop 1 and bicubic"
@@ -63,7 +63,10 @@ def described(preprocessing: Preprocessing, image_size: int) -> str:
 
 
 def merged(preprocessing: Any, base: Preprocessing) -> Preprocessing:
-    """The preprocessing asked for: itself, or, where it is a mapping, the base with those fields replaced."""
+    """The preprocessing that was asked for: as given, or if it is a dict, `base` with those fields replaced.
+
+    Raises ValueError for any other value or field.
+    """
     if isinstance(preprocessing, Preprocessing):
         return preprocessing
     fields = {field.name for field in dataclasses.fields(Preprocessing)}
@@ -76,7 +79,7 @@ def merged(preprocessing: Any, base: Preprocessing) -> Preprocessing:
 
 
 def where_to_get(path: str | Path) -> str:
-    """What to say of a checkpoint that is not there: nothing is downloaded, and where it can be had."""
+    """The message for a missing checkpoint: that nothing is downloaded, and where to get it."""
     text = str(path)
     if Path(text).suffix in (".pth", ".pt", ".bin", ".safetensors", ".npz"):
         pages = {

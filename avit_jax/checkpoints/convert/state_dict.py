@@ -1,4 +1,4 @@
-"""Weights of PyTorch, Hugging Face and AugReg in, weights for PyTorch out."""
+"""Conversion of weights from PyTorch, Hugging Face and AugReg, and to PyTorch."""
 
 import dataclasses
 import re
@@ -25,12 +25,12 @@ from avit_jax.runtime.files import writable_folder
 def from_torch_state_dict(state_dict: Mapping[str, np.ndarray], preset: str | None = None, **overrides: Any) -> AViT:
     """A model with the weights of a state dict: names to arrays, in any layout that `layouts.recognise` knows.
 
-    The architecture comes from the preset, the overrides (AViTConfig fields), and else from names and shapes; the head
-    count, which no shape tells, is that of the published models of this width. The gate comes from preset or overrides
-    alone. Preprocessing is what was published with this layout, unless given (a Preprocessing, or a dict of some of its
-    fields). Positions are resized to the image size asked for; with num_classes given and another than the
-    checkpoint's, heads are new. Prints a line for each of these. Raises ValueError, listing both sets, where a source
-    key is unused or a target unfilled, and naming the parameter and both shapes where they differ.
+    The architecture comes from the preset and the overrides (AViTConfig fields), and otherwise from names and shapes.
+    No shape shows the number of heads, which is then that of the published models of this width. The gate comes only
+    from preset or overrides. Preprocessing is what was published with this layout, unless given (a Preprocessing, or a
+    dict of some of its fields). Positions are resized to the given image size. If num_classes is given and differs from
+    the checkpoint's, heads are new. Prints a line for each of these. Raises ValueError, listing both sets, if a source
+    key is unused or a target unfilled, and naming the parameter and both shapes if they differ.
     """
     conversion = convert({name: np.asarray(value) for name, value in state_dict.items()}, preset, **overrides)
     for note in conversion.notes:
@@ -46,15 +46,15 @@ def convert(
     told: Mapping[str, Any] | None = None,
     **overrides: Any,
 ) -> Conversion:
-    """As from_torch_state_dict, with the account of it.
+    """As from_torch_state_dict, but returns the model with its notes and changes, and prints nothing.
 
-    saved is the configuration that a file of ours carries; told are AViTConfig fields from JSON files beside the
-    weights. The state dict is emptied as it is used, so that no second copy of it stays in memory.
+    state_dict: emptied as it is used, so that there is never a second copy in memory. saved: the configuration in a
+    file that avit_jax wrote. told: AViTConfig fields from JSON files beside the weights.
     """
     told = dict(told or {})
     found = recognise(state_dict)
     notes = list(found.notes)
-    averages = told.pop("global_pool", None)  # timm's word; whether a LayerNorm follows the mean is in the names
+    averages = told.pop("global_pool", None)  # timm's name; the names show whether a LayerNorm follows the mean
     if averages is not None:
         told["pool"] = found.traits.get("pool", "norm_mean") if averages == "avg" else "token"
     found.traits |= {name: value for name, value in told.items() if name != "preprocessing"}
@@ -69,23 +69,24 @@ def convert(
     if preset is None and saved is None and "gate_scale" not in overrides:
         notes.append("neither preset nor gate_scale is given: this model never halts")
     if saved is None and not config.num_classes and "head.weight" not in found.state:
-        notes.append(f"it has no head: logits are the {config.head_inputs} features that one would read")
+        notes.append(f"it has no head: logits are the {config.head_inputs} features that a head would read")
     extras = [f"{name:.100}" for name in found.extras] + _drop_extra_heads(found.state, config)
     if extras:
         shown = ", ".join(extras[:8]) + (f" and {len(extras) - 8} more" if len(extras) > 8 else "")
-        warnings.warn(f"left out, as the model has no such part: {shown}", stacklevel=2)
+        warnings.warn(f"left out, because the model has no such part: {shown}", stacklevel=2)
     conversion = fit(_to_ours(found.state, config.depth), config, saved, overrides.keys())
     return dataclasses.replace(conversion, layout=found.layout, notes=notes + conversion.notes)
 
 
 def read_foreign(path: Path, preset: str | None = None, *, ema: bool = False, **overrides: Any) -> Conversion:
-    """A file of weights, or a folder that transformers or timm wrote, as a model, with the account of it.
+    """The model in a file of weights, or in a folder that transformers or timm wrote, with its notes and changes.
 
-    Raises ValueError, one sentence, for what cannot be read or is of another architecture.
+    preset, ema, overrides: as in avit_jax.load. Raises ValueError, one sentence, for a file or folder that cannot be
+    read or has another architecture.
     """
     if path.is_file():
         file = read_weight_file(path, ema=ema)
-        conversion = convert(file.state, preset, saved=file.config, **overrides)  # file.state is empty after it
+        conversion = convert(file.state, preset, saved=file.model_config, **overrides)  # file.state is empty after it
         return dataclasses.replace(conversion, notes=file.notes + conversion.notes)
     if ema:
         raise ValueError("it holds one set of weights and no moving average: leave ema out")
@@ -95,40 +96,40 @@ def read_foreign(path: Path, preset: str | None = None, *, ema: bool = False, **
 
 
 def _with_preprocessing(
-    config: AViTConfig, found: Recognised, told: Preprocessing | None, asked: Any
+    model_config: AViTConfig, found: Recognised, told: Preprocessing | None, asked: Any
 ) -> tuple[AViTConfig, list[str]]:
-    """The configuration with what was asked for, or JSON says, or was published; and a line that says which."""
-    side = min(config.image_shape)
+    """The configuration with the preprocessing given, else JSON's, else the published; and a line that says which."""
+    side = min(model_config.image_shape)
     known = published(found.kind, side)
     base = told or known.preprocessing
     if asked is not None:
-        return dataclasses.replace(config, preprocessing=merged(asked, base)), []
-    config = dataclasses.replace(config, preprocessing=base)
+        return dataclasses.replace(model_config, preprocessing=merged(asked, base)), []
+    model_config = dataclasses.replace(model_config, preprocessing=base)
     what = described(base, side)
     if told is not None:
-        return config, [f"preprocessing: {what}, as the JSON beside the weights says"]
-    if config.in_channels != len(base.mean):
-        return config, [f"preprocessing: nothing is published for {config.in_channels} channels; {CHANGE}"]
+        return model_config, [f"preprocessing: {what}, as the JSON beside the weights says"]
+    if model_config.in_channels != len(base.mean):
+        return model_config, [f"preprocessing: nothing is published for {model_config.in_channels} channels; {CHANGE}"]
     if not known.doubt:
-        return config, [f"preprocessing: {what} ({known.whose} values)"]
-    doubt = f"the file cannot tell, {known.whose} values are assumed ({known.doubt})"
-    return config, [f"preprocessing: {what}: {doubt}; {CHANGE}"]
+        return model_config, [f"preprocessing: {what} ({known.whose} values)"]
+    doubt = f"the file does not say, so {known.whose} values are assumed ({known.doubt})"
+    return model_config, [f"preprocessing: {what}: {doubt}; {CHANGE}"]
 
 
 def _doubts_of_pool(
-    config: AViTConfig, found: Recognised, told: Mapping[str, Any], overrides: Mapping[str, Any]
+    model_config: AViTConfig, found: Recognised, told: Mapping[str, Any], overrides: Mapping[str, Any]
 ) -> list[str]:
     if "pool" in told or "pool" in overrides or can_tell_pool(found) or "head.weight" not in found.state:
         return []
     return [
-        "the file cannot tell what its head reads: the class token is assumed; for timm's global_pool='avg' without "
+        "the file does not say what its head reads: the class token is assumed; for timm's global_pool='avg' without "
         "fc_norm give pool='norm_mean' (--pool norm_mean)"
     ]
 
 
-def _drop_extra_heads(state: dict[str, np.ndarray], config: AViTConfig) -> list[str]:
-    """What a distilled checkpoint has for a model without a distillation token, taken out of the state."""
-    if config.distilled:
+def _drop_extra_heads(state: dict[str, np.ndarray], model_config: AViTConfig) -> list[str]:
+    """Remove from the state what only a distilled model has, if this model is not distilled; returns the names."""
+    if model_config.distilled:
         return []
     dropped: list[str] = [name for name in ("dist_token", "head_dist.weight", "head_dist.bias") if name in state]
     for name in dropped:
@@ -140,7 +141,7 @@ def _drop_extra_heads(state: dict[str, np.ndarray], config: AViTConfig) -> list[
 
 
 def _to_ours(state: dict[str, np.ndarray], depth: int) -> dict[str, Any]:
-    """Our names and layouts, the blocks' parameters stacked on a layer axis; ValueError where a layer is missing."""
+    """Our names and layouts, with the blocks' parameters stacked on a layer axis. ValueError if a layer is missing."""
     flat: dict[str, Any] = {}
     for name in list(state):
         value = state.pop(name)
@@ -156,7 +157,7 @@ def _to_ours(state: dict[str, np.ndarray], depth: int) -> dict[str, Any]:
             if len(layers) != depth or max(layers) >= depth:
                 there = sorted(layers)
                 listed = f"{there[:20]}" + (" ..." if len(there) > 20 else "")
-                raise ValueError(f"{name} is there for layers {listed}, and the model has {depth} layers")
+                raise ValueError(f"{name} is there for layers {listed}, but the model has {depth} layers")
             shapes = {value.shape for value in layers.values()}
             if len(shapes) > 1:
                 raise ValueError(f"{name} has different shapes in different layers: {sorted(shapes)}")
@@ -165,7 +166,7 @@ def _to_ours(state: dict[str, np.ndarray], depth: int) -> dict[str, Any]:
 
 
 def _turned(name: str, value: np.ndarray) -> tuple[str, np.ndarray]:
-    """One PyTorch parameter under our name; linear weights are stored transposed there."""
+    """One PyTorch parameter under our name and in our layout; PyTorch stores linear weights transposed."""
     if name == "patch_embed.proj.weight" and value.ndim == 4:  # [D, C, p, p] -> [p * p * C, D]
         return "patch_embed.proj.kernel", value.transpose(2, 3, 1, 0).reshape(-1, value.shape[0])
     if not name.endswith(".weight"):
@@ -192,7 +193,7 @@ def to_torch_state_dict(model: AViT) -> dict[str, np.ndarray]:
 
 
 def torch_name(name: str, pool: str = "token") -> str:
-    """PyTorch's name of one of our parameters; of the blocks', without the layer."""
+    """PyTorch's name of one of our parameters, without the layer if it belongs to the blocks; pool: of the config."""
     if pool == "mean_norm":
         name = re.sub(r"^norm\.", "fc_norm.", name)
     return re.sub(r"\.(kernel|scale)$", ".weight", name)
@@ -203,14 +204,15 @@ def _for_torch(name: str, value: np.ndarray) -> np.ndarray:
 
 
 def save_torch(model: AViT, path: str | Path) -> None:
-    """Write .safetensors, or .pth (which needs torch), for load_state_dict(strict=True); the configuration goes along.
+    """Write .safetensors, or .pth (which needs torch), for load_state_dict(strict=True), with the configuration inside.
 
-    Raises ValueError for another suffix, a path that exists or cannot be written to, and a .pth without torch.
+    path: its suffix sets the format: .safetensors, or .pth, .pt or .bin. Raises ValueError for another suffix, a path
+    that exists or cannot be written to, and a .pth without torch.
     """
     path = Path(path)
     writers = {".safetensors": write_safetensors, ".pth": write_pth, ".pt": write_pth, ".bin": write_pth}
     if path.suffix not in writers:
-        raise ValueError(f"{path}: the suffix says the format, give one of {', '.join(writers)}")
+        raise ValueError(f"{path}: the suffix sets the format, give one of {', '.join(writers)}")
     if path.exists():
         raise ValueError(f"{path} exists already: choose another path or remove it")
     writable_folder(path.parent)

@@ -1,7 +1,7 @@
-"""What torch.save wrote, as NumPy arrays, without torch: the zip format, and the one before torch 1.6.
+"""Reading what torch.save wrote as NumPy arrays, without torch: the zip format, and the one before torch 1.6.
 
-The objects come from `pickle_machine`, which runs no code of the file's. Memory stays proportional to the file: tensors
-are only described until one is asked for.
+The objects come from `pickle_machine`, which runs no code from the file. Memory stays proportional to the file: tensors
+are only described until they are read.
 """
 
 import io
@@ -23,7 +23,7 @@ _LEGACY_PROTOCOL = 1001
 
 
 def read_torch_file(path: Path) -> Any:
-    """The object in the file; its tensors are TorchTensor. Raises ValueError, saying why, where it cannot be read."""
+    """The object in the file; its tensors are TorchTensor. Raises ValueError, saying why, if it cannot be read."""
     with path.open("rb") as stream:
         if zipfile.is_zipfile(stream):
             return _read_zip(path)
@@ -34,7 +34,7 @@ def _read_zip(path: Path) -> Any:
     archive = Archive(path)
     roots = [name.removesuffix("/data.pkl") for name in archive.names if name.endswith("/data.pkl")]
     if len(roots) != 1:
-        raise ValueError("it is a zip file without one data.pkl, so torch.save did not write it")
+        raise ValueError("it is a zip file without exactly one data.pkl, so torch.save did not write it")
 
     def entry(name: str, most: int | None = None) -> bytes:
         if archive.is_compressed(f"{roots[0]}/{name}"):  # torch never compresses; a bomb would
@@ -50,7 +50,7 @@ def _read_zip(path: Path) -> Any:
 def _read_legacy(path: Path) -> Any:
     """The format before torch 1.6: five pickles in a row, then the storages, each after its length."""
     with path.open("rb") as stream:
-        # A mapped file: reading beyond its end gives what is there, and costs no memory of the promised length.
+        # The file is mapped, so that reading beyond its end returns what is there and allocates nothing more.
         data = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
     places: dict[str, int] = {}
 
@@ -78,7 +78,7 @@ def _read_legacy(path: Path) -> Any:
         storage = machine.storages[key]
         count = int.from_bytes(data.read(8), "little")
         if count != storage.size:
-            raise ValueError(f"storage {key} has {count} values where {storage.size} were promised")
+            raise ValueError(f"storage {key} has {count} values, but {storage.size} were declared")
         places[key] = data.tell()
         if places[key] + count * storage.dtype.itemsize > len(data):
             raise ValueError(f"it ends within storage {key}")

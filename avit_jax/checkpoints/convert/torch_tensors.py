@@ -1,4 +1,4 @@
-"""Tensors of a torch.save file: described by the pickle, read from their storages when one is asked for."""
+"""Tensors of a torch.save file: described by the pickle, and read from their storages on request."""
 
 import dataclasses
 from collections.abc import Callable
@@ -25,7 +25,7 @@ DTYPES: dict[str, Any] = {
 
 @dataclasses.dataclass(frozen=True)
 class Storage:
-    """A piece of memory that tensors look into; `key` says where it lies in the file."""
+    """A block of memory that tensors are views of; `key` says where it is in the file."""
 
     dtype: np.dtype
     key: str
@@ -43,7 +43,7 @@ class TorchTensor:
     file: "StorageFile"
 
     def read(self) -> np.ndarray:
-        """The values, a view of their storage; ValueError where they reach beyond it, or repeat it too often."""
+        """The values, as a view of their storage. ValueError if they reach beyond it, or repeat it too often."""
         size = elements(self.shape)
         self.file.ask_for(size * self.storage.dtype.itemsize)
         values = self.file.read(self.storage)
@@ -52,13 +52,13 @@ class TorchTensor:
         reach = self.offset + sum((n - 1) * step for n, step in zip(self.shape, self.strides, strict=True))
         if reach >= values.size:
             raise ValueError(f"a tensor of shape {self.shape} reaches beyond its storage of {values.size} values")
-        # The step along an axis of length 1 is never taken, and may be any number.
+        # The step along an axis of length 1 is never taken, so it may be any number.
         steps = [step * values.itemsize if n > 1 else 0 for n, step in zip(self.shape, self.strides, strict=True)]
         return np.lib.stride_tricks.as_strided(values[self.offset :], self.shape, steps, writeable=False)
 
 
 class StorageFile:
-    """Reads storages by key, each once; counts how much the tensors take altogether."""
+    """Reads each storage once, by its key, and limits the memory of all tensors together."""
 
     def __init__(self, read: Callable[[Storage], Any], file_size: int) -> None:
         self._read = read
@@ -67,7 +67,7 @@ class StorageFile:
         self._known: dict[str, np.ndarray] = {}
 
     def ask_for(self, size: int) -> None:
-        """Raises ValueError where the tensors together take more bytes than the file can mean."""
+        """Count a tensor of `size` bytes. Raises ValueError if all tensors together take too much for this file."""
         self._left -= size
         if self._left < 0:
             raise ValueError(
@@ -80,7 +80,7 @@ class StorageFile:
         if storage.key not in self._known:
             values = np.frombuffer(self._read(storage), storage.dtype)
             if values.size != storage.size:
-                raise ValueError(f"storage {storage.key} has {values.size} values where {storage.size} were promised")
+                raise ValueError(f"storage {storage.key} has {values.size} values, but {storage.size} were declared")
             self._known[storage.key] = values
         return self._known[storage.key]
 

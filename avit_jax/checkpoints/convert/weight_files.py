@@ -1,4 +1,4 @@
-"""Files of weights, told by their content: .pth (torch.save, both formats), .safetensors, .npz; in and out."""
+"""Reading and writing files of weights: .pth (torch.save, both formats), .safetensors, .npz, told apart by content."""
 
 import dataclasses
 import json
@@ -40,14 +40,14 @@ class WeightFile:
     """The tensors of a file, by the file's own names."""
 
     state: dict[str, np.ndarray]
-    config: AViTConfig | None  # of a file that save_torch wrote
+    model_config: AViTConfig | None  # of a file that save_torch wrote
     notes: list[str]
 
 
 def read_weight_file(path: Path, *, ema: bool = False) -> WeightFile:
-    """The state dict in a file: of a training checkpoint the model's, or with ema its moving average's.
+    """The state dict in a file. In a training checkpoint it is the model's, or with ema its moving average's.
 
-    No code of the file is run. Raises ValueError, one sentence with the path, for a file that cannot be read, is
+    No code in the file is run. Raises ValueError, one sentence with the path, for a file that cannot be read, is
     damaged, or holds no state dict.
     """
     try:
@@ -63,12 +63,12 @@ def read_config(path: Path) -> AViTConfig | None:
         if _kind(path) == "safetensors":
             return read_safetensors_config(path)
         return _carried_config(read_torch_file(path)) if _kind(path) == "torch" else None
-    except Exception:  # whoever reads the weights next says what is wrong
+    except Exception:  # reading the weights will report what is wrong
         return None
 
 
 def _kind(path: Path) -> str:
-    """safetensors, npz or torch, by content; ValueError, with what it looks like, for anything else."""
+    """The format by content: safetensors, npz or torch. ValueError, with what it looks like, for anything else."""
     if path.exists() and not path.is_file():
         raise ValueError("it is not a regular file")
     with path.open("rb") as stream:
@@ -76,7 +76,7 @@ def _kind(path: Path) -> str:
     size = path.stat().st_size
     if not size:
         raise ValueError("it is empty")
-    if looks_like_safetensors(start, size):  # before the rest: the length of a header may look like any of them
+    if looks_like_safetensors(start, size):  # checked first: the length of a header may look like any format
         return "safetensors"
     for magic, what in _FOREIGN.items():
         if start.startswith(magic):
@@ -85,7 +85,7 @@ def _kind(path: Path) -> str:
         with Archive(path) as archive:
             return "npz" if any(name.endswith(".npy") for name in archive.names) else "torch"
     if not start.startswith(b"\x80"):
-        raise ValueError("it is neither a zip file, nor a pickle, nor safetensors; or it is cut short")
+        raise ValueError("it is neither a zip file, nor a pickle, nor safetensors; or it is truncated")
     return "torch"
 
 
@@ -111,7 +111,7 @@ def _state_dict(content: Any, ema: bool) -> tuple[dict[str, TorchTensor], list[s
     """The mapping of names to tensors inside a checkpoint's wrappers."""
     notes: list[str] = []
     chosen = False
-    for _ in range(5):  # no checkpoint is wrapped deeper; a cyclic one ends here
+    for _ in range(5):  # no checkpoint is wrapped deeper, and a cyclic one ends here
         if not isinstance(content, dict):
             raise ValueError(f"it holds a {type(content).__name__}: a checkpoint is a mapping of names to tensors")
         raw = [name for name in _RAW if isinstance(content.get(name), dict)]
@@ -122,7 +122,7 @@ def _state_dict(content: Any, ema: bool) -> tuple[dict[str, TorchTensor], list[s
         if not wanted:
             raise ValueError(f"it has {', '.join(raw)} and no moving average: leave ema out")
         if not raw and not ema:
-            notes.append(f"it has the moving average alone ({wanted[0]}): that is read")
+            notes.append(f"it has only the moving average ({wanted[0]}), which is used")
         chosen = chosen or bool(average)
         content = content[wanted[0]]
     if ema and not chosen:
@@ -130,27 +130,27 @@ def _state_dict(content: Any, ema: bool) -> tuple[dict[str, TorchTensor], list[s
     for name, value in content.items():
         if not (isinstance(name, str) and isinstance(value, TorchTensor)):
             names = ", ".join(shown(name, 40) for name in list(content)[:5])
-            raise ValueError(f"it holds no state dict but {names}: {shown(name, 40)} is a {type(value).__name__}")
+            raise ValueError(f"it is not a state dict but holds {names}: {shown(name, 40)} is a {type(value).__name__}")
     if not content:
         raise ValueError("its state dict is empty")
     check_names(content)
     return content, notes
 
 
-def write_safetensors(state: Mapping[str, np.ndarray], config: AViTConfig, path: Path) -> None:
-    """With the configuration and a checksum as metadata."""
+def write_safetensors(state: Mapping[str, np.ndarray], model_config: AViTConfig, path: Path) -> None:
+    """Write a .safetensors file, with the configuration and a checksum as metadata."""
     arrays = {name: np.ascontiguousarray(array) for name, array in state.items()}
-    safetensors.numpy.save_file(arrays, path, metadata_of(state, config))
+    safetensors.numpy.save_file(arrays, path, metadata_of(state, model_config))
 
 
-def write_pth(state: Mapping[str, np.ndarray], config: AViTConfig, path: Path) -> None:
-    """A state dict as torch.save writes it, the configuration among its metadata. Raises ValueError without torch."""
+def write_pth(state: Mapping[str, np.ndarray], model_config: AViTConfig, path: Path) -> None:
+    """Write a state dict with torch.save, with the configuration in its metadata. Raises ValueError without torch."""
     try:
         import torch
     except ImportError:
-        raise ValueError(f"{path}: PyTorch writes its own format: pip install torch, or give a .safetensors") from None
+        raise ValueError(f"{path}: only PyTorch writes this format: pip install torch, or give .safetensors") from None
     from collections import OrderedDict
 
     tensors: Any = OrderedDict((name, torch.from_numpy(np.array(array))) for name, array in state.items())
-    tensors._metadata = OrderedDict({KEY: {"version": 1, "config": json.dumps(config.to_json())}})
+    tensors._metadata = OrderedDict({KEY: {"version": 1, "config": json.dumps(model_config.to_json())}})
     torch.save(tensors, path)

@@ -1,4 +1,4 @@
-"""What crosses devices in a compiled program, read from its text: which collectives, how often, of how many bytes."""
+"""The collectives of a compiled program, read from its text: which ones, how often they run, and how many bytes."""
 
 import dataclasses
 import math
@@ -27,7 +27,10 @@ class Collective:
 
 
 def collectives(text: str) -> list[Collective]:
-    """All of them. text: compiled.as_text(), of XLA for CPU, GPU or TPU. Raises ValueError where it has no entry."""
+    """All collectives of a program.
+
+    text: compiled.as_text(), from XLA for CPU, GPU or TPU. Raises ValueError if it has no ENTRY.
+    """
     bodies, entry = _computations(text)
     found, seen = [], set()
     for name, times in _runs(bodies, entry).items():
@@ -41,13 +44,13 @@ def collectives(text: str) -> list[Collective]:
             operands, _, attributes = re.sub(r"/\*.*?\*/", "", parts[4]).partition(")")
             before = [shape for operand in operands.split(", ") for shape in _shapes(shapes[operand.split(" ")[-1]])]
             after = _shapes(parts[2])[-len(before) :]  # the result of a -start begins with its operands
-            # TPU: a collective that runs beside other work stands in several fusions, with the same number.
+            # TPU: a collective that overlaps with other work appears in several fusions, with the same number.
             channel = re.search(r"channel_id=(\d+)", attributes)
             key = (kind[1], parts[2], channel and channel[1], "fus" in name or name)
             if key in seen:
                 continue
             seen.add(key)
-            # TPU: a reduce-scatter is an all-reduce in a fusion that keeps a part.
+            # TPU: a reduce-scatter is an all-reduce in a fusion that keeps only a part.
             scatters = "reduce-scatter" in name
             arrays = tuple(zip(before, after, strict=True))
             found.append(Collective("reduce-scatter" if scatters else kind[1], arrays, times))
@@ -59,7 +62,7 @@ def _shapes(text: str) -> list[Array]:
 
 
 def _plain(text: str) -> str:
-    """Without layouts, which hold things in brackets too."""
+    """The text without layouts, which contain brackets too."""
     return re.sub(r"\{[^}]*\}|/\*.*?\*/", "", text)
 
 
@@ -75,12 +78,12 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
         elif name:
             bodies[name].append(line)
     if not entry:
-        raise ValueError("this is no text of a compiled program: it has no ENTRY")
+        raise ValueError("this is not the text of a compiled program: it has no ENTRY")
     return bodies, entry
 
 
 def _runs(bodies: dict[str, list[str]], entry: str) -> dict[str, int]:
-    """How often each computation runs in a call of the program; 0 where the data decide."""
+    """How often each computation runs in a call of the program; 0 if that depends on the data."""
     runs: dict[str, int] = defaultdict(int)
 
     def visit(name: str, times: int) -> None:
@@ -96,7 +99,7 @@ def _runs(bodies: dict[str, list[str]], entry: str) -> dict[str, int]:
 
 
 def _loop_length(line: str, bodies: dict[str, list[str]]) -> int:
-    """From what XLA notes, or from the condition `index < constant`; 0 for another condition."""
+    """The number of iterations, from XLA's annotation or a condition `index < constant`; 0 for another condition."""
     if known := re.search(r'known_trip_count":?\{"n":"(\d+)"', line):
         return int(known[1])
     condition = re.search(r"condition=(%[\w.-]+)", line)
@@ -109,13 +112,14 @@ def _loop_length(line: str, bodies: dict[str, list[str]]) -> int:
 def what_crosses(
     found: Iterable[Collective], parameters: Sequence[tuple[str, Shape]], layers: int, fsdp: int
 ) -> dict[str, Counter[str]]:
-    """The collectives by what they carry: {what: {"count", "bytes"}} of a call on a device, of whole arrays.
+    """The collectives by what they carry: {what: {"count", "bytes"}} for one call on one device, of whole arrays.
 
-    "in loops" counts those in loops whose length depends on the data, which add nothing to the others.
-    "gradients" are sums with a parameter's number of elements (of one layer's or of a device's part of it too),
-    "parameters" gathers of them, "statistics" one number a layer, "scalars" single numbers. Everything else, and a
-    gather along the layers, is "other". parameters: names and shapes; "blocks" in a name: stacked, the layers first.
-    Raises ValueError where sizes cannot tell one layer's parameters from all layers'.
+    "gradients" are sums with as many elements as a parameter, one layer of it, or a device's part of it. "parameters"
+    are gathers of these, "statistics" have one number per layer, and "scalars" are single numbers. Everything else, and
+    a gather along the layers, is "other". "in loops" counts collectives in loops whose length depends on the data; they
+    do not add to "count" and "bytes". parameters: names and shapes; with "blocks" in its name, a parameter is stacked,
+    the layer axis first. layers: how many. fsdp: over how many devices parameters are split. Raises ValueError if sizes
+    do not distinguish one layer's parameters from those of all layers.
     """
     stacked = {math.prod(shape) for name, shape in parameters if "blocks" in name}
     single = {math.prod(shape[1:] if "blocks" in name else shape) for name, shape in parameters}
@@ -123,7 +127,7 @@ def what_crosses(
     sums = whole | {size // fsdp for size in whole if size % fsdp == 0}
     if stacked & single:
         raise ValueError(
-            f"some parameters are as large as other ones of {layers} layers: choose another width or depth"
+            f"some parameters are as large as others of {layers} layers together: choose another width or depth"
         )
     total: dict[str, Counter[str]] = defaultdict(Counter)
     for one in found:
@@ -154,11 +158,11 @@ def _what(
 
 
 def said(crossing: dict[str, Counter[str]]) -> str:
-    """What crosses, for a table."""
+    """The result of what_crosses as text, for a table."""
     parts = []
     for what in sorted(crossing):
         count = crossing[what]
         size = f" of {count['bytes'] / 1e6:.2f} MB" if count["bytes"] >= 1e4 else ""
-        loops = f" and {count['in loops']} in loops that end by the data" if count["in loops"] else ""
+        loops = f" and {count['in loops']} in loops whose length depends on the data" if count["in loops"] else ""
         parts.append(f"{count['count']} {what}{size}{loops}")
     return ", ".join(parts) or "nothing"

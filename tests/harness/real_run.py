@@ -1,4 +1,4 @@
-"""A small training run in processes of its own, which can be stopped, killed and compared with another."""
+"""A small training run in its own processes, which can be stopped, killed and compared with another run."""
 
 import os
 import signal
@@ -22,8 +22,8 @@ from avit_jax.train.clock import TIMES
 from avit_jax.train.logs import read_metrics
 from configs import npz_avit
 
-ROOT = Path(__file__).parents[1]
-PATIENCE = 900.0  # seconds for a process to end, on a machine with other work; longer is a hang
+ROOT = Path(__file__).parents[2]
+PATIENCE = 900.0  # seconds in which a process must end, even on a busy machine; longer is a hang
 SETTINGS: dict[str, Any] = {
     "init_from": "",
     "teacher": "",
@@ -45,7 +45,7 @@ SETTINGS: dict[str, Any] = {
 
 
 class Failed(Exception):
-    """A run did not do what is promised of it; the message says what was seen."""
+    """A run did not do what it should; the message says what happened."""
 
 
 class Process:
@@ -57,24 +57,24 @@ class Process:
             self._process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=file)
 
     def alive(self) -> bool:
-        """Whether it runs."""
+        """Whether the process is running."""
         return self._process.poll() is None
 
     def send(self, number: signal.Signals) -> None:
-        """Send it a signal."""
+        """Send the process a signal."""
         self._process.send_signal(number)
 
     def said(self) -> str:
-        """All it has printed."""
+        """Everything it has printed."""
         return self._log.read_text()
 
     def kill(self) -> None:
-        """kill -9."""
+        """kill -9, and wait for the end."""
         self._process.kill()
         self._process.wait()
 
     def ended(self, within: float = PATIENCE) -> int:
-        """The exit status. Raises Failed where it has not ended in time."""
+        """The exit status. Raises Failed if it has not ended within this many seconds."""
         try:
             return self._process.wait(within)
         except subprocess.TimeoutExpired:
@@ -82,7 +82,7 @@ class Process:
             raise Failed(f"a process had not ended after {within:.0f} s: {self.said()[-1500:]}") from None
 
     def expect(self, status: int, sentence: str, within: float = PATIENCE) -> None:
-        """Raises Failed unless it ends so, says the sentence, and shows no traceback."""
+        """Raises Failed unless it ends with this status in time, prints the sentence, and shows no traceback."""
         found, said = self.ended(within), self.said()
         if found != status or sentence not in said or "Traceback" in said:
             start = max(said.find("Traceback") - 200, 0) if "Traceback" in said else -1500
@@ -90,7 +90,10 @@ class Process:
 
 
 class Job:
-    """The command of one run, given again and again. Its data: an .npz file of 8x8 images in three classes."""
+    """The command of one run, which can be given repeatedly.
+
+    folder: for the run and its logs. data: an .npz file of 8x8 images in three classes. settings: config keys to set.
+    """
 
     def __init__(
         self,
@@ -113,13 +116,13 @@ class Job:
             self._environment["JAX_NUM_CPU_DEVICES"] = str(devices)
 
     def config(self) -> ConfigDict:
-        """What the command asks for."""
+        """The command's configuration."""
         config = npz_avit.get_config(str(self._data))
         config.update_from_flattened_dict(self._settings)
         return config
 
     def start(self, name: str = "log") -> list[Process]:
-        """Its processes; they print to name.0, name.1, ..."""
+        """Start the command's processes; they print to name.0, name.1, ..."""
         command = [
             sys.executable,
             "train.py",
@@ -141,20 +144,20 @@ class Job:
         ]
 
     def finish(self) -> None:
-        """Give the command and let it come to its end."""
+        """Give the command and wait until it has finished."""
         for process in self.start():
             process.expect(0, "")
 
     def finished(self) -> bool:
-        """Whether there is nothing left to do."""
+        """Whether the run is complete."""
         return (self.workdir / "summary.json").exists()
 
     def checkpoints(self) -> list[Path]:
-        """The whole ones, oldest first."""
+        """The complete checkpoints, oldest first."""
         return checkpoint_steps(self.workdir / "checkpoints")
 
     def await_checkpoints(self, processes: list[Process], count: int) -> bool:
-        """Until so many more are whole; False where a process ends before."""
+        """Wait for `count` more complete checkpoints; False if a process ends before."""
         newest = [step.name for step in self.checkpoints()][-1:]
         while count and all(process.alive() for process in processes):
             time.sleep(0.002)
@@ -163,7 +166,7 @@ class Job:
         return all(process.alive() for process in processes)
 
     def await_saving(self, processes: list[Process]) -> bool:
-        """Until a checkpoint is half written; False where a process ends before."""
+        """Wait until a checkpoint is half written; False if a process ends before."""
         while all(process.alive() for process in processes):
             if self.saving():
                 return True

@@ -37,7 +37,9 @@ def test_other_arrays_are_refused(tmp_path: Path, changed: dict[str, np.ndarray]
     (tmp_path / "toy.npz").rename(tmp_path / "moved.npz")
     check_data(data_account(load_dataset("npz", str(tmp_path / "moved.npz"))), run)
     np.savez(tmp_path / "other.npz", **changed)
-    with pytest.raises(ValueError, match=f"config.data.path names other data than the run .*: {difference}; give"):
+    with pytest.raises(
+        ValueError, match=f"config.data.path names different data from those that the run .*: {difference}; give"
+    ):
         check_data(data_account(load_dataset("npz", str(tmp_path / "other.npz"))), run)
 
 

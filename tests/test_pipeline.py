@@ -11,10 +11,9 @@ import pytest
 from avit_jax.data.augment import affine
 from avit_jax.data.device import DeviceBatches
 from avit_jax.data.pipeline import evaluation_batches, training_batches
+from avit_jax.data.settings import AugmentSettings
 from avit_jax.data.sources import Dataset, Split, load_dataset
 from tests.harness.builders import small_config, toy_arrays
-
-PLAIN = {"rotate": 0.0, "scale": 0.0, "shear": 0.0, "translate": 0.0}
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +30,7 @@ def numbered(count: int) -> Split:
 
 def stream(split: Split, seed: int = 0, batch_size: int = 4, **augment: float) -> object:
     config = small_config(preprocessing=grey_preprocessing())
-    return training_batches(split, config, batch_size=batch_size, seed=seed, augment=PLAIN | augment)
+    return training_batches(split, config, batch_size=batch_size, seed=seed, augment=AugmentSettings(**augment))
 
 
 def grey_preprocessing() -> object:
@@ -161,14 +160,14 @@ def test_npz_without_a_test_set_is_split(tmp_path: Path) -> None:
             {"labels": np.zeros(59, int)},
             r"labels is int64 \(59,\): it must be whole numbers, one for each of 60 images",
         ),
-        ({"labels": np.arange(60) % 3 - 1}, "labels -1 to 1 for 2 classes: they must be 0..1"),
+        ({"labels": np.arange(60) % 3 - 1}, "labels go from -1 to 1 for 2 classes: they must be 0..1"),
         ({"class_names": np.array(3)}, r"class_names is int64 \(\): it must be a list of strings"),
         ({"test_labels": np.zeros(3, int)}, "has no array 'test_images'"),
         (
             {"test_images": np.zeros((3, 9, 9), np.uint8), "test_labels": np.zeros(3, int)},
             r"test_images are \(9, 9, 1\) and images \(8, 8, 1\)",
         ),
-        ({"class_names": np.array(["a", "b"])}, "labels 0 to 2 for 2 classes"),
+        ({"class_names": np.array(["a", "b"])}, "labels go from 0 to 2 for 2 classes"),
         ({"images": np.zeros((0, 8, 8), np.uint8), "labels": np.zeros(0, int)}, "images is empty"),
         ({"images": np.zeros((6, 8, 8), np.uint8), "labels": np.arange(6) % 3}, "too few images for a test set"),
     ],
@@ -213,7 +212,7 @@ def test_idx_files(tmp_path: Path, compressed: bool) -> None:
     [
         ({"train_images_idx3": None}, "has no train-images-idx3-ubyte or train-images-idx3-ubyte.gz"),
         ({"t10k_labels_idx1": b"\0\0\x08\x01\0\0\0\x02ab"}, "9 t10k images and 2 labels"),
-        ({"t10k_labels_idx1": b"\0\0\x08\x01\0\0\0\x09abc"}, "holds 3 values: it is cut or damaged"),
+        ({"t10k_labels_idx1": b"\0\0\x08\x01\0\0\0\x09abc"}, "holds 3 values: it is truncated or damaged"),
         ({"train_images_idx3": b"\x89PNG"}, "begins with 89504e47"),
         ({"t10k_labels_idx1": b"\0\0\x08\x01\0\0\0\x09" + bytes([7] * 9)}, "t10k labels go up to 7 and there are 3"),
     ],

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from avit_jax import AViT
 from avit_jax.data.sources import Split
 from avit_jax.evaluate.timing import Timed
-from avit_jax.report import speed
-from avit_jax.report.speed import batch_sizes, measure_speeds
+from avit_jax.report import throughput
+from avit_jax.report.throughput import batch_sizes, measure_speeds
 from avit_jax.runtime import bars as progress
 from avit_jax.runtime.bars import Steps, counted
 from tests.harness.builders import small_config
@@ -44,15 +44,15 @@ def one_device(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_each_execution_is_compared_at_its_best_batch(monkeypatch: pytest.MonkeyPatch, largest: int) -> None:
     def compiled(variants: Any, split: Any, indices: Any, size: int, longest: float | None) -> Any:
         if size > largest:
-            assert longest == speed.LONGEST_RUN
+            assert longest == throughput.LONGEST_RUN
             return None
         return {name: _Faked(RATES[name][size]) for name in variants}
 
-    monkeypatch.setattr(speed, "_compiled", compiled)
+    monkeypatch.setattr(throughput, "_compiled", compiled)
     model = AViT(small_config(), rngs=nnx.Rngs(0))
     variants = {"dense": (model, "masked"), "masked": (model, "masked"), "packed": (model, "packed")}
     split = Split(np.zeros((1, 12, 8, 2), np.uint8), np.zeros(1, np.int32))
-    steps = Steps("test", {"batch": 4, "round": speed.ROUNDS}, {"batch": 1.0, "round": 1.0})
+    steps = Steps("test", {"batch": 4, "round": throughput.ROUNDS}, {"batch": 1.0, "round": 1.0})
     found = measure_speeds(variants, split, np.arange(1000), 20, steps)
     assert found["batch_sizes"] == [size for size in (5, 10, 20, 40) if size <= largest]
     assert found["best_batch"] == {"dense": 10, "masked": 20, "packed": largest}

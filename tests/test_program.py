@@ -1,0 +1,144 @@
+"""compile(): which execution runs a rule, that all of them agree, and what is said of a choice that does not fit."""
+
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+import avit_jax
+from avit_jax import AViTOutput, PackedPlan
+from avit_jax.data.sources import Split
+from avit_jax.evaluate.compare import format_summary, measure
+from avit_jax.evaluate.figures import evaluate
+from avit_jax.execution.program import checked_execution, fitting_executions, suited_execution
+from avit_jax.halting.confidence import ConfidenceExit
+from avit_jax.model.config import NO_RULE, AViTConfig
+from avit_jax.reduction.tome import ToMe
+from avit_jax.runtime.mesh import data_mesh
+from tests.harness.builders import small_config, spread_gate
+
+CONFIGS = {
+    "avit": small_config(),
+    "dense": small_config(**NO_RULE),
+    "tome": small_config(**NO_RULE | {"rule": ToMe(1)}),
+    "confidence": small_config(**NO_RULE | {"rule": ConfidenceExit(0.6)}),
+}
+FITTING = {
+    "avit": ("packed", "masked"),
+    "dense": ("masked", "packed"),
+    "tome": ("shrinking",),
+    "confidence": ("packed", "masked"),
+}
+
+
+def images_of(config: AViTConfig, count: int) -> np.ndarray:
+    shape = (count, *config.image_shape, config.in_channels)
+    return np.random.default_rng(0).normal(size=shape).astype(np.float32)
+
+
+def split_of(config: AViTConfig, count: int) -> Split:
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (count, *config.image_shape, config.in_channels), dtype=np.uint8)
+    return Split(pixels, rng.integers(0, config.num_classes, count).astype(np.int32))
+
+
+def assert_same(found: AViTOutput, expected: AViTOutput) -> None:
+    np.testing.assert_array_equal(found.token_depth, expected.token_depth)
+    for name in ("logits", "head_logits", "ponder_cost", "halting_scores"):
+        np.testing.assert_allclose(getattr(found, name), getattr(expected, name), atol=2e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_execution_of_a_rule_gives_the_same(name: str) -> None:
+    config = CONFIGS[name]
+    model, images = spread_gate(config), images_of(config, 4)
+    expected = model(images)
+    assert fitting_executions(config) == FITTING[name]
+    assert checked_execution(config, "auto") == FITTING[name][0]
+    for execution in FITTING[name]:
+        program = avit_jax.compile(model, 5, execution=execution, image_exit=False)
+        assert_same(program(images), expected)  # four images for five places
+        assert program.batch_size == 5 and program.config == config
+        assert len(jax.export.export(program.jitted)(*program.abstract_arguments).serialize()) > 1000
+        with pytest.raises(ValueError, match=r"6 images for a program compiled for 5: compile\w*\(model, 6\)"):
+            program(images_of(config, 6))
+        with pytest.raises(ValueError, match="resize with"):
+            program(images[:, 1:])
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_auto_on_all_devices_gives_the_same(name: str) -> None:
+    config, mesh = CONFIGS[name], data_mesh(4)
+    model, images = spread_gate(config), images_of(config, 3)
+    found = avit_jax.compile(model, 4, mesh=mesh)(images)
+    np.testing.assert_allclose(found.logits, model(images).logits, atol=2e-5)
+
+
+def test_later_changes_of_the_model_do_not_reach_the_program() -> None:
+    model = spread_gate(CONFIGS["dense"])
+    program, images = avit_jax.compile(model, 2), images_of(model.config, 2)
+    before = np.asarray(program(images).logits)
+    model.head.bias[...] += 1
+    np.testing.assert_array_equal(program(images).logits, before)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "sentence"),
+    [
+        ("tome", {"execution": "packed"}, "packed execution cannot run the rule 'tome': choose shrinking or auto"),
+        ("tome", {"execution": "masked"}, "masked execution cannot run the rule 'tome': choose shrinking or auto"),
+        ("avit", {"execution": "shrinking"}, "cannot run the rule 'avit': choose packed or masked or auto"),
+        ("dense", {"execution": "shrinking"}, "cannot run a model without a rule: choose masked or packed or auto"),
+        ("avit", {"execution": "fast"}, "execution 'fast' is unknown: choose one of masked, packed, shrinking, auto"),
+        ("dense", {"plan": PackedPlan(7, 1, (7,))}, "a plan is for packed execution and this one is masked"),
+        ("avit", {"batch_size": 0}, "batch_size is 0: it must be at least 1"),
+    ],
+)
+def test_what_does_not_fit_is_one_sentence(name: str, arguments: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        avit_jax.compile(spread_gate(CONFIGS[name]), **{"batch_size": 2, **arguments})
+
+
+def test_a_plan_of_auto_is_the_plan_of_packed_execution() -> None:
+    plan = PackedPlan(7, 1, (7,))
+    assert avit_jax.compile(spread_gate(CONFIGS["avit"]), 2, plan=plan).plan == plan
+
+
+def test_commands_take_any_execution_for_any_model() -> None:
+    """eval.py has one flag for every checkpoint: it decides where a halting rule leaves a choice."""
+    for name, (first, *_) in FITTING.items():
+        for execution in ("masked", "packed", "auto"):
+            halts = CONFIGS[name].halts and execution != "auto"
+            assert suited_execution(CONFIGS[name], execution) == (execution if halts else first)
+    with pytest.raises(ValueError, match="execution 'fast' is unknown"):
+        suited_execution(CONFIGS["tome"], "fast")
+
+
+@pytest.mark.parametrize("name", ["tome", "confidence"])
+def test_figures_of_other_rules(name: str) -> None:
+    config = CONFIGS[name]
+    model, split = spread_gate(config), split_of(config, 11)
+    found = evaluate(model, split, 4, "packed")
+    output = model(avit_jax.data.preprocessing.normalize(split.images, config))
+    depth = np.asarray(output.token_depth)
+    assert found.mean_depth == pytest.approx(depth.mean())
+    assert found.top1 == pytest.approx((np.asarray(output.logits).argmax(1) == split.labels).mean())
+    if name == "tome":  # 7 tokens, one fewer after each of four layers
+        assert found.executed_depth * 7 == 7 + 6 + 5 + 4
+        assert found.executed_gmacs < found.gmacs, "the last layer computes the class token alone"
+        assert np.ptp(found.image_depths) == 0 and found.depth_std_tokens > 0
+    else:
+        assert found.executed_depth == pytest.approx(depth.mean())
+        assert np.ptp(found.image_depths) > 0 and found.depth_std_tokens == 0
+        whole = evaluate(model.with_config(**NO_RULE), split, 4)
+        assert found.gmacs < whole.gmacs
+
+
+def test_the_table_has_a_row_for_every_rule() -> None:
+    model = spread_gate(CONFIGS["tome"])
+    summary, _ = measure(split_of(model.config, 6), model.with_config(**NO_RULE), model, 4)
+    header, dense, tome, uses, last = format_summary(summary | {"seconds": 1.0}).splitlines()
+    assert dense.split()[0] == "dense" and tome.split()[0] == "tome"
+    assert [line.find("%") for line in (dense, tome)] == [header.find("top-1") + 4] * 2, "columns are straight"
+    assert uses.startswith("tome uses ") and "tome by shrinking execution" in last
