@@ -9,7 +9,8 @@ from avit_jax.execution.packed import PackedModel, compile_packed
 from avit_jax.execution.plan import PackedPlan, plan_packed
 from avit_jax.execution.program import compile
 from avit_jax.halting.confidence import ConfidenceExit
-from avit_jax.model.config import PRESETS, AViTConfig, Preprocessing
+from avit_jax.model.config import AViTConfig, Preprocessing
+from avit_jax.model.presets import PRESETS
 from avit_jax.model.vit import AViT, AViTOutput, create
 from avit_jax.reduction.tome import ToMe
 from avit_jax.train.gate_start import start_gate
@@ -46,7 +47,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Training is imported when it is asked for: it brings the data pipeline and matplotlib."""
+    """Imports train_model on first use, because it brings in the data pipeline and matplotlib."""
     if name == "train_model":
         from avit_jax.commands.run import train_model
 

@@ -7,5 +7,5 @@ import jax
 from avit_jax.commands.convert import main
 
 if __name__ == "__main__":
-    jax.config.update("jax_platforms", "cpu")  # moving files needs no accelerator
+    jax.config.update("jax_platforms", "cpu")  # copying weights needs no accelerator
     sys.exit(main())

@@ -1,4 +1,4 @@
-"""Every rule by its name, and how a rule is written: as JSON in config.json, as text on the command line."""
+"""Every rule by its name, and how a rule is written: as JSON in config.json, and as text on the command line."""
 
 import ast
 import dataclasses
@@ -23,9 +23,9 @@ def rule_to_json(rule: Halting | Reduction) -> dict[str, Any]:
 
 
 def rule_from_json(content: Any) -> Halting | Reduction:
-    """The inverse of rule_to_json. Anyone may have written the content.
+    """The inverse of rule_to_json. The content may come from a stranger.
 
-    Raises ValueError, naming the setting, for an unknown rule, and for settings that it does not have or cannot take.
+    Raises ValueError for an unknown rule, an unknown setting and a value of the wrong type or range, naming it.
     """
     if not isinstance(content, dict):
         raise ValueError(f"rule is {shown(content, 50)}: it must be a JSON object with a name, or null")
@@ -46,7 +46,7 @@ def rule_from_json(content: Any) -> Halting | Reduction:
 def parse_rule(text: str) -> Halting | Reduction:
     """A rule from text such as "confidence(threshold=0.9)"; each value is a number, a string, or a list of them.
 
-    Raises ValueError, with the form that a rule has, for anything else.
+    Raises ValueError, which shows the form of a rule, for any other text.
     """
     form = 'write NAME(setting=value, ...), such as "avit(gate_scale=10, gate_center=30)"'
     if len(text) > _MOST_TEXT:
@@ -54,12 +54,12 @@ def parse_rule(text: str) -> Halting | Reduction:
     try:
         content = _as_content(text)
     except (SyntaxError, TypeError, ValueError, RecursionError, MemoryError):
-        raise ValueError(f"'{shown(text, 100)}' is no rule: {form}") from None
+        raise ValueError(f"'{shown(text, 100)}' is not a rule: {form}") from None
     return rule_from_json(content)
 
 
 def _as_content(text: str) -> dict[str, Any]:
-    """What rule_from_json takes; nothing is evaluated but literals. Raises SyntaxError or ValueError."""
+    """The text as rule_from_json takes it; only literals are evaluated. Raises SyntaxError or ValueError."""
     call = ast.parse(text.strip(), mode="eval").body
     if isinstance(call, ast.Name):
         return {"name": call.id}

@@ -32,7 +32,7 @@ from jax.sharding import SingleDeviceSharding
 from avit_jax import AViT
 from avit_jax.execution.packed import packed_program
 from avit_jax.execution.plan import capacities_every, default_plan
-from avit_jax.model.config import config_from
+from avit_jax.model.presets import config_from
 from benchmarks.results import save_results
 
 

@@ -26,7 +26,7 @@ from flax import nnx
 
 from avit_jax import AViT
 from avit_jax.execution.work import whole_gmacs
-from avit_jax.model.config import config_from
+from avit_jax.model.presets import config_from
 from benchmarks.results import save_results
 
 PASSES, MATMUL_SHARE, LINK_SHARE = 4, 0.4, 0.8

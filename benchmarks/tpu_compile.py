@@ -23,7 +23,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from avit_jax.commands.typed_config import parse
-from avit_jax.model.config import config_from
+from avit_jax.model.presets import config_from
 from avit_jax.runtime.files import write_json
 from avit_jax.train.settings import TrainSettings
 from configs import imagenet_avit

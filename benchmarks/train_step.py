@@ -25,7 +25,7 @@ from flax import nnx
 
 from avit_jax import PRESETS, AViT, AViTConfig
 from avit_jax.commands.typed_config import parse
-from avit_jax.model.config import config_from
+from avit_jax.model.presets import config_from
 from avit_jax.runtime.hints import nearest
 from avit_jax.runtime.mesh import available_cores, global_batch, training_mesh, use_all_cores
 from avit_jax.train.optim import learning_rate_schedule, make_optimizer

@@ -75,7 +75,7 @@ def test_every_field_can_be_set_on_the_command_line(spec: str) -> None:
     values |= {"num_classes": 7, "drop_path_rate": 0.35}
     config = parsed(spec, *(f"--config.model.{name}={value}" for name, value in values.items()))
     preset, fields = given_fields(config)
-    model = avit_jax.model.config.config_from(preset, **fields)
+    model = avit_jax.model.presets.config_from(preset, **fields)
     assert {name: getattr(model, name) for name in values} == values
 
 
@@ -91,7 +91,7 @@ def test_an_image_size_may_have_two_sides() -> None:
 
 def test_what_a_config_leaves_open_is_the_presets() -> None:
     preset, fields = given_fields(load_config("imagenet_avit:tiny"))
-    assert avit_jax.model.config.config_from(preset, **fields).embed_dim == 192
+    assert avit_jax.model.presets.config_from(preset, **fields).embed_dim == 192
     assert "embed_dim" not in fields
 
 

@@ -13,7 +13,8 @@ from avit_jax.commands.typed_config import parse
 from avit_jax.data.open import open_dataset
 from avit_jax.data.settings import DataSettings
 from avit_jax.execution.work import whole_gmacs
-from avit_jax.model.config import AViTConfig, Preprocessing, config_from
+from avit_jax.model.config import AViTConfig, Preprocessing
+from avit_jax.model.presets import config_from
 from avit_jax.model.vit import AViT
 from avit_jax.runtime.files import expanded
 from avit_jax.runtime.memory import device_memory

@@ -1,4 +1,4 @@
-"""Whether confidences mean what they say: reliability by bins, and the expected calibration error."""
+"""Calibration: the reliability of confidences by bins, and the expected calibration error."""
 
 import dataclasses
 
@@ -20,7 +20,8 @@ class Reliability:
 def reliability(confidence: Float[np.ndarray, " n"], correct: Bool[np.ndarray, " n"], bins: int = 15) -> Reliability:
     """ECE = sum over bins of (share of the images) * |accuracy - mean confidence| (Guo et al., arXiv 1706.04599).
 
-    confidence: probability of the predicted class, 0..1. A NaN counts as 0: such a model knows nothing.
+    confidence: probability of the predicted class, 0..1; NaN counts as 0. correct: whether the prediction is right.
+    bins: how many there are, of equal width.
     """
     confidence = np.nan_to_num(confidence.astype(np.float64))
     edges = np.linspace(0, 1, bins + 1)

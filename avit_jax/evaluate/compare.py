@@ -16,32 +16,33 @@ from avit_jax.runtime.mesh import data_mesh
 SUMMARY_KEYS = ("top1", "top5", "gmacs")
 DEPTH_KEYS = ("mean_depth", "depth_fraction", "depth_std_tokens", "depth_std_images")
 
-_LABELS = {"avit": "A-ViT"}  # of rows; others are called after their rule
+_LABELS = {"avit": "A-ViT"}  # of rows; other rows are named after their rule
 _GONE = {"packed": "halted tokens are gone", "shrinking": "merged and dropped tokens are gone"}
-HARDLY_HALTS = 0.98  # of the layers: no work to speak of is saved
+HARDLY_HALTS = 0.98  # mean depth as a fraction of the layers, from which hardly any work is saved
 
 
 def hardly_halts(depth: float) -> str:
-    """What to do about an A-ViT of so many layers whose tokens go through nearly all of them."""
+    """Advice for an A-ViT whose tokens go through nearly all layers; depth: its number of layers."""
     return (
-        "its tokens halt almost nowhere, so nothing is saved: start the gate where tokens halt, with "
+        "almost no token halts, so nothing is saved: start the gate where tokens halt, with "
         f"--config.gate_start.images=1000 --config.gate_start.target_depth={0.75 * depth:g} "
         "--config.gate_start.deviation=2 in another --workdir, or train for more epochs"
     )
 
 
 def measure(test: Images, baseline: AViT | None, model: AViT, batch_size: int) -> tuple[dict[str, Any], Evaluation]:
-    """The rows of the table, on the test images; speeds of both models interleaved, on one batch.
+    """The rows of the table, on the test images; the speeds of both models are timed in turn, on one batch.
 
-    Returns the summary without `seconds`, and the evaluation of `model`. A row is called after its model's rule;
-    "avit" is A-ViT's gate, "dense" a model without a rule. batch_size: images.
+    Returns the summary without `seconds`, and the evaluation of `model`. A row is named after its model's rule: "avit"
+    is A-ViT's gate, "dense" a model without a rule. baseline: the other row, if it has another name. batch_size:
+    images.
     """
     result = evaluate(model, test, batch_size, AUTO)
     rows = {_row_name(model): (model, result)}
     if baseline is not None and _row_name(baseline) not in rows:
         rows[_row_name(baseline)] = baseline, evaluate(baseline, test, batch_size, AUTO)
     count = min(batch_size, len(test))
-    # Evenly over the set, which may be sorted by class.
+    # Spread evenly over the set, because it may be sorted by class.
     timed = np.linspace(0, len(test) - 1, count).astype(int)
     batch = normalize(evaluation_images(test, timed, model.config), model.config)
     mesh = data_mesh(count)

@@ -1,4 +1,4 @@
-"""What a model is worth: accuracy, depth and work, each image counted once."""
+"""Figures of a model on a data set: accuracy, depth and work, with each image counted once."""
 
 import collections
 import dataclasses
@@ -28,28 +28,28 @@ from avit_jax.runtime.processes import gathered
 
 @dataclasses.dataclass(frozen=True)
 class ImageFigures:
-    """A few numbers of each image, in the data's order: all that is kept of it, 44 bytes."""
+    """The numbers that are kept of each image, 44 bytes, in the data's order."""
 
-    index: Int[np.ndarray, " n"]  # in the data; bad images that were skipped are not here
+    index: Int[np.ndarray, " n"]  # index in the data; bad images that were skipped are left out
     label: Int[np.ndarray, " n"]  # -1: the data have none
     prediction: Int[np.ndarray, " n"]
-    confidence: Float[np.ndarray, " n"]  # softmax of the predicted class, 0..1; NaN where the logits are
+    confidence: Float[np.ndarray, " n"]  # softmax of the predicted class, 0..1; NaN if the logits are
     rank: Int[np.ndarray, " n"]  # of the label among the logits: 1 is top-1; ties and NaN count against the model
     loss: Float[np.ndarray, " n"]  # cross entropy of the mean logits, nats
     mean_depth: Float[np.ndarray, " n"]  # over all tokens, layers
     depth_std: Float[np.ndarray, " n"]  # deviation between the tokens of the image
-    class_token_depth: Int[np.ndarray, " n"]  # 0 where the model has no class token
+    class_token_depth: Int[np.ndarray, " n"]  # 0 if the model has no class token
     gmacs: Float[np.ndarray, " n"]  # 10^9 multiply-adds, from the depths
 
 
 @dataclasses.dataclass(frozen=True)
 class Totals:
-    """What a part of a data set adds up to. Parts are added with +; sums of depths are whole numbers, so exact."""
+    """Sums over a part of a data set. Parts are added with +; sums of depths are integers, and so exact."""
 
     images: ImageFigures
     depth_histogram: Int[np.ndarray, " l"]  # tokens that stopped at layer 1..L
     depth_by_token: Int[np.ndarray, " n"]  # sum over images, special tokens first
-    executed_slots: int  # tokens times layers that were computed, padding to capacities left out
+    executed_slots: int  # tokens times layers that were computed, without padding
     executed_gmacs: float  # 10^9 multiply-adds performed, padding included
 
     def __add__(self, other: "Totals") -> "Totals":
@@ -69,7 +69,7 @@ class Totals:
 class Evaluation:
     """Figures over a data set; depths in layers, over all tokens, special ones included.
 
-    Where the data have no labels top1, top5 and loss are NaN.
+    If the data have no labels, top1, top5 and loss are NaN.
     """
 
     images: int
@@ -84,8 +84,8 @@ class Evaluation:
     depth_by_token: tuple[float, ...]  # mean over images of each token's depth, special tokens first
     class_token_depth: float
     gmacs: float  # 10^9 multiply-adds per image, from the depths
-    # What this execution costs (packed: as compile_packed has it by default, images that end are dropped).
-    executed_depth: float  # layers computed for a token on average
+    # The cost of this execution (packed: with image exit, the default of compile_packed).
+    executed_depth: float  # mean layers computed per token
     executed_gmacs: float  # 10^9 multiply-adds per image, padding included
     per_image: ImageFigures
 
@@ -130,14 +130,16 @@ def evaluate(
     *,
     before_batch: Callable[[], None] | None = None,
 ) -> Evaluation:
-    """The model over a data set, jit-compiled; the short last batch is padded, the padding weighs nothing.
+    """Evaluate the model on a data set, jit-compiled. The short last batch is padded, and padding does not count.
 
-    execution: as compile has it, where the rule leaves a choice (suited_execution). The figures are the rule's and the
-    same for all executions, except for the executed ones. Packed runs without image exit here, since only so are all
-    depths seen; what is executed is counted with it, as compile_packed does by default.
-    Labels of -1 throughout: the data have none. mesh: devices that the batches are split over; one without it.
-    before_batch: called before every batch; it may raise, to break the evaluation off.
-    Raises ValueError where a label lies outside the model's classes, and for another execution.
+    batch_size: images of all processes together. execution: as in compile, if the rule leaves a choice
+    (suited_execution). All figures follow from the rule and are the same for every execution, except executed_depth and
+    executed_gmacs. Packed execution runs without image exit here, because all depths are needed; its work is counted
+    with image exit, the default of compile_packed. mesh: batches are split over it; None: one device. before_batch:
+    called before every batch; it may raise, to stop the evaluation.
+
+    If all labels are -1, the data have none. Raises ValueError for a label outside the model's classes, for a model
+    without a head, and for an unknown execution.
     """
     share = totals(model, split, batch_size, execution, mesh, before_batch=before_batch)
     return figures(share if jax.process_count() == 1 else _of_all_processes(share), model.config)
@@ -169,9 +171,10 @@ def totals(
     *,
     before_batch: Callable[[], None] | None = None,
 ) -> Totals:
-    """What evaluate is computed from; the totals of parts of a data set, + between them, are those of the whole.
+    """The sums that evaluate computes its figures from; arguments as for evaluate.
 
-    With several processes: of this one's share, a part of every batch.
+    Totals of the parts of a data set, added with +, are those of the whole. With several processes, these are the
+    totals of this process's share, which is a part of every batch.
     """
     process, processes = jax.process_index(), jax.process_count()
     own = batch_size // processes
@@ -179,15 +182,15 @@ def totals(
     chosen = suited_execution(config, execution)
     if not config.num_classes:
         raise ValueError("the model has no head (num_classes 0), so there is nothing to evaluate: load one with a head")
-    if split.labels is not None:  # else they are looked at as they come
+    if split.labels is not None:  # otherwise each batch is checked
         _check_labels(split.labels, config)
     program = compile(model, own, execution=chosen, image_exit=False, mesh=mesh)
     images: list[dict[str, np.ndarray]] = []
     histogram, by_token = np.zeros(config.depth, np.int64), np.zeros(config.num_tokens, np.int64)
     slots = 0
-    performed: collections.Counter[float] = collections.Counter()  # images by their GMACs: mostly one number
+    performed: collections.Counter[float] = collections.Counter()  # images by their GMACs; mostly there is one number
     batches = evaluation_batches(split, config, batch_size, process_index=process, process_count=processes)
-    if process == 0:  # one process of several tells
+    if process == 0:  # only one of several processes shows progress
         batches = counted(batches, "evaluating", -(-len(split) // batch_size), "batches")
     for number, batch in enumerate(batches):
         if before_batch is not None:
@@ -203,7 +206,7 @@ def totals(
         histogram += np.bincount(depth.ravel(), minlength=config.depth + 1)[1:]
         by_token += depth.sum(0)
         count = int(real.sum())
-        if count:  # of the last batch a process may have none
+        if count:  # in the last batch a process may have no images
             executed = program.executed(depth, count)
             slots += executed.slots
             performed[executed.gmacs] += count
@@ -216,8 +219,8 @@ def _check_labels(labels: Int[np.ndarray, " n"], config: AViTConfig) -> None:
     low, high = labels.min(initial=config.num_classes), labels.max(initial=-1)
     if high >= config.num_classes or (low < 0 and not low == high == -1):
         raise ValueError(
-            f"labels run from {low} to {high}, the model has {config.num_classes} classes: 0..num_classes - 1 is "
-            "allowed, or -1 throughout where there are none"
+            f"labels run from {low} to {high}, the model has {config.num_classes} classes: labels must be "
+            "0..num_classes - 1, or all -1 if there are none"
         )
 
 

@@ -1,4 +1,4 @@
-"""How far a figure would move with another sample of images: 95 % intervals, by scipy."""
+"""95 % intervals by scipy: how far a figure would move with another sample of images."""
 
 import numpy as np
 from jaxtyping import Float
@@ -6,13 +6,13 @@ from scipy import stats
 
 Interval = tuple[float, float]
 RESAMPLES = 2000
-_GATHERED = 4_000_000  # values that are drawn at a time: memory does not grow with the images
+_GATHERED = 4_000_000  # values drawn at a time, so that memory does not grow with the images
 
 
 def bootstrap_means(columns: Float[np.ndarray, "k n"], seed: int = 0) -> list[Interval]:
     """Percentile bootstrap intervals of the rows' means; the rows are figures of the same n images, drawn together.
 
-    One image, or a NaN in a row: NaN for its interval.
+    The interval is NaN for a single image, and for a row with a NaN.
     """
     if columns.shape[1] < 2:
         return [(np.nan, np.nan)] * len(columns)
@@ -44,6 +44,6 @@ def bootstrap_difference(first: Float[np.ndarray, " n"], second: Float[np.ndarra
 
 
 def share(successes: int, count: int) -> Interval:
-    """Wilson's interval of a share of few images, where the bootstrap of 0 or all of them would have no width."""
+    """Wilson's interval of a share of `count` images; a bootstrap interval of 0 or all of them would have no width."""
     found = stats.binomtest(successes, count).proportion_ci(method="wilson")
     return float(found.low), float(found.high)

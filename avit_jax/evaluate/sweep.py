@@ -1,4 +1,4 @@
-"""One checkpoint at several settings of its rule, without training: what each costs, and which nothing beats."""
+"""Sweeps: one checkpoint at several settings of its rule, without training; the Pareto-optimal settings."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -14,8 +14,8 @@ from avit_jax.runtime.hints import nearest
 
 _RULES: Any = RULES.values()
 FIELDS: tuple[str, ...] = tuple(sorted({field for rule in _RULES for field in rule.sweeps}))
-SYNTAX = f"FIELD:VALUE,VALUE,... or FIELD:FIRST:LAST:COUNT, FIELD being {', '.join(FIELDS[:-1])} or {FIELDS[-1]}"
-MOST = 40  # settings; each is a program to compile
+SYNTAX = f"FIELD:VALUE,VALUE,... or FIELD:FIRST:LAST:COUNT, where FIELD is {', '.join(FIELDS[:-1])} or {FIELDS[-1]}"
+MOST = 40  # settings; a program is compiled for each
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +38,7 @@ def parse_sweep(text: str) -> Sweep:
     try:
         numbers = [float(part) for part in parts]
     except ValueError:
-        raise ValueError(f"--sweep={text}: {values!r} is no list of numbers: write {SYNTAX}") from None
+        raise ValueError(f"--sweep={text}: {values!r} is not a list of numbers: write {SYNTAX}") from None
     if ":" in values:
         if len(parts) != 3 or not numbers[2].is_integer() or numbers[2] < 2:
             raise ValueError(f"--sweep={text}: a range has a first value, a last and a count from 2: write {SYNTAX}")
@@ -59,11 +59,11 @@ def with_setting(model: AViT, field: str, value: float) -> AViT:
 def rule_with(config: AViTConfig, field: str, value: float) -> Any:
     """The rule in force with one setting changed.
 
-    Raises ValueError where there is no rule, or it cannot change this setting at test time, or take the value.
+    Raises ValueError if there is no rule, if it has no such setting to sweep, or if it does not take the value.
     """
     rule: Any = config.rule_in_force
     if rule is None:
-        raise ValueError(f"a sweep moves {field} and the model has no rule: no token ever halts or merges")
+        raise ValueError(f"a sweep changes {field} and the model has no rule: no token ever halts or merges")
     if field not in rule.sweeps:
         raise ValueError(f"the rule {rule.name} has no setting {field} to sweep: it has {', '.join(rule.sweeps)}")
     whole = not isinstance(getattr(rule, field), float) and value.is_integer()
@@ -71,7 +71,7 @@ def rule_with(config: AViTConfig, field: str, value: float) -> Any:
 
 
 def unbeaten(gain: Sequence[float], cost: Sequence[float]) -> Bool[np.ndarray, " n"]:
-    """Pareto-optimal settings: no other one gains at least as much for at most the cost, and is better in one."""
+    """Whether each setting is Pareto-optimal: no other one is at least as good in gain and cost and better in one."""
     g, c = np.asarray(gain, np.float64), np.asarray(cost, np.float64)
     no_worse = (g[:, None] >= g) & (c[:, None] <= c)
     better = (g[:, None] > g) | (c[:, None] < c)

@@ -1,4 +1,4 @@
-"""Programs timed in turn, so that what else the machine does meets all of them alike."""
+"""Programs timed in turn, so that other load on the machine affects all of them alike."""
 
 import dataclasses
 import statistics
@@ -26,7 +26,7 @@ class Timed:
     rates: list[float] = dataclasses.field(default_factory=list)
 
     def sample(self) -> None:
-        """One more rate, from `calls` runs; outputs are awaited."""
+        """Add one rate, from `calls` runs, waiting for their outputs."""
         began = time.perf_counter()
         for call in range(self.calls):
             jax.block_until_ready(self.run(self.batches[call % len(self.batches)]))
@@ -34,7 +34,7 @@ class Timed:
         self.rates.append(images / (time.perf_counter() - began))
 
     def figures(self, batch: int) -> dict[str, Any]:
-        """Median of the rounds, the least and the most."""
+        """Median, lowest and highest images/s of the rounds. batch: images, for the table."""
         return {
             "batch": batch,
             "images_per_second": statistics.median(self.rates),
@@ -44,7 +44,7 @@ class Timed:
 
 
 def sample_in_turn(programs: Iterable[Timed]) -> None:
-    """One round: a sample of each."""
+    """One round: a sample of each program."""
     for program in programs:
         program.sample()
 
@@ -55,9 +55,9 @@ def images_per_second(
     mesh: Mesh,
     rounds: int = 7,
 ) -> list[float]:
-    """Throughput of each program on the same batch: median of `rounds` (at least 5) warm runs, the programs in turn.
+    """Images/s of each program on the same batch: median of `rounds` (at least 5) warm runs, the programs in turn.
 
-    The batch lies on the mesh's devices, split over them; outputs are awaited.
+    The batch is split over the mesh's devices, and timing includes waiting for the outputs.
     """
     batch = jax.device_put(images, batch_sharding(mesh))
     timed = [Timed(program, [batch]) for program in programs]

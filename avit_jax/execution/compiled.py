@@ -1,4 +1,4 @@
-"""What the compiled executions share: images padded to the batch and checked, the output cut to their number."""
+"""What the compiled executions share: images are checked and padded to the batch, outputs cut to their number."""
 
 import functools
 from collections.abc import Callable
@@ -30,15 +30,15 @@ class Program(Protocol):
     abstract_arguments: tuple[Any, ...]
 
     def __call__(self, images: Shaped[Array | np.ndarray, "..."]) -> AViTOutput:
-        """The output for each image. Raises ValueError for other images than the model takes, or too many of them."""
+        """The output for each image. Raises ValueError for images that the model does not take, or too many."""
         ...
 
     def executed(self, token_depth: Int[np.ndarray, "b n"], images: int) -> Executed:
-        """What was done for the first `images` of a batch with these depths, which are 0 for padding."""
+        """The work done for the first `images` of a batch. token_depth: by the rule, in layers; 0 for padding."""
         ...
 
 
-# A function of a module, so that equal models find the program that is compiled.
+# A module-level function, so that equal models find the program that is already compiled.
 Forward = Callable[[AViT, Array], AViTOutput]
 
 
@@ -57,7 +57,7 @@ def predict(model: AViT, images: Float[Array | np.ndarray, "b h w c"]) -> AViTOu
 def split_model(model: AViT, mesh: Mesh | None) -> tuple[nnx.GraphDef, Any]:
     """The model's structure, and its parameters as plain dicts of JAX arrays, on all devices of the mesh."""
     graphdef, state = nnx.split(model)
-    # Plain dicts can be exported. JAX's arrays never change, NumPy's may.
+    # Plain dicts can be exported. NumPy arrays are copied, because their owner may change them.
     params = jax.tree.map(lambda p: p if isinstance(p, jax.Array) else jnp.array(p), nnx.to_pure_dict(state))
     return graphdef, jax.device_put(params, replicated(mesh)) if mesh is not None else params
 
@@ -65,7 +65,7 @@ def split_model(model: AViT, mesh: Mesh | None) -> tuple[nnx.GraphDef, Any]:
 class CompiledModel:
     """A jitted program of (params, images, ...), compiled for up to `batch_size` images.
 
-    The weights are those of this moment: later changes of the model do not reach the result.
+    The weights are fixed at this point: later changes to the model have no effect.
     """
 
     made_by: ClassVar[str] = "compile"  # the function that a user calls
@@ -79,7 +79,7 @@ class CompiledModel:
         images: NamedSharding | None = None,
         parts: int = 1,
     ) -> None:
-        """images: how they lie on the devices, in so many parts; None: on the device that JAX chooses."""
+        """images: how they are split over devices, in `parts` equal parts; None: on the device that JAX chooses."""
         self.config = config
         self.batch_size = batch_size
         self.params = params
@@ -92,23 +92,23 @@ class CompiledModel:
         self.compiled = jitted.lower(*self.abstract_arguments).compile()
 
     def _arguments(self, count: int) -> tuple[Any, ...]:
-        """What the program takes after params and images, for `count` images."""
+        """The program's arguments after params and images, for `count` images."""
         return ()
 
     def __call__(self, images: Shaped[Array | np.ndarray, "..."]) -> AViTOutput:
-        """The output for each image. Raises ValueError for other images than the model takes, or too many of them."""
+        """The output for each image. Raises ValueError for images that the model does not take, or too many."""
         check_images(images, self.config)
         count = len(images)
         if count > self.batch_size:
             raise ValueError(
-                f"{count} images for a program compiled for {self.batch_size}: {self.made_by}(model, {count})"
+                f"{count} images for a program compiled for {self.batch_size}: use {self.made_by}(model, {count})"
             )
         if count < self._rows:
             pad = np.pad if isinstance(images, np.ndarray) else jnp.pad
             images = pad(images, ((0, self._rows - count), (0, 0), (0, 0), (0, 0)))
         if self._images is not None:
             images = jax.device_put(images, self._images)
-        # A compiled program takes no tracers, and does not run where jit is off.
+        # A compiled program cannot take tracers, and cannot run while jit is disabled.
         no_jit = jax.config.jax_disable_jit  # type: ignore[attr-defined]
         as_function = no_jit or isinstance(images, jax.core.Tracer)
         arguments = images, *self._arguments(count)
@@ -123,7 +123,7 @@ class CompiledModel:
         return output
 
     def _seen(self, output: AViTOutput) -> None:
-        """Called with every output that is no tracer."""
+        """Called with every output that is not a tracer."""
 
 
 def _first_images(output: AViTOutput, count: int) -> AViTOutput:
@@ -137,7 +137,7 @@ def _first_images(output: AViTOutput, count: int) -> AViTOutput:
 
 
 class CompiledForward(CompiledModel):
-    """forward(model, images), compiled for up to `batch_size` images; with a mesh over all its devices."""
+    """forward(model, images), compiled for up to `batch_size` images; mesh: all its devices are used."""
 
     def __init__(self, model: AViT, batch_size: int, forward: Forward, mesh: Mesh | None = None) -> None:
         graphdef, params = split_model(model, mesh)

@@ -10,7 +10,7 @@ from avit_jax.model.vit import AViT
 
 
 class MaskedModel(CompiledForward):
-    """Masked execution of up to `batch_size` images: the reference that every other execution agrees with."""
+    """Masked execution of up to `batch_size` images: the reference for every other execution."""
 
     def __init__(self, model: AViT, batch_size: int, mesh: Mesh | None = None) -> None:
         super().__init__(model, batch_size, AViT.__call__, mesh)

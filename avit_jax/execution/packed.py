@@ -1,7 +1,7 @@
-"""Packed execution: halted tokens are gone, in one jitted program with static shapes and no trip to the host.
+"""Packed execution: halted tokens are removed, in one jitted program with static shapes that never waits for the host.
 
-In every layer each image's active tokens are moved to the front, images are sorted by how many they have, and groups
-of images run through the smallest of a few static capacities that holds them.
+In every layer each image's active tokens are moved to the front, images are sorted by how many they have, and groups of
+images run with the smallest of a few static capacities that holds them.
 """
 
 import dataclasses
@@ -24,17 +24,17 @@ from avit_jax.model.vit import AViT
 
 
 class PackedModel(CompiledModel):
-    """A model compiled for packed execution of up to `batch_size` images, which it is called with.
+    """A model compiled for packed execution; call it with up to `batch_size` images.
 
-    `jax.export.export(packed.jitted)(*packed.abstract_arguments)` is the program as something to serialise: it takes
-    packed.params, images and how many of them count.
+    `jax.export.export(packed.jitted)(*packed.abstract_arguments)` exports the program. The exported program takes
+    packed.params, images, and the number of images that count.
     """
 
     made_by = "compile_packed"
 
     def __init__(self, model: AViT, batch_size: int, plan: PackedPlan, image_exit: bool, mesh: Mesh | None) -> None:
         self._devices = devices = 1 if mesh is None else mesh.shape["data"]
-        # A group never has more images than there are: padding it would cost memory and time.
+        # No group is larger than the batch, because padding it would cost memory and time.
         self.plan = plan = dataclasses.replace(plan, group_size=min(plan.group_size, -(-batch_size // devices)))
         self._halting_seen = not model.config.halts or model.config.depth == 1
         graphdef, params = split_model(model, mesh)
@@ -46,7 +46,7 @@ class PackedModel(CompiledModel):
         return (np.int32(count),)
 
     def _seen(self, output: AViTOutput) -> None:
-        """One line where the first images show that nothing is saved."""
+        """Print one line if the first images show that nothing is saved."""
         if self._halting_seen:
             return
         self._halting_seen = True
@@ -58,9 +58,10 @@ class PackedModel(CompiledModel):
             )
 
     def executed(self, token_depth: Int[np.ndarray, "b n"], images: int) -> Executed:
-        """What was done for the first `images` of a batch with these depths; the rest are padding, with depths of 0.
+        """The work done for the first `images` of a batch; the rest are padding, with depths of 0.
 
-        token_depth is the rule's, as without image exit; the exit is counted, whether this program has it or not.
+        token_depth: by the rule, as without image exit. The work is counted with image exit, whether this program has
+        it or not.
         """
         loads = layer_loads(token_depth, self.config, image_exit=True)
         # Each device packs its own images.
@@ -72,7 +73,7 @@ class PackedModel(CompiledModel):
 def packed_program(
     graphdef: nnx.GraphDef, plan: PackedPlan, image_exit: bool, mesh: Mesh | None
 ) -> Callable[[Any, Array, Array], AViTOutput]:
-    """What compile_packed compiles: (params, images, how many of them count) -> output; for lowering elsewhere."""
+    """The function that compile_packed compiles: (params, images, number of images that count) -> output."""
 
     def local(params: Any, images: Array, count: Array) -> AViTOutput:
         return forward(nnx.merge(graphdef, params), images, count, plan, image_exit)
@@ -106,17 +107,20 @@ def compile_packed(
     image_exit: bool = True,
     mesh: Mesh | None = None,
 ) -> PackedModel:
-    """Compile packed execution: the same predictions as model(images), halted tokens cost nothing.
+    """Compile packed execution: the same predictions as model(images), but halted tokens cost nothing.
 
-    The result takes up to batch_size images and gives as many rows. With image_exit an image ends when the tokens that
-    its logits read have halted (class and distillation token, or the patches of a mean): logits stay, token_depth
-    counts the layers computed, and with pool "token" the last layer's scores are those of these tokens alone; without
-    it depths, ponder costs and scores are those of masked execution. Logits differ from masked execution by rounding,
-    about 1e-5; where a token's cumulative score lies within rounding of the threshold, it may stop one layer earlier or
-    later and its image's logits differ by more (6.9e-4 was seen). The weights are those of this moment: later
-    changes of the model do not reach the result. mesh: with an axis `data`, over which the batch is split; each device
-    packs its own images. plan: see plan_packed; speed alone. Raises ValueError for a plan of another model, or a batch
-    size below 1.
+    The result takes up to batch_size images and returns a row for each.
+
+    image_exit: an image ends as soon as the tokens that its logits read have halted (class and distillation token, or
+    the patches of a mean). Logits stay the same, token_depth counts the layers computed, and with pool "token" the last
+    layer has scores for these tokens only. Without image_exit, depths, ponder costs and scores are those of masked
+    execution. plan: see plan_packed; it only affects speed. mesh: the batch is split over its axis `data`, and each
+    device packs its own images.
+
+    Logits differ from masked execution by rounding, about 1e-5. If a token's cumulative score is within rounding of the
+    threshold, the token may stop one layer earlier or later, and the logits of its image differ by more (6.9e-4 was
+    seen). The weights are fixed at this point: later changes to the model have no effect. Raises ValueError for a plan
+    of another model, for a reduction rule, and for a batch size below 1.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}: it must be at least 1")
@@ -126,6 +130,6 @@ def compile_packed(
     plan = plan or default_plan(model.config, -(-batch_size // devices), jax.default_backend())
     if plan.num_tokens != model.config.num_tokens:
         raise ValueError(
-            f"the plan is for {plan.num_tokens} tokens and the model has {model.config.num_tokens}: plan anew"
+            f"the plan is for {plan.num_tokens} tokens and the model has {model.config.num_tokens}: make a new plan"
         )
     return PackedModel(model, batch_size, plan, image_exit, mesh)

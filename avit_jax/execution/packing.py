@@ -21,16 +21,16 @@ from avit_jax.model.vit import AViT
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Packed:
-    """The batch between two layers; images sorted by load, each image's tokens that still count first."""
+    """The batch between two layers: images sorted by load, and in each image the tokens to compute first."""
 
-    tokens: Float[Array, "b n d"]  # whatever lies behind the active ones is never read
+    tokens: Float[Array, "b n d"]  # slots after the active tokens are never read
     state: State  # in the same order
-    index: Int[Array, "b n"]  # where each slot's token lies in its image
-    image: Int[Array, " b"]  # where each row's image lies in the batch
+    index: Int[Array, "b n"]  # position in its image of each slot's token
+    image: Int[Array, " b"]  # position in the batch of each row's image
 
 
 def _load(state: State) -> tuple[Bool[Array, "b n"], Int[Array, " b"]]:
-    """Slots that must be computed, and their number: active tokens, and those with a head while their image has any."""
+    """The slots to compute, and their number: active tokens, and tokens with a head if the image has active tokens."""
     num_tokens, num_outputs = state.active.shape[1], state.output.shape[1]
     needed = state.active
     if num_outputs < num_tokens:
@@ -45,7 +45,7 @@ def _reordered(state: State, rows: Array, slots: Array) -> State:
     def by_slot(values: Array) -> Array:
         return jnp.take_along_axis(values[rows], slots, axis=1)
 
-    # Where only the first tokens have an output, these stay in front.
+    # If only the first tokens have an output, they stay in front.
     whole = state.output.shape[1] == slots.shape[1]
     return State(
         active=by_slot(state.active),
@@ -59,14 +59,14 @@ def _reordered(state: State, rows: Array, slots: Array) -> State:
 def _run_layer(
     packed: _Packed, plan: PackedPlan, compute: Callable[[Array, Array], tuple[Array, Facts]], width: int
 ) -> tuple[Array, Facts, _Packed]:
-    """What `compute` gives for [B, width] tokens, and what they belong to: sorted, packed, group by group.
+    """Sort and pack the images and run `compute` group by group; returns [B, width] tokens, their facts, their order.
 
-    compute(tokens [g, c, D], active [g, c]) gives the first rows of the group's tokens after the layer, and facts of
-    these rows.
+    compute(tokens [g, c, D], active [g, c]) returns the first tokens of each image of the group after the layer, and
+    facts of these tokens.
     """
     needed, load = _load(packed.state)
     rows = jnp.argsort(load)
-    # The needed slots first, both in their order: a stable argsort of ~needed, six times as fast on a CPU.
+    # Needed slots first, each part in its order: what a stable argsort of ~needed gives, six times as fast on a CPU.
     places = jnp.arange(needed.shape[1])
     slots = jnp.sort(jnp.where(needed[rows], places, places + len(places)), axis=1) % len(places)
     state = _reordered(packed.state, rows, slots)
@@ -79,7 +79,7 @@ def _run_layer(
             return jnp.pad(values[:, :width], ((0, 0), (0, missing), *[(0, 0)] * (values.ndim - 2)))
 
         def run(rows: Array, slots: Array, active: Array) -> tuple[Array, Facts]:
-            # The gather is in here: it moves no more than this capacity's tokens.
+            # Gathering inside the branch moves only as many tokens as its capacity.
             tokens = packed.tokens[rows[:, None], slots[:, :capacity]]
             active = active[:, :capacity]
             return jax.tree.map(fitted, compute(drop_halted(tokens, active), active))
@@ -141,7 +141,7 @@ def forward(
         else:
             seen = model.seen(rule, tokens, state.active, facts)
             state, trace = rule.advance(state, seen, layer=layer, is_last=last, module=model.rule_module)
-            if image_exit and not last:  # what is left of the images whose logits are known
+            if image_exit and not last:  # drop the rest of the images whose logits are final
                 going = (state.active & tokens_read[packed.index]).any(1, keepdims=True)
                 state = rule.finish(state, ~going)
         return dataclasses.replace(packed, tokens=tokens, state=state), trace
@@ -157,14 +157,14 @@ def forward(
 
     packed, passed = jax.lax.scan(layer, packed, jnp.arange(config.depth - 1))
     end = config.depth - 1
-    # A rule that looks into attention needs all of the last layer.
+    # A rule that reads attention needs all of the last layer.
     short = image_exit and config.pool == "token" and not reads & WHOLE_LAYER
     width = config.num_outputs if short else num_tokens
     compute = functools.partial(read if short else computed, block_at(end))
     tokens, facts, packed = _run_layer(packed, plan, compute, width)
     tokens = jnp.pad(tokens, ((0, 0), (0, num_tokens - width), (0, 0)))
     packed, trace = advanced(packed, tokens, facts, end, last=True)
-    # Nothing is known of the other tokens' last layer.
+    # A short last layer computes no trace for the other tokens.
     known = jnp.arange(num_tokens)[None] < width
     trace = Trace({name: jnp.where(known, values, 0) for name, values in trace.of_tokens.items()}, trace.of_images)
     last_layer = trace, packed.index, packed.image
@@ -173,7 +173,7 @@ def forward(
 
 
 def _unpacked(model: AViT, packed: _Packed, trace: Trace, index: Array, image: Array, batch: int) -> AViTOutput:
-    """The output in the order of the images and their tokens; trace, index and image are of all layers."""
+    """The output in the original order of images and tokens; trace, index and image are of all layers."""
 
     def by_token(values: Array, index: Array, image: Array) -> Array:
         return jnp.zeros_like(values).at[image[:, None], index].set(values, unique_indices=True)[:batch]

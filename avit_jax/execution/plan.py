@@ -19,17 +19,20 @@ from avit_jax.model.vit import AViT
 from avit_jax.runtime.files import read_json, write_json
 from avit_jax.runtime.mesh import data_mesh, replicated
 
-# More tokens or images than any program holds; far larger numbers would only exhaust the memory.
+# More tokens or images than any program can hold; far larger numbers would only exhaust the memory.
 LARGEST = 2**20
 
 
 @dataclasses.dataclass(frozen=True)
 class PackedPlan:
-    """Speed alone: whatever the plan, the result is the same. Raises ValueError for numbers that cannot work."""
+    """How packed execution groups images. It only affects speed: the result is the same for every plan.
+
+    Raises ValueError for numbers that cannot work.
+    """
 
     num_tokens: int
-    group_size: int  # images that run together, sorted by how many tokens they have left
-    capacities: tuple[int, ...]  # tokens of an image that a group is computed with, ascending; the last is num_tokens
+    group_size: int  # images that run together, sorted by their number of tokens left
+    capacities: tuple[int, ...]  # tokens of an image that programs are compiled for, ascending; the last is num_tokens
 
     def __post_init__(self) -> None:
         for name in ("num_tokens", "group_size"):
@@ -46,17 +49,17 @@ class PackedPlan:
         return f"groups of {self.group_size} images, capacities {', '.join(map(str, self.capacities))} tokens"
 
     def save(self, path: str | Path) -> None:
-        """Write it as JSON."""
+        """Write the plan to a JSON file."""
         write_json(Path(path), dataclasses.asdict(self))
 
     @classmethod
     def load(cls, path: str | Path) -> "PackedPlan":
-        """The plan in a file that `save` wrote. Raises ValueError, naming the file, where it is none."""
+        """The plan in a file that `save` wrote. Raises ValueError, naming the file, if it is not a plan."""
         content = read_json(Path(path))
         try:
             return cls(**(content | {"capacities": tuple(content["capacities"])}))
         except (TypeError, KeyError, ValueError) as error:
-            raise ValueError(f"{path} is no plan of packed execution: {error}") from error
+            raise ValueError(f"{path} is not a plan of packed execution: {error}") from error
 
 
 def _whole(name: str, value: Any) -> int:
@@ -72,18 +75,18 @@ def _whole(name: str, value: Any) -> int:
 
 
 def capacities_every(step: int, config: AViTConfig) -> tuple[int, ...]:
-    """Multiples of `step` up to the number of tokens, which is the last."""
+    """Multiples of `step` tokens up to the number of tokens, which is the last."""
     return (*range(step, config.num_tokens, step), config.num_tokens)
 
 
 def default_plan(config: AViTConfig, batch_size: int, platform: str) -> PackedPlan:
-    """A plan that is good without a sample of images."""
+    """The plan that is used when there is no sample of images to measure. platform: JAX's name, such as "cpu"."""
     if platform == "cpu":  # groups of about 400 rows fill a core's matmul and stay in its cache
         group_size = 2 ** max(0, math.ceil(math.log2(384 / config.num_tokens)))
         capacities = capacities_every(16 if config.num_tokens > 128 else 8 if config.num_tokens > 64 else 4, config)
     elif platform == "tpu":
         group_size = -(-batch_size // 8)
-        # A compiled v5e block costs the same for 64 to 128 tokens, and falls below 48 (benchmarks/packed_tpu.py).
+        # A compiled v5e block costs the same for 64 to 128 tokens, and less below 48 (benchmarks/packed_tpu.py).
         few = [capacity for capacity in (16, 32, 48) if capacity < config.num_tokens]
         capacities = (*few, *capacities_every(128, config))
     else:
@@ -97,9 +100,9 @@ def plan_packed(
     """The plan with which this device runs a sample of images fastest: groups and capacities by measured cost.
 
     Times one block for several group sizes and numbers of tokens, and adds up what each plan would run for batches of
-    batch_size of these images, image exit included. Of plans within 1 % of the best the one with the fewest capacities
-    is taken: it compiles fastest. mesh: as compile_packed has it; its devices are timed together, since they may share
-    cores. Raises ValueError where there are fewer images than batch_size.
+    batch_size of these images, image exit included. Among plans within 1 % of the best, it returns the one with the
+    fewest capacities, which compiles fastest. images: as the model takes them. mesh: as for compile_packed; its devices
+    are timed together, because they may share cores. Raises ValueError if there are fewer images than batch_size.
     """
     config = model.config
     if not 1 <= batch_size <= len(images):
@@ -135,7 +138,10 @@ def padded_loads(loads: Int[np.ndarray, "batches l b"], plan: PackedPlan) -> Int
 
 
 def layer_loads(token_depth: Int[np.ndarray, "b n"], config: AViTConfig, image_exit: bool) -> Int[np.ndarray, "l b"]:
-    """The tokens that packed execution computes in each layer, from the depths of masked execution."""
+    """The number of tokens that packed execution computes in each layer of each image.
+
+    token_depth: layers by the rule, as masked execution returns them.
+    """
     end = token_depth[:, np.array(config.tokens_read)].max(1, keepdims=True)
     executed = np.minimum(token_depth, end) if image_exit else token_depth
     layers = np.arange(1, config.depth + 1)[:, None, None]
@@ -160,7 +166,7 @@ def _block_milliseconds(model: AViT, group_size: int, mesh: Mesh) -> tuple[np.nd
     blocks, stacked = nnx.split(model.blocks)
     params = jax.device_put(jax.tree.map(lambda p: p[0], stacked), replicated(mesh))
     rows = NamedSharding(mesh, PartitionSpec("data"))
-    repeats = -(-4096 // (group_size * model.config.num_tokens))  # the call of a small block costs more than the block
+    repeats = -(-4096 // (group_size * model.config.num_tokens))  # calling a small block costs more than the block
 
     def blocks_in_a_row(params: Any, x: Array) -> Array:
         block = nnx.merge(blocks, params)

@@ -23,15 +23,15 @@ def compile(
     image_exit: bool = True,
     mesh: Mesh | None = None,
 ) -> Program:
-    """Compile the model for up to batch_size images: a function of images [b, h, w, c] that gives an AViTOutput.
+    """Compile the model for up to batch_size images: a function of images [b, h, w, c] that returns an AViTOutput.
 
-    execution: "masked" (every token is computed), "packed" (halted tokens are gone), "shrinking" (merged and dropped
-    tokens are gone), or "auto": packed for a halting rule, shrinking for a reduction rule, masked without a rule. All
-    that fit a rule give the same result but for rounding. plan and image_exit are those of compile_packed; other
-    executions compute every token to its end. mesh: devices that the images are split over, with an
-    axis `data`; one without it. The weights are those of this moment: later changes of the model do not reach the
-    result. Raises ValueError for an unknown execution, one that does not fit the model's rule, a plan without packed
-    execution, and a batch size below 1.
+    execution: "masked" (every token is computed), "packed" (halted tokens are removed), "shrinking" (merged and dropped
+    tokens are removed), or "auto": packed for a halting rule, shrinking for a reduction rule, masked without a rule.
+    All executions that fit a rule give the same result up to rounding. plan, image_exit: see compile_packed; the other
+    executions have no plan and no image exit. mesh: the images are split over its axis `data`; None: one device.
+
+    The weights are fixed at this point: later changes to the model have no effect. Raises ValueError for an unknown
+    execution, one that does not fit the model's rule, a plan without packed execution, and a batch size below 1.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}: it must be at least 1")
@@ -45,14 +45,14 @@ def compile(
 
 
 def fitting_executions(config: AViTConfig) -> tuple[str, ...]:
-    """The executions that can run the model's rule; the one that "auto" takes comes first."""
+    """The executions that can run the model's rule; the one that "auto" chooses comes first."""
     if config.reduction is not None:
         return ("shrinking",)
     return ("packed", "masked") if config.halting is not None else ("masked", "packed")
 
 
 def checked_execution(config: AViTConfig, execution: str) -> str:
-    """The execution's own name, for "auto" too. Raises ValueError for one that is unknown or does not fit the rule."""
+    """The execution, with "auto" resolved. Raises ValueError for one that is unknown or does not fit the rule."""
     if execution not in (*EXECUTIONS, AUTO):
         raise ValueError(f"execution {execution!r} is unknown: choose one of {', '.join((*EXECUTIONS, AUTO))}")
     fitting = fitting_executions(config)
@@ -66,9 +66,9 @@ def checked_execution(config: AViTConfig, execution: str) -> str:
 
 
 def suited_execution(config: AViTConfig, execution: str) -> str:
-    """The execution asked for where a halting rule leaves a choice, else the one that "auto" takes.
+    """The given execution if a halting rule leaves a choice, otherwise the one that "auto" chooses.
 
-    For commands whose flag applies to every model that they are given. Raises ValueError for an unknown execution.
+    For commands whose flag applies to every model that they load. Raises ValueError for an unknown execution.
     """
     if execution in EXECUTIONS and (config.halting is None or execution not in fitting_executions(config)):
         execution = AUTO

@@ -1,7 +1,7 @@
-"""Shrinking execution: where a rule leaves every image the same number of tokens, arrays simply get shorter.
+"""Shrinking execution: if a rule leaves every image the same number of tokens, arrays simply get shorter.
 
-Shapes are known ahead, so one program runs in training and at inference, without a mask. A layer that reduces its
-tokens is compiled on its own; the layers between two of them are one lax.scan.
+Shapes are known ahead, so the same program runs in training and at inference, without a mask. A layer that reduces its
+tokens is compiled on its own; the layers between two such layers are one lax.scan.
 """
 
 import dataclasses
@@ -27,10 +27,10 @@ from avit_jax.reduction.groups import Groups, Reduction, reduce
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Reduced:
-    """What became of an image's tokens: after every layer the slot that each of the first N tokens is in."""
+    """What became of an image's N tokens: the slot that each of them is in after every layer."""
 
-    slots: tuple[Int[Array, "b n"], ...]  # for each layer; its number of tokens: dropped
-    sizes: tuple[Float[Array, "b _"], ...]  # for each layer, patches that each of its tokens stands for
+    slots: tuple[Int[Array, "b n"], ...]  # for each layer; the layer's number of tokens stands for dropped
+    sizes: tuple[Float[Array, "b _"], ...]  # for each layer: patches that each of its tokens stands for
 
 
 def forward(
@@ -41,23 +41,23 @@ def forward(
     key: PRNGKeyArray | None = None,
     short_last_layer: bool = False,
 ) -> AViTOutput:
-    """The model's output under a reduction rule (None: without any), for images that check_images accepts.
+    """The model's output under a reduction rule (None: no rule), for images that check_images accepts.
 
-    With a key, dropout and stochastic depth draw as they do in masked execution. short_last_layer: where the logits
-    read the first tokens alone, the last layer computes no others than these; the result is the same.
+    key: draws dropout and stochastic depth as in masked execution; None: neither. short_last_layer: if the logits only
+    read the first tokens, the last layer computes only these; the result is the same.
 
     token_depth counts the layers in which a token led a slot of its own: a token that is merged stops at the layer that
-    merges it, and the one that it joins goes on. ponder_cost is token_depth + 1 and halting_scores are 0. A mean over
-    patches is the mean over all patches of the image, each with the value of the token that stands for it: tokens weigh
-    their size.
+    merges it, and the token that it joins goes on. ponder_cost is token_depth + 1 and halting_scores are 0. A mean over
+    patches is the mean over all patches of the image, each with the value of the token that stands for it, so tokens
+    are weighted by size.
 
-    Raises ValueError where the rule does not fit the model.
+    Raises ValueError if the rule does not fit the model.
     """
     return run(model, images, rule, key=key, short_last_layer=short_last_layer)[0]
 
 
 def follow_tokens(model: AViT, images: Shaped[Array | np.ndarray, "..."], rule: Reduction) -> Reduced:
-    """Which tokens become one under a rule, layer by layer: for pictures of what was merged, and for tests."""
+    """Which tokens a rule merges or drops, layer by layer: for pictures of merged tokens, and for tests."""
     return run(model, images, rule)[1]
 
 
@@ -69,14 +69,14 @@ def run(
     key: PRNGKeyArray | None = None,
     short_last_layer: bool = False,
 ) -> tuple[AViTOutput, Reduced]:
-    """What `forward` and `follow_tokens` give, together."""
+    """The results of `forward` and `follow_tokens` together; arguments as for `forward`."""
     if rule is not None and rule.ahead:
-        raise ValueError(f"the rule {rule.name!r} reduces tokens ahead of attention: shrinking execution cannot yet")
+        raise ValueError(f"the rule {rule.name!r} reduces tokens ahead of attention: shrinking execution cannot run it")
     graphdef, params = nnx.split(model)
     return _program(graphdef, rule, short_last_layer, params, jnp.asarray(images), key)
 
 
-# A program of its own: called outside jit, layers of a dozen shapes would be compiled operation by operation.
+# Jitted, because outside jit each operation would be compiled for each of a dozen shapes.
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _program(
     graphdef: nnx.GraphDef,
@@ -100,7 +100,7 @@ def _program(
     slots, sizes = [], []
     parts = stretches(counts, num_tokens, short)
     for (start, stop), weights in zip(parts, _split(nnx.split(model.blocks)[1], parts), strict=True):
-        # Before anything is reduced all sizes are 1.
+        # While nothing has been reduced, all sizes are 1.
         mass = size if rule is not None and rule.proportional and size.shape[1] < num_tokens else None
         token_depth += (stop - start) * leads.astype(jnp.int32)
         if short and stop == config.depth:
@@ -121,7 +121,10 @@ def _program(
 
 
 def stretches(counts: tuple[int, ...], num_tokens: int, short_last_layer: bool) -> list[tuple[int, int]]:
-    """Layers as (start, stop): one that reduces its tokens stands alone, those between two such are together."""
+    """Layers as (start, stop): a layer that reduces its tokens is alone, those between two such layers are together.
+
+    counts: tokens after each layer. short_last_layer: the last layer is alone too.
+    """
     depth = len(counts)
     falls = [layer for layer in range(depth) if counts[layer] < (num_tokens, *counts)[layer]]
     alone = {*falls, depth - 1} if short_last_layer else set(falls)
@@ -130,7 +133,7 @@ def stretches(counts: tuple[int, ...], num_tokens: int, short_last_layer: bool) 
 
 
 def _split(stacked: Any, parts: list[tuple[int, int]]) -> list[Any]:
-    """The weights of each part of the layers; the gradient of a split is a concatenation, that of slices is a sum."""
+    """The weights of each part of the layers. Slices would work too, but their gradient is a sum of whole arrays."""
     leaves, structure = jax.tree.flatten(stacked)
     lengths = tuple(stop - start for start, stop in parts)
     return [
@@ -139,11 +142,11 @@ def _split(stacked: Any, parts: list[tuple[int, int]]) -> list[Any]:
 
 
 def _followed(groups: Groups, slot: Array, leads: Array) -> tuple[Int[Array, "b n"], Bool[Array, "b n"]]:
-    """The slots of the first N tokens after a reduction, and which of them still lead one."""
+    """The slots of the original tokens after a reduction, and which of them still lead one."""
     count, tokens = groups.leader.shape[1], groups.into.shape[1]
     leader = jnp.take_along_axis(groups.leader, jnp.minimum(groups.into, count - 1), axis=1)
     stays = (groups.into < count) & (leader == jnp.arange(tokens)[None])
-    # One more place, for what has been dropped.
+    # One more place, for dropped tokens.
     into = jnp.pad(groups.into, ((0, 0), (0, 1)), constant_values=count)
     stays = jnp.pad(stays, ((0, 0), (0, 1)))
     return jnp.take_along_axis(into, slot, axis=1), leads & jnp.take_along_axis(stays, slot, axis=1)
@@ -159,14 +162,14 @@ class _Layers:
         self.rates = jnp.linspace(0, self.config.drop_path_rate, self.config.depth)
 
     def _layer(self, index: Any) -> tuple[Array | None, PRNGKeyArray | None]:
-        """The rate of stochastic depth in a layer, and its random key: those of masked execution."""
+        """The rate of stochastic depth in a layer, and its random key: the same as in masked execution."""
         if self.key is None:
             return None, None
         rate = self.rates[index] if self.config.drop_path_rate else None
         return rate, jax.random.fold_in(self.key, index)
 
     def plain(self, start: int, stop: int, x: Array, mass: Array | None, weights: Any) -> Array:
-        """Layers in which the tokens stay as many as they are."""
+        """Layers that keep all their tokens."""
 
         def layer(x: Array, inputs: Any) -> tuple[Array, None]:
             params, index = inputs
@@ -179,7 +182,7 @@ class _Layers:
     def reducing(
         self, rule: Reduction, index: int, x: Array, size: Array, mass: Array | None, weights: Any
     ) -> tuple[Array, Groups | None]:
-        """A layer that leaves fewer tokens, and how it did."""
+        """A layer that reduces its tokens, and the groups by which it did."""
 
         def layer(x: Array, size: Array, mass: Array | None, params: Any) -> tuple[Array, Groups | None]:
             block: Block = nnx.merge(self.graphdef, params)
@@ -195,13 +198,13 @@ class _Layers:
         return layer(x, size, mass, jax.tree.map(lambda p: p[0], weights))
 
     def short_last(self, x: Array, mass: Array | None, weights: Any) -> Array:
-        """The last layer, of the tokens that the logits read; merging the others would change nothing."""
+        """The last layer for only the tokens that the logits read; merging the others would change nothing."""
         block: Block = nnx.merge(self.graphdef, jax.tree.map(lambda p: p[0], weights))
         return block.read(x, mass, self.config.num_outputs)
 
 
 class ShrinkingModel(CompiledForward):
-    """Shrinking execution of up to `batch_size` images; the last layer computes what the logits read."""
+    """Shrinking execution of up to `batch_size` images; the last layer computes only what the logits read."""
 
     def __init__(self, model: AViT, batch_size: int, mesh: Mesh | None = None) -> None:
         super().__init__(model, batch_size, _to_the_logits, mesh)

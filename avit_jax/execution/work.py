@@ -18,7 +18,7 @@ from avit_jax.model.seen import WHOLE_LAYER
 class Executed:
     """What an execution did for a batch of images."""
 
-    slots: int  # tokens times layers, over all images; padding to capacities left out
+    slots: int  # tokens times layers, over all images, without padding
     gmacs: float  # 10^9 multiply-adds for each image, padding included
 
 
@@ -32,14 +32,14 @@ def block_macs(
 def last_block_macs(
     active: Float[Array | np.ndarray, "..."], num_read: int, embed_dim: int, mlp_dim: int
 ) -> Float[Array | np.ndarray, "..."]:
-    """Multiply-adds of the last block where only num_read tokens are read: the n active ones are keys and values."""
+    """Multiply-adds of the last block if only num_read tokens are read; the active ones serve as keys and values."""
     keys_and_values = active * 2 * embed_dim**2
     read = 2 * embed_dim**2 + 2 * embed_dim * mlp_dim + 2 * active * embed_dim
     return keys_and_values + num_read * read * (active > 0)
 
 
 def reducing_block_macs(entering: int, leaving: int, embed_dim: int, mlp_dim: int) -> int:
-    """Multiply-adds of a block that merges or drops tokens between attention and MLP: the MLP sees those that leave."""
+    """Multiply-adds of a block that merges or drops tokens before its MLP, which only computes those that leave."""
     spared = (entering - leaving) * 2 * embed_dim * mlp_dim
     return entering * (4 * embed_dim**2 + 2 * embed_dim * mlp_dim) + 2 * entering**2 * embed_dim - spared
 
@@ -56,10 +56,10 @@ def head_macs(config: AViTConfig) -> int:
 
 
 def image_gmacs(config: AViTConfig, token_depth: Int[Array, "b n"]) -> Float[Array, " b"]:
-    """10^9 multiply-adds of each image by the model's rule, without padding and with a last layer as whole as the rest.
+    """10^9 multiply-adds of each image by the model's rule, without padding and with a full last layer.
 
-    token_depth: layers that computed each token, special tokens first, as AViTOutput has them. With a halting rule
-    every block counts its active tokens. With a reduction rule all images cost the same, whatever their depths.
+    token_depth: layers that computed each token, special tokens first, as in AViTOutput. With a halting rule every
+    block counts its active tokens. With a reduction rule all images cost the same, whatever their depths.
     """
     if config.reduction is not None:
         return jnp.full(len(token_depth), shrinking_gmacs(config, short_last_layer=False))
@@ -93,8 +93,8 @@ def _macs_of_depths(config: AViTConfig, token_depth: Int[Array, "b n"]) -> Float
 def shrinking_gmacs(config: AViTConfig, *, short_last_layer: bool) -> float:
     """10^9 multiply-adds of an image under the model's reduction rule, without the rule's own work, as papers count.
 
-    short_last_layer: the last layer computes no more than the tokens that the logits read, where these are the first
-    ones. Raises ValueError where the rule does not fit the model.
+    short_last_layer: the last layer computes only the tokens that the logits read, if these are the first ones. Raises
+    ValueError if the rule does not fit the model.
     """
     rule = config.reduction
     counts = (config.num_tokens,) * config.depth if rule is None else rule.counts(config)
@@ -117,7 +117,7 @@ def executed_shrinking_gmacs(config: AViTConfig) -> float:
 def packed_gmacs(
     config: AViTConfig, tokens: Int[np.ndarray, "batches l groups"], group_size: int, images: int
 ) -> float:
-    """10^9 multiply-adds for each of `images` that packed execution performs.
+    """10^9 multiply-adds that packed execution performs for each of `images` images.
 
     tokens: the capacity with which each group of group_size images runs (padded_loads).
     """
@@ -128,6 +128,6 @@ def packed_gmacs(
     else:
         last = last_block_macs(padded[:, -1], config.num_outputs, config.embed_dim, config.mlp_dim)
     blocks = first + np.asarray(last).sum()
-    # What a rule computes of its own is not packed: it looks at every image after every layer.
+    # A rule's own work is not packed: it looks at every image after every layer.
     own = 0.0 if rule is None else float(rule.extra_macs(config, _full_depth(config))[0])
     return float(blocks * group_size / images + embedding_macs(config) + head_macs(config) + own) / 1e9

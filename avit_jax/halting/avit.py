@@ -1,4 +1,4 @@
-"""The halting rule of A-ViT (arXiv 2112.07658): when a token stops, and how much each layer's token weighs."""
+"""The halting rule of A-ViT (arXiv 2112.07658): when a token stops, and the weight of its value in each layer."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -15,11 +15,12 @@ from avit_jax.model.seen import Seen
 
 @dataclasses.dataclass(frozen=True)
 class AViTGate:
-    """A-ViT's rule (arXiv 2112.07658): every token adds up its halting scores and stops where they reach 1.
+    """A-ViT's rule (arXiv 2112.07658): every token adds up its halting scores and stops once they reach 1.
 
     h = sigmoid(gate_scale * x[..., 0] - gate_center) for active tokens, 0 for halted ones; a token goes on while the
-    sum of its h stays below 1 - halt_epsilon; every token stops at the last layer. The token of a layer weighs h where
-    the token goes on, the remainder 1 - (sum of earlier h) where it stops.
+    sum of its h is below 1 - halt_epsilon; every token stops at the last layer. A token's value in a layer has weight h
+    if the token goes on, and the remainder 1 - (sum of earlier h) if it stops there. Raises ValueError unless
+    halt_epsilon lies between 0 and 1.
     """
 
     gate_scale: float
@@ -39,14 +40,14 @@ class AViTGate:
             raise ValueError(f"halt_epsilon is {self.halt_epsilon}: it must lie between 0 and 1")
 
     def describe(self) -> str:
-        """Such as "gate 10 / 30"."""
+        """Scale and center, such as "gate 10 / 30"."""
         return f"gate {self.gate_scale:g} / {self.gate_center:g}"
 
     def check(self, config: Any) -> None:
-        """Every model has a channel 0."""
+        """Accepts every model: the gate only needs channel 0."""
 
     def module(self, model: Any) -> None:
-        """There is none: the gate reads channel 0 of the embedding."""
+        """None: the gate reads channel 0 of the embedding and has no parameters."""
 
     def initial(self, batch: int, config: Any, draw: Any = None) -> State:
         """All tokens active, nothing accumulated."""
@@ -93,7 +94,7 @@ class AViTGate:
         return new_state, Trace(of_tokens={"halting_score": halting_score})
 
     def finish(self, state: State, images: Bool[Array, "b 1"]) -> State:
-        """Tokens that are left in these images stop; they weigh what is left, as where a token stops by itself."""
+        """Stop the tokens that are active in these images; the remainder adds to their ponder cost, as at any stop."""
         dropped = state.active & images
         ponder_cost = state.of_tokens["ponder_cost"] + jnp.where(dropped, state.of_tokens["remainder"], 0)
         return dataclasses.replace(
@@ -101,7 +102,7 @@ class AViTGate:
         )
 
     def head_logits(self, state: State) -> None:
-        """The model's heads read the weighted sum over layers, state.output."""
+        """None: the model's heads read the weighted sum over layers, state.output."""
 
     def losses(
         self,
@@ -120,5 +121,5 @@ class AViTGate:
         return {"classification": classify(head_logits), "ponder": ponder, "prior": prior}
 
     def extra_macs(self, config: Any, token_depth: Int[Array, "b n"]) -> Float[Array, " b"]:
-        """Nothing: a sigmoid for each token is not counted, as in the paper."""
+        """Zero: the sigmoid of each token is not counted, as in the paper."""
         return jnp.zeros(len(token_depth))

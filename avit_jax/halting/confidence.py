@@ -1,4 +1,4 @@
-"""Confidence exit: a whole image stops at the first layer in which its class is sure enough (BranchyNet, DeeBERT)."""
+"""Confidence exit: a whole image stops at the first layer that is confident of its class (BranchyNet, DeeBERT)."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -17,10 +17,11 @@ from avit_jax.model.seen import Seen
 class ConfidenceExit:
     """An image leaves after the first layer l >= first_layer with max softmax(e_l(x_l)) > threshold, or after the last.
 
-    Its logits are then e_l's, the exit's of that layer; layers count from 0. With own_heads every layer has a LayerNorm
-    and linear heads of its own, started from the model's; else all share the model's norm and heads, and nothing is
-    learnt. A distilled model's e_l is the mean of both heads. Training computes every layer of every image, and the
-    loss is the mean over the layers of the classification loss of e_l (arXiv 1709.01686); threshold takes no part.
+    Layers count from 0. e_l is the exit of layer l, and the image's logits are those of the exit where it leaves. With
+    own_heads every layer has its own LayerNorm and linear heads, initialised from the model's. Otherwise all layers
+    share the model's norm and heads, and the rule has no parameters. In a distilled model e_l is the mean of both
+    heads. Training computes every layer of every image. Its loss is the mean over layers of the classification loss of
+    e_l (arXiv 1709.01686), and threshold has no effect.
 
     Raises ValueError for a threshold outside 0..1, and for a first_layer below 0.
     """
@@ -48,28 +49,28 @@ class ConfidenceExit:
         return frozenset() if self.own_heads else frozenset({"logits"})
 
     def describe(self) -> str:
-        """Such as "confidence exit above 0.9, own heads"."""
+        """The settings, such as "confidence exit above 0.9, own heads"."""
         first = f" from layer {self.first_layer}" if self.first_layer else ""
         return f"confidence exit above {self.threshold:g}{first}{', own heads' if self.own_heads else ''}"
 
     def check(self, config: Any) -> None:
-        """Raises ValueError for a model without classes, of fewer layers, or whose own heads would read a mean."""
+        """Raises ValueError for a model without classes, with too few layers, or whose own heads would read a mean."""
         if not config.num_classes:
-            raise ValueError("a confidence exit asks for the classes and num_classes is 0: load a model with a head")
+            raise ValueError("a confidence exit needs class logits and num_classes is 0: load a model with a head")
         if self.first_layer >= config.depth:
             raise ValueError(f"first_layer is {self.first_layer} and the last layer is {config.depth - 1}: lower it")
         if self.own_heads and config.pool != "token":
             raise ValueError(f"own_heads read the class token and pool is {config.pool!r}: give own_heads=False")
 
     def module(self, model: Any) -> "ExitHeads | None":
-        """The heads of every layer, started from the model's."""
+        """The heads of every layer, initialised from the model's; None without own_heads."""
         if not self.own_heads:
             return None
         heads = [model.head, model.head_dist] if model.config.distilled else [model.head]
         return ExitHeads(model.norm, heads, model.config.depth)
 
     def initial(self, batch: int, config: Any, draw: Any = None) -> State:
-        """All images going on, without logits."""
+        """All images active, with logits of 0."""
         state = first_state(batch, config.num_tokens, config.num_outputs, config.embed_dim)
         logits = jnp.zeros((batch, 1 + config.distilled, config.num_classes))
         return dataclasses.replace(state, of_images={"head_logits": logits})
@@ -101,11 +102,11 @@ class ConfidenceExit:
         return new_state, Trace(of_images={"logits": by_image})
 
     def finish(self, state: State, images: Bool[Array, "b 1"]) -> State:
-        """These images stop with what they have."""
+        """Stop these images; they keep the logits that they have."""
         return dataclasses.replace(state, active=state.active & ~images)
 
     def head_logits(self, state: State) -> Float[Array, "heads b k"]:
-        """What the exit of each image said."""
+        """The logits of the exit where each image left."""
         return state.of_images["head_logits"].swapaxes(0, 1)
 
     def losses(
@@ -123,7 +124,7 @@ class ConfidenceExit:
         return {"classification": jax.vmap(classify)(of_layers).mean()}
 
     def extra_macs(self, config: Any, token_depth: Int[Array, "b n"]) -> Float[Array, " b"]:
-        """D * C for every head and layer in which it was asked; the one that gave the logits is counted as the head."""
+        """D * C for each head of an exit computed before the one that gave the logits, which is counted as the head."""
         asked = jnp.maximum(token_depth[:, 0] - 1 - self.first_layer, 0)
         return asked.astype(jnp.float32) * (1 + config.distilled) * config.head_inputs * config.num_classes
 
@@ -137,7 +138,7 @@ class ExitHeads(nnx.Module):
         self.head_dist = _stacked(heads[1], depth) if len(heads) > 1 else None
 
     def __call__(self, outputs: Float[Array, "b s d"], layer: Int[Array, ""] | int) -> Float[Array, "heads b k"]:
-        """The logits of the heads of a layer from the values of their tokens in it."""
+        """The logits of a layer's heads. outputs: its first tokens, which the heads read; layer: counted from 0."""
         outputs = _of_layer(self.norm, layer)(outputs)
         heads = [self.head] if self.head_dist is None else [self.head, self.head_dist]
         return jnp.stack([_of_layer(head, layer)(outputs[:, token]) for token, head in enumerate(heads)])

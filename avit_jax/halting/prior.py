@@ -14,7 +14,7 @@ PRIORS = ("official", "kl")
 
 @dataclasses.dataclass(frozen=True)
 class AViTLoss(Settings):
-    """The part of config.loss that A-ViT adds. Raises ValueError for values that cannot be."""
+    """The part of config.loss that A-ViT adds. Raises ValueError for a value out of range."""
 
     section = "loss"
 
@@ -22,11 +22,11 @@ class AViTLoss(Settings):
     prior_weight: float = setting(0.0, "Weight of the prior over the layers where tokens halt.", least=0)
     prior: str = setting(
         "kl",
-        "kl: the paper's Kullback-Leibler divergence; official: the published code's, always about layer 9.",
+        "kl: the paper's Kullback-Leibler divergence; official: that of the published code, always around layer 9.",
         choices=PRIORS,
     )
-    prior_target_depth: float = setting(9.0, "The layer about which the prior of kl lies.")
-    prior_deviation: float = setting(1.0, "Standard deviation of the prior of kl, in layers.", above=0)
+    prior_target_depth: float = setting(9.0, "Centre of the kl prior, in layers.")
+    prior_deviation: float = setting(1.0, "Standard deviation of the kl prior, in layers.", above=0)
 
 
 def _check_prior(kind: str) -> None:
@@ -42,9 +42,9 @@ def ponder_loss(ponder_cost: Float[Array, "b n"], image_weight: Float[Array, " b
 def log_depth_prior(num_layers: int, kind: str, target_depth: float, deviation: float = 1.0) -> Float[Array, " l"]:
     """Logarithm of the target distribution over layers 1..L: a bell around a layer.
 
-    "kl": the normal density at 1..L around target_depth, normalised; deviation in layers. "official": as the published
-    code has it, around layer 9 with deviation 1 whatever the arguments say, times 0.98 / (sum of the first 8 values);
-    it does not sum to 1. Raises ValueError for an unknown kind.
+    "kl": the normal density at 1..L around target_depth, normalised; deviation in layers. "official": as in the
+    published code, a normal density around layer 9 with deviation 1, whatever the arguments are, times 0.98 / (sum of
+    the first 8 values); it does not sum to 1. Raises ValueError for an unknown kind.
     """
     _check_prior(kind)
     layers = jnp.arange(1, num_layers + 1, dtype=jnp.float32)
@@ -59,9 +59,10 @@ def prior_loss(
 ) -> Float[Array, ""]:
     """How far the mean halting scores H by layer are from the depth prior p, in nats; q = H / sum(H).
 
-    "kl": KL(q || p), as in the paper. "official": sum(p * (log p - log q)) / L with q clipped to 0.01..0.99, counted
-    when positive. q is computed as softmax(log(max(H, tiny))): a far gate gives H near 1e-33, where the gradient of
-    the plain quotient overflows. Raises ValueError for an unknown kind.
+    "kl": KL(q || p), as in the paper. "official": sum(p * (log p - log q)) / L with q clipped to 0.01..0.99, and 0 if
+    that is negative. target_depth and deviation: in layers, as for log_depth_prior. q is computed as softmax(log(max(H,
+    tiny))), because a gate far out of range gives H near 1e-33, where the gradient of the plain quotient overflows.
+    Raises ValueError for an unknown kind.
     """
     log_prior = log_depth_prior(layer_halting_mean.shape[0], kind, target_depth, deviation)
     log_halting = jnp.log(jnp.maximum(layer_halting_mean, jnp.finfo(jnp.float32).tiny))

@@ -1,4 +1,4 @@
-"""What a halting rule is: it says after every layer which tokens of each image stop."""
+"""The protocol of halting rules: after every layer, a rule decides which tokens of each image stop."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -14,7 +14,7 @@ from avit_jax.model.seen import Seen
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class State:
-    """What is remembered between two layers; N counts the special tokens first.
+    """What is kept between two layers; along N, the special tokens come first.
 
     A rule keeps its own fields in of_tokens and of_images, so that an execution can reorder tokens and images without
     knowing the rule.
@@ -22,7 +22,7 @@ class State:
 
     active: Bool[Array, "b n"]  # True while the token is computed
     token_depth: Int[Array, "b n"]  # layers that processed the token
-    output: Float[Array, "b s d"]  # final values so far, of the first s tokens only: those that the heads read
+    output: Float[Array, "b s d"]  # final values so far, only of the first s tokens, which the heads read
     of_tokens: dict[str, Shaped[Array, "b n ..."]] = dataclasses.field(default_factory=dict)
     of_images: dict[str, Shaped[Array, "b ..."]] = dataclasses.field(default_factory=dict)
 
@@ -30,7 +30,7 @@ class State:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Trace:
-    """What one layer leaves for the losses and for the output; lax.scan stacks the layers on a first axis."""
+    """What one layer records for the losses and the output; lax.scan stacks the layers along a first axis."""
 
     of_tokens: dict[str, Shaped[Array, "*l b n"]] = dataclasses.field(default_factory=dict)
     of_images: dict[str, Shaped[Array, "..."]] = dataclasses.field(default_factory=dict)  # [b ...], stacked [l b ...]
@@ -38,11 +38,11 @@ class Trace:
 
 @dataclasses.dataclass(frozen=True)
 class NoLossSettings:
-    """What the losses of a rule take where there is nothing to set."""
+    """The loss settings of a rule that has none."""
 
 
 def first_state(batch: int, num_tokens: int, num_outputs: int, embed_dim: int) -> State:
-    """The state before layer 1, without fields of a rule: all tokens active, nothing accumulated."""
+    """The state before layer 1, without a rule's own fields: all tokens active, nothing accumulated."""
     return State(
         active=jnp.ones((batch, num_tokens), bool),
         token_depth=jnp.zeros((batch, num_tokens), jnp.int32),
@@ -51,36 +51,36 @@ def first_state(batch: int, num_tokens: int, num_outputs: int, embed_dim: int) -
 
 
 def drop_halted(tokens: Float[Array, "b n d"], active: Bool[Array, "b n"]) -> Float[Array, "b n d"]:
-    """Tokens with the halted ones set to zero; a choice, not a product, because 0 * NaN is NaN."""
+    """Tokens with the halted ones set to zero; not by a product, because 0 * NaN is NaN."""
     return jnp.where(active[..., None], tokens, 0)
 
 
 @runtime_checkable
 class Halting(Protocol):
-    """A rule by which every image keeps its own number of tokens: a frozen dataclass of settings, static under jit."""
+    """A rule under which each image keeps its own number of tokens: a frozen dataclass of settings, static in jit."""
 
     name: ClassVar[str]  # in config.json, and in front of the settings in "NAME(setting=value)"
     masks_in_training: ClassVar[bool]  # False: training computes every token in every layer
-    sweeps: ClassVar[tuple[str, ...]]  # its settings that may change at test time
-    advice: ClassVar[str]  # what to do where no token halts
-    loss_settings: ClassVar[type]  # a frozen dataclass: what `losses` takes as settings
-    learning_rate_factors: ClassVar[Mapping[str, float]]  # by part of a parameter's path
+    sweeps: ClassVar[tuple[str, ...]]  # settings that a sweep can change without training
+    advice: ClassVar[str]  # what to do if no token halts
+    loss_settings: ClassVar[type]  # frozen dataclass of the settings that `losses` takes
+    learning_rate_factors: ClassVar[Mapping[str, float]]  # the factor for each part of a parameter's path
 
     @property
     def reads(self) -> frozenset[str]:
-        """The fields of Seen that it wants besides tokens and active."""
+        """The fields of Seen that the rule needs in addition to tokens and active."""
         ...
 
     def describe(self) -> str:
-        """The rule and its settings in a few words, for what is printed."""
+        """The rule and its settings in a few words, for messages and tables."""
         ...
 
     def check(self, config: Any) -> None:
-        """Raises ValueError where a model of this configuration cannot have the rule."""
+        """Raises ValueError if the rule does not fit a model of this configuration."""
         ...
 
     def module(self, model: Any) -> Any:
-        """The parameters that the rule brings, an nnx.Module made from an AViT's norm and heads; None: there are none.
+        """The rule's own parameters, an nnx.Module made from an AViT's norm and heads; None if there are none.
 
         The model keeps it as model.rule_module.
         """
@@ -99,15 +99,18 @@ class Halting(Protocol):
         is_last: Bool[Array, ""] | bool,
         module: Any = None,
     ) -> tuple[State, Trace]:
-        """The state after a layer (from 0), and what it leaves for the losses; module: the rule's own parameters."""
+        """The state after a layer, and what the layer records for losses and output.
+
+        seen: what the rule reads of the layer. layer: counted from 0. module: the rule's own parameters.
+        """
         ...
 
     def finish(self, state: State, images: Bool[Array, "b 1"]) -> State:
-        """The state where these images stop now: nothing that the logits read is left in them."""
+        """The state after these images stop early, because no token that the logits read is active in them."""
         ...
 
     def head_logits(self, state: State) -> Float[Array, "heads b k"] | None:
-        """The logits of each head where the rule has them already; None: the model's heads read state.output."""
+        """The logits of each head if the rule has them already; None if the model's heads read state.output."""
         ...
 
     def losses(
@@ -122,11 +125,12 @@ class Halting(Protocol):
     ) -> dict[str, Float[Array, ""]]:
         """Every term of the objective by name, weighted; their sum is minimised.
 
-        trace: of all layers, stacked. classify: the mean classification loss of logits against the batch's targets,
-        distillation included. settings: a loss_settings. image_weight: 0 for images that count for nothing.
+        trace: of all layers, stacked. state: after the last layer. classify: the mean classification loss of logits
+        against the batch's targets, distillation included. settings: of the type loss_settings. image_weight: 0 for
+        images that do not count.
         """
         ...
 
     def extra_macs(self, config: Any, token_depth: Int[Array, "b n"]) -> Float[Array, " b"]:
-        """Multiply-adds of each image that the rule itself costs."""
+        """Multiply-adds that the rule itself adds to each image."""
         ...

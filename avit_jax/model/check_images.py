@@ -1,4 +1,4 @@
-"""What the model takes: refused with a reason where images are anything else."""
+"""The check of images before a model runs: anything but its input is refused with the reason and the fix."""
 
 from typing import Any
 

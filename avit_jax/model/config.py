@@ -1,4 +1,4 @@
-"""What a model is: its architecture, its gate, and the preprocessing and class names that travel with it."""
+"""The configuration of a model: architecture, rule, and the preprocessing and class names saved with it."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -20,7 +20,10 @@ POOLS = ("token", "mean_norm", "norm_mean", "token_and_mean")
 
 @dataclasses.dataclass(frozen=True)
 class Preprocessing:
-    """How an image becomes what the model takes; values per channel, in units of 0..1 pixels."""
+    """How an image is prepared for the model; mean and std are per channel, for pixels of 0..1.
+
+    Raises ValueError for values that are out of range.
+    """
 
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
@@ -44,24 +47,26 @@ class Preprocessing:
 class AViTConfig:
     """Architecture and rule of a model; hashable, and written as JSON beside every checkpoint.
 
-    rule says which tokens go on. None: A-ViT's gate where gate_scale is given, else a plain ViT in which every token
-    runs through all layers. A rule given here wins over the gate. Raises ValueError where the numbers do not fit
-    together.
+    rule decides which tokens go on. None means A-ViT's gate if gate_scale is given, and otherwise a plain ViT in which
+    every token runs through all layers. A rule given here takes precedence over the gate.
 
-    pool says what the head reads: "token" the class token after the final LayerNorm; "mean_norm" the mean of the
-    patches, then LayerNorm (timm's fc_norm, MAE); "norm_mean" LayerNorm, then the mean of the patches (AugReg's GAP);
-    "token_and_mean" LayerNorm, then the class token beside the mean of the patches (DINOv2's classifier). The value of
-    a token is its weighted sum over layers, and the mean is over all patches. num_registers tokens come after the class
-    (and distillation) token and before the patches. With num_classes 0 there is no head: logits are what it would read.
+    pool is what the head reads: "token", the class token after the final LayerNorm; "mean_norm", the mean of the
+    patches, then LayerNorm (timm's fc_norm, MAE); "norm_mean", LayerNorm, then the mean of the patches (AugReg's GAP);
+    "token_and_mean", LayerNorm, then the class token beside the mean of the patches (DINOv2's classifier). The value of
+    a token is its weighted sum over layers, and the mean is over all patches. The num_registers register tokens come
+    after the class (and distillation) token and before the patches. With num_classes 0 there is no head, and the logits
+    are the features that it would read.
+
+    Raises ValueError if the values do not fit together.
     """
 
     image_size: int | Sequence[int] = setting(224, "Pixels: one side, or (height, width).")
-    patch_size: int = setting(16, "Side of a patch in pixels; it divides height and width.")
+    patch_size: int = setting(16, "Side of a patch in pixels; height and width must be multiples of it.")
     in_channels: int = setting(3, "Channels of an image.")
     num_classes: int = setting(1000, "Classes; 0: no head.")
     embed_dim: int = setting(192, "Width of a token.")
     depth: int = setting(12, "Layers.")
-    num_heads: int = setting(3, "Heads of the attention; they divide embed_dim.")
+    num_heads: int = setting(3, "Attention heads; embed_dim must be a multiple of their number.")
     mlp_ratio: float = setting(4.0, "Width of the MLP's hidden layer, in units of embed_dim.")
     qkv_bias: bool = setting(True, "Whether queries, keys and values have biases.")
     distilled: bool = setting(False, "Whether there is a distillation token, with a head of its own.")
@@ -71,17 +76,17 @@ class AViTConfig:
     norm_epsilon: float = setting(1e-6, "Added to the variance in every LayerNorm.")
     gate_scale: float | None = setting(None, "Halting score: sigmoid(gate_scale * channel 0 - gate_center).")
     gate_center: float | None = setting(None, "See gate_scale; without both no token ever halts.")
-    halt_epsilon: float = setting(0.01, "A token stops where its halting scores add up to 1 - halt_epsilon.")
-    rule: Halting | Reduction | None = setting(None, "Another rule than the gate's, as tome(r=8).")
-    drop_rate: float = setting(0.0, "Dropout in training: of embeddings, attention output and MLP.")
-    drop_path_rate: float = setting(0.0, "Stochastic depth in training: the last layer's rate; the first has 0.")
-    dtype: str = setting("float32", "Of matrix products: float32 or bfloat16. Parameters are float32.")
-    remat: bool = setting(False, "Compute activations again in the backward pass, instead of keeping them.")
+    halt_epsilon: float = setting(0.01, "A token stops once its halting scores add up to 1 - halt_epsilon.")
+    rule: Halting | Reduction | None = setting(None, "A rule to use instead of the gate, such as tome(r=8).")
+    drop_rate: float = setting(0.0, "Dropout rate in training, for embeddings, attention output and MLP.")
+    drop_path_rate: float = setting(0.0, "Stochastic depth in training: rate of the last layer; the first has 0.")
+    dtype: str = setting("float32", "Type of matrix products: float32 or bfloat16. Parameters are float32.")
+    remat: bool = setting(False, "Recompute activations in the backward pass instead of keeping them.")
     preprocessing: Preprocessing = Preprocessing()
     class_names: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.rule, AViTGate):  # whose settings have fields of their own
+        if isinstance(self.rule, AViTGate):  # its settings have fields of their own
             for name, value in dataclasses.asdict(self.rule).items():
                 object.__setattr__(self, name, value)
             object.__setattr__(self, "rule", None)
@@ -159,29 +164,29 @@ class AViTConfig:
 
     @property
     def num_special(self) -> int:
-        """Tokens before the patches: class, distillation and registers, as far as there are any."""
+        """The number of tokens before the patches: class, distillation and register tokens, if any."""
         return self.class_token + self.distilled + self.num_registers
 
     @property
     def num_outputs(self) -> int:
-        """Tokens whose weighted sums over layers are kept, the first ones: for a mean over patches all of them."""
+        """The number of first tokens whose weighted sums over layers are kept; all tokens if the head reads a mean."""
         return 1 + self.distilled if self.pool == "token" else self.num_tokens
 
     @property
     def tokens_read(self) -> tuple[bool, ...]:
-        """For each token whether the logits depend on its value; an image is finished when these have halted."""
+        """For each token, whether the logits depend on it; an image is finished once all of these have halted."""
         patches = self.num_tokens - self.num_special
         special = [self.pool in ("token", "token_and_mean")] * (self.class_token + self.distilled)
         return (*special, *[False] * self.num_registers, *[self.pool != "token"] * patches)
 
     @property
     def head_inputs(self) -> int:
-        """Features that a head reads."""
+        """The number of features that a head reads."""
         return (2 if self.pool == "token_and_mean" else 1) * self.embed_dim
 
     @property
     def num_tokens(self) -> int:
-        """Special tokens and patches."""
+        """The number of special tokens and patches."""
         return self.num_special + self.patch_grid[0] * self.patch_grid[1]
 
     @property
@@ -191,7 +196,7 @@ class AViTConfig:
 
     @property
     def halting(self) -> Halting | None:
-        """The rule by which every image keeps its own number of tokens, if that is the kind in force."""
+        """The halting rule in force, under which each image keeps its own number of tokens, or None."""
         if self.rule is not None:
             return self.rule if isinstance(self.rule, Halting) else None
         if self.gate_scale is None or self.gate_center is None:
@@ -200,12 +205,12 @@ class AViTConfig:
 
     @property
     def reduction(self) -> Reduction | None:
-        """The rule by which every image has the same number of tokens, if that is the kind in force."""
+        """The reduction rule in force, under which all images have the same number of tokens, or None."""
         return self.rule if isinstance(self.rule, Reduction) else None
 
     @property
     def rule_in_force(self) -> Halting | Reduction | None:
-        """The rule of either kind, A-ViT's gate included; None: every token runs through all layers."""
+        """The rule in force, of either kind and including A-ViT's gate; None if every token runs through all layers."""
         return self.reduction or self.halting
 
     @property
@@ -222,14 +227,14 @@ class AViTConfig:
 
     @classmethod
     def from_json(cls, parts: Any) -> "AViTConfig":
-        """The inverse of to_json. Anyone may have written the parts: ValueError names the field that is wrong."""
+        """The inverse of to_json. The parts may come from a stranger: ValueError names the field that is wrong."""
         if not isinstance(parts, dict) or parts.keys() != {"model", "preprocessing", "class_names"}:
             raise ValueError("a model's configuration has three parts: model, preprocessing and class_names")
         preprocessing = typed_fields(Preprocessing, parts["preprocessing"], "preprocessing", _PREPROCESSING)
         content, rule = parts["model"], None
         if isinstance(content, dict):
             content = dict(content)
-            rule = content.pop("rule", None)  # files from before there were several rules have none
+            rule = content.pop("rule", None)  # a file written before there were several rules has none
         model = typed_fields(AViTConfig, content, "model", _NEEDED)
         if rule == {"name": AViTGate.name}:
             if model["gate_scale"] is None:
@@ -240,7 +245,7 @@ class AViTConfig:
         return AViTConfig(**{**model, **names, "preprocessing": Preprocessing(**preprocessing)})
 
 
-# Fields without which a configuration would silently mean another model; others may be missing in an old file.
+# Fields that a file must have: without one of them it would silently describe another model. Old files may lack others.
 _NEEDED = (
     "image_size",
     "patch_size",
@@ -253,7 +258,7 @@ _NEEDED = (
 )
 _PREPROCESSING = tuple(field.name for field in dataclasses.fields(Preprocessing))
 
-# With these other weights are needed, or the same weights would be another network.
+# A change to one of these needs other weights, or makes another network of the same weights.
 WEIGHTS_DEPEND_ON = (
     "patch_size",
     "in_channels",
@@ -268,44 +273,12 @@ WEIGHTS_DEPEND_ON = (
     "num_registers",
     "pool",
 )
-# A change to the same weights in which every token runs through all layers.
+# The changes that make a plain ViT of the same weights: every token runs through all layers.
 NO_RULE: dict[str, Any] = {"rule": None, "gate_scale": None, "gate_center": None}
-
-# DeiT's sizes (arXiv 2012.12877); the gates are those of the published recipe (base: our choice, as small).
-_SIZES: dict[str, dict[str, Any]] = {
-    "tiny": {"embed_dim": 192, "num_heads": 3},
-    "small": {"embed_dim": 384, "num_heads": 6},
-    "base": {"embed_dim": 768, "num_heads": 12},
-}
-_GATES = {"tiny": (10.0, 30.0), "small": (10.0, 75.0), "base": (10.0, 75.0)}
-
-PRESETS: dict[str, AViTConfig] = {
-    f"{family}_{size}{'_distilled' if distilled else ''}_patch16_{image_size}": AViTConfig(
-        image_size=image_size,
-        distilled=distilled,
-        gate_scale=_GATES[size][0] if family == "avit" else None,
-        gate_center=_GATES[size][1] if family == "avit" else None,
-        **_SIZES[size],
-    )
-    for family in ("avit", "deit")
-    for size in _SIZES
-    for distilled in (False, True)
-    for image_size in (224, 384)
-}
-
-
-def config_from(preset: str | None, **overrides: Any) -> AViTConfig:
-    """The configuration of a preset (None: AViTConfig's defaults), with fields replaced.
-
-    Raises ValueError for an unknown preset or field, naming the nearest one.
-    """
-    if preset is not None and preset not in PRESETS:
-        raise ValueError(f"there is no preset {preset!r}: {nearest(preset, PRESETS)}")
-    return changed(PRESETS[preset] if preset else AViTConfig(), **overrides)
 
 
 def changed(config: AViTConfig, **changes: Any) -> AViTConfig:
-    """The configuration with fields replaced. Raises ValueError for an unknown one, naming the nearest."""
+    """The configuration with fields replaced. Raises ValueError for an unknown field, naming the nearest one."""
     fields = {field.name for field in dataclasses.fields(AViTConfig)}
     for name in changes:
         if name not in fields:

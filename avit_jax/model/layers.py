@@ -11,14 +11,14 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray
 from avit_jax.model.config import AViTConfig
 from avit_jax.model.seen import Facts
 
-# The weight of each key in attention: which tokens are there (bool) or how much they count; None: all the same.
+# Weight of each key in attention: whether the token is there (bool) or how much it counts (float). None: all the same.
 Mass = Bool[Array, "b n"] | Float[Array, "b n"] | None
 
-# timm's trunc_normal_(std=0.02) cuts at +-2, not at +-2 deviations.
+# timm's trunc_normal_(std=0.02) truncates at +-2, which is +-100 standard deviations.
 INIT = nnx.initializers.truncated_normal(0.02, lower=-100.0, upper=100.0)
 
 
-@dataclasses.dataclass(frozen=True)  # equal where the bound is: a closure would have every model compiled anew
+@dataclasses.dataclass(frozen=True)  # compares by its bound: with a closure, every model would be compiled again
 class _Uniform:
     bound: float
 
@@ -30,7 +30,8 @@ def _wide_matmul(a: Array, b: Array) -> Float[Array, "..."]:
     """a @ b as float32."""
     if a.dtype == jnp.float32:
         return a @ b
-    # A CPU multiplies bfloat16 fast into float32 alone; elsewhere the result is rounded, so that less goes to memory.
+    # On a CPU, bfloat16 matmul is fast only with float32 output. Elsewhere the output is bfloat16, to write less
+    # memory.
     return jax.lax.platform_dependent(
         a,
         b,
@@ -52,8 +53,8 @@ def _matmul_backward(saved: tuple[Array, Array], gradient: Array) -> tuple[Array
     x, kernel = saved
     gradient = gradient.astype(x.dtype)
     rows, gradient_rows = x.reshape(-1, x.shape[-1]), gradient.reshape(-1, gradient.shape[-1])
-    # Reverse mode alone is defined. A CPU copies the operand that it must transpose: with the narrower one chosen a
-    # training step takes a tenth less.
+    # Only reverse mode is defined. A CPU copies the operand that it transposes; transposing the narrower one takes 10 %
+    # off a training step.
     if rows.shape[1] > gradient_rows.shape[1]:
         kernel_gradient = _wide_matmul(gradient_rows.T, rows).T
     else:
@@ -70,13 +71,13 @@ def _dot_general(x: Array, kernel: Array, *_: Any, **__: Any) -> Array:
 
 
 def gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """x * Phi(x), exact; jax.nn.gelu's erfc form is the same function and a tenth slower in training on a CPU."""
-    wide = x.astype(jnp.float32)  # 1 + erf cancels for negative x: not in bfloat16
+    """x * Phi(x), exactly. jax.nn.gelu's erfc form is the same function, but a tenth slower in training on a CPU."""
+    wide = x.astype(jnp.float32)  # 1 + erf cancels for negative x, which needs float32
     return (0.5 * wide * (1 + jax.lax.erf(wide * 0.5**0.5))).astype(x.dtype)
 
 
 def linear(inputs: int, outputs: int, dtype: str, rngs: nnx.Rngs, *, use_bias: bool = True) -> nnx.Linear:
-    """A linear layer that multiplies in `dtype`; its parameters and what it gives are float32."""
+    """A linear layer that multiplies in `dtype`; its parameters and its output are float32."""
     return nnx.Linear(
         inputs,
         outputs,
@@ -90,7 +91,7 @@ def linear(inputs: int, outputs: int, dtype: str, rngs: nnx.Rngs, *, use_bias: b
 
 def layer_norm(config: AViTConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
     """LayerNorm in float32."""
-    # The fast variance E[x^2] - E[x]^2 cancels where a token's mean is large.
+    # The fast variance E[x^2] - E[x]^2 loses precision if a token's mean is large.
     return nnx.LayerNorm(config.embed_dim, epsilon=config.norm_epsilon, use_fast_variance=False, rngs=rngs)
 
 
@@ -127,7 +128,8 @@ class Attention(nnx.Module):
     """Multi-head self-attention in which every key has a mass.
 
     Query i gives key n the weight mass[n] * exp(score[i, n]) / sum_m mass[m] * exp(score[i, m]). A boolean mass leaves
-    keys out: halted tokens. A float mass is the number of patches a token stands for, or a probability that it is kept.
+    out keys, such as halted tokens. A float mass is the number of patches that a token stands for, or the probability
+    that it is kept.
     """
 
     def __init__(self, config: AViTConfig, *, rngs: nnx.Rngs) -> None:
@@ -137,7 +139,7 @@ class Attention(nnx.Module):
         self.proj = linear(config.embed_dim, config.embed_dim, config.dtype, rngs)
 
     def query_key_value(self, x: Float[Array, "b n d"]) -> tuple[Array, Array, Array]:
-        """[B, H, N, d] each: plain batched matmuls, twice as fast on a CPU as [B, N, H, d]."""
+        """Query, key and value, each [B, H, N, d]; on a CPU, batched matmuls are twice as fast as with [B, N, H, d]."""
         batch, tokens, dim = x.shape
         shape = (batch, tokens, self.num_heads, dim // self.num_heads)
         mixed = self.qkv(x).astype(self.qkv.dtype)
@@ -147,13 +149,13 @@ class Attention(nnx.Module):
     def __call__(
         self, x: Float[Array, "b n d"], mass: Mass = None, reads: frozenset[str] = frozenset()
     ) -> tuple[Float[Array, "b n d"], Facts]:
-        """What every token gets, and the facts that `reads` names (Seen); mass None: every key weighs the same."""
+        """The attention output of every token, and the facts that `reads` names (fields of Seen). mass None: all 1."""
         query, key, value = self.query_key_value(x)
         weights, total = _attention_weights(query, key, mass)
         return self._projected(weights, total, value), self._facts(weights, total, key, value, reads)
 
     def read(self, x: Float[Array, "b n d"], mass: Mass, queries: int) -> Float[Array, "b q d"]:
-        """What the first `queries` tokens get; for the others no more than key and value is computed."""
+        """The attention output of the first `queries` tokens; for the others only key and value are computed."""
         batch, _, dim = x.shape
         kernel, bias = self.qkv.kernel[...], self.qkv.bias[...] if self.qkv.bias is not None else None
         x = x.astype(self.qkv.dtype)
@@ -200,13 +202,13 @@ def _attention_weights(query: Array, key: Array, mass: Mass) -> tuple[Array, Arr
     weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
     if mass is not None and mass.dtype != bool:
         weights = weights * mass[:, None, None, :]
-        # Where no key has any mass the weights and their sum are 0.
+        # If no key has any mass, the weights and their sum are 0.
         return weights, jnp.maximum(weights.sum(-1, keepdims=True), jnp.finfo(jnp.float32).tiny)
     return weights, weights.sum(-1, keepdims=True)
 
 
 class Mlp(nnx.Module):
-    """Two linear layers with the exact (erf) GELU between."""
+    """Two linear layers with the exact (erf) GELU between them."""
 
     def __init__(self, config: AViTConfig, *, rngs: nnx.Rngs) -> None:
         self.fc1 = linear(config.embed_dim, config.mlp_dim, config.dtype, rngs)
@@ -214,13 +216,13 @@ class Mlp(nnx.Module):
         self.drop = nnx.Dropout(config.drop_rate)
 
     def __call__(self, x: Float[Array, "b n d"], key: PRNGKeyArray | None) -> Array:
-        """Each token by itself; without a key nothing is dropped."""
+        """The output for each token. key: draws dropout; None: no dropout."""
         hidden = gelu(self.fc1(x))
         return self.fc2(self.drop(hidden, deterministic=key is None, rngs=key))
 
 
 def drop_path(branch: Float[Array, "b n d"], rate: Float[Array, ""], key: PRNGKeyArray) -> Float[Array, "b n d"]:
-    """Stochastic depth (arXiv 1603.09382): the branch of whole images dropped with `rate`, the kept ones scaled up."""
+    """Stochastic depth (arXiv 1603.09382): drop the branch of whole images with `rate`, scale up the rest."""
     keep = jax.random.bernoulli(key, 1 - rate, (branch.shape[0], 1, 1))
     return jnp.where(keep, branch / (1 - rate), 0)
 
@@ -242,7 +244,11 @@ class Block(nnx.Module):
         drop_path_rate: Float[Array, ""] | None = None,
         key: PRNGKeyArray | None = None,
     ) -> Float[Array, "b n d"]:
-        """One layer; mass None: every key weighs the same. Without a key nothing is dropped."""
+        """The output of the layer.
+
+        mass: of each key; None: all 1. drop_path_rate: of stochastic depth; None: no stochastic depth. key: draws
+        dropout and stochastic depth; None: neither.
+        """
         y, _ = self.attend(x, mass, drop_path_rate, key)
         return self.transform(y, drop_path_rate, key)
 
@@ -283,6 +289,6 @@ class Block(nnx.Module):
         return branch if drop_path_rate is None else drop_path(branch, drop_path_rate, path_key)
 
     def read(self, x: Float[Array, "b n d"], mass: Mass, queries: int) -> Float[Array, "b q d"]:
-        """The first `queries` tokens after this layer, nothing dropped; the others are keys and values alone."""
+        """The first `queries` tokens after this layer, without dropout; the others serve as keys and values."""
         first = x[:, :queries] + self.attn.read(self.norm1(x), mass, queries).astype(x.dtype)
         return first + self.mlp(self.norm2(first), None).astype(x.dtype)

@@ -1,4 +1,4 @@
-"""What a model says of a batch."""
+"""The output of a model for a batch."""
 
 import dataclasses
 from typing import Any
@@ -11,24 +11,24 @@ from jaxtyping import Array, Float, Int
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class AViTOutput:
-    """What a model says of a batch; N counts the special tokens first."""
+    """The output of a model for a batch; along N, the special tokens come first."""
 
-    logits: Float[Array, "b c"]  # mean of the heads; with num_classes 0 what they would read
+    logits: Float[Array, "b c"]  # mean of the heads; with num_classes 0, the features that they would read
     head_logits: Float[Array, "heads b c"]  # class head, then distillation head
     token_depth: Int[Array, "b n"]  # layers that processed the token, 1..L
     ponder_cost: Float[Array, "b n"]  # layers + remainder
-    halting_scores: Float[Array, "l b n"]  # 0 where the token had halted
+    halting_scores: Float[Array, "l b n"]  # 0 for a token that had halted
 
 
 def _output_of(aux_data: Any, children: Any) -> AViTOutput:
-    """jax.export builds it of shapes, which the constructor's types do not allow."""
+    """jax.export builds the output from shapes, which the type check of the constructor would refuse."""
     output = object.__new__(AViTOutput)
     for field, child in zip(dataclasses.fields(AViTOutput), children, strict=True):
         object.__setattr__(output, field.name, child)
     return output
 
 
-# What jax.export needs to write a program that returns it.
+# jax.export needs this for a program that returns an AViTOutput.
 jax.export.register_pytree_node_serialization(
     AViTOutput,
     serialized_name="avit_jax.AViTOutput",

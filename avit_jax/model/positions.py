@@ -1,4 +1,4 @@
-"""Position embeddings resized to another resolution, by the same bicubic interpolation as PyTorch's."""
+"""Position embeddings resized to another resolution, with the bicubic interpolation of PyTorch."""
 
 import numpy as np
 from jaxtyping import Array, Float

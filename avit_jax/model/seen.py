@@ -1,13 +1,13 @@
-"""What a rule may look at in a layer."""
+"""What a rule can see of a layer."""
 
 import dataclasses
 
 import jax
 from jaxtyping import Array, Bool, Float, Shaped
 
-# What attention tells a rule that asks for it by name in `reads`.
+# Fields of Seen that attention computes, for a rule whose `reads` names them.
 FROM_ATTENTION = frozenset({"class_attention", "attention_received", "key_mean", "value_norm"})
-# What is known only where a layer computes all its tokens, not those alone that the heads read.
+# Fields of Seen that exist only if a layer computes all its tokens, not just those that the heads read.
 WHOLE_LAYER = FROM_ATTENTION | {"before"}
 
 
@@ -21,11 +21,11 @@ class Seen:
 
     tokens: Float[Array, "b n d"] | None = None  # after the block, or between attention and MLP
     before: Float[Array, "b n d"] | None = None  # as they entered the block
-    class_attention: Float[Array, "b n"] | None = None  # what the class token attends to; mean over heads (and rows)
+    class_attention: Float[Array, "b n"] | None = None  # attention from class (and distillation) token; mean over heads
     attention_received: Float[Array, "b n"] | None = None  # mean over heads and queries
     key_mean: Float[Array, "b n c"] | None = None  # mean of the keys over heads
     value_norm: Float[Array, "b n"] | None = None  # length of the values of all heads as one vector
-    logits: Float[Array, "heads b k"] | None = None  # of every exit head, for the special tokens of this layer
+    logits: Float[Array, "heads b k"] | None = None  # of each head, for this layer's tokens
     size: Float[Array, "b n"] | None = None  # patches a token stands for
     active: Bool[Array, "b n"] | None = None  # the tokens that this layer computed
 

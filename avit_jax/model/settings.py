@@ -8,24 +8,26 @@ from avit_jax.model.config import AViTConfig
 from avit_jax.rules import parse_rule
 from avit_jax.runtime.settings import Settings, setting
 
-# These come with the data: config.data has mean, std, crop_fraction, interpolation and class_names.
+# These come from the data: config.data has mean, std, crop_fraction, interpolation and class_names.
 _FROM_DATA = ("preprocessing", "class_names")
 _KINDS = {"image_size": Any, "rule": str}  # a rule is text here, such as "tome(r=8)"
-# These are the data's own where images lie in memory.
+# For images in memory the data decide these.
 _OF_IMAGES = ("image_size", "in_channels", "num_classes")
 
 
 @dataclasses.dataclass(frozen=True)
 class _ModelSettings(Settings):
-    """config.model: what a config says about the architecture. None means "not said here".
+    """config.model: what a config says about the architecture. None means that the config does not set the field.
 
-    The value is then the preset's, the data's (image size, channels, classes of images in memory) or AViTConfig's
-    default. Raises ValueError for an image size that is neither a number nor (height, width).
+    The value then comes from the preset, from the data (image size, channels and classes of images in memory), or it is
+    AViTConfig's default. Raises ValueError for an image size that is neither a number nor (height, width).
     """
 
     section = "model"
 
-    preset: str | None = setting(None, "Sizes to start from, as deit_tiny_patch16_224; None: AViTConfig's defaults.")
+    preset: str | None = setting(
+        None, "Preset to start from, such as deit_tiny_patch16_224; None: AViTConfig's defaults."
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -35,12 +37,12 @@ class _ModelSettings(Settings):
 
     @property
     def given(self) -> dict[str, Any]:
-        """The fields of AViTConfig that have a value here."""
+        """The fields of AViTConfig that have a value here. Raises ValueError for a rule that cannot be read."""
         names = [field.name for field in dataclasses.fields(self) if field.name != "preset"]
         found = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         size = found.get("image_size")
         if isinstance(size, tuple) and len(size) == 2 and size[0] == size[1]:
-            found["image_size"] = size[0]  # as the data say it
+            found["image_size"] = size[0]  # as it comes from the data
         if "rule" in found:
             try:
                 found["rule"] = parse_rule(found["rule"])

@@ -1,4 +1,4 @@
-"""AViT: a vision transformer, and the rule by which its tokens go on; masked execution (every token computed)."""
+"""AViT: a vision transformer whose rule decides which tokens go on; masked execution (every token computed)."""
 
 from typing import Any
 
@@ -10,10 +10,11 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray, Shaped
 
 from avit_jax.halting.rule import Halting, State, Trace, drop_halted
 from avit_jax.model.check_images import check_images
-from avit_jax.model.config import WEIGHTS_DEPEND_ON, AViTConfig, changed, config_from
+from avit_jax.model.config import WEIGHTS_DEPEND_ON, AViTConfig, changed
 from avit_jax.model.layers import INIT, Block, PatchEmbed, layer_norm, linear
 from avit_jax.model.output import AViTOutput
 from avit_jax.model.positions import resize_positions
+from avit_jax.model.presets import config_from
 from avit_jax.model.seen import Facts, Seen, of_attention
 from avit_jax.runtime.mesh import check_platform
 
@@ -29,7 +30,7 @@ def _stack_blocks(config: AViTConfig, rngs: nnx.Rngs) -> Block:
 
 
 class AViT(nnx.Module):
-    """Vision transformer with the rule of its configuration: A-ViT's gate (arXiv 2112.07658), another one, or none.
+    """Vision transformer with the rule of its configuration: A-ViT's gate (arXiv 2112.07658), another rule, or none.
 
     Raises ValueError for images that are not float32 [B, H, W, C] of the configured size.
     """
@@ -46,13 +47,13 @@ class AViT(nnx.Module):
         self.pos_embed = nnx.Param(INIT(rngs.params(), (1, config.num_tokens, config.embed_dim)))
         self.blocks = _stack_blocks(config, rngs)
         self.norm = layer_norm(config, rngs)
-        # In float32 whatever the matmuls are: bfloat16 would round 1,000 logits into ties.
+        # Heads are always float32: bfloat16 would round 1,000 logits into ties.
         if config.num_classes:
             self.head = linear(config.head_inputs, config.num_classes, "float32", rngs)
             if config.distilled:
                 self.head_dist = linear(config.head_inputs, config.num_classes, "float32", rngs)
         self.drop = nnx.Dropout(config.drop_rate)
-        # What the rule has to learn, where checkpoints and the optimiser see it.
+        # The rule's own parameters, as a submodule that checkpoints and the optimiser include.
         self.rule_module = config.halting.module(self) if config.halting is not None else None
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -66,7 +67,11 @@ class AViT(nnx.Module):
     def __call__(
         self, images: Shaped[Array | np.ndarray, "..."], *, deterministic: bool = True, rngs: nnx.Rngs | None = None
     ) -> AViTOutput:
-        """The output for a batch: masked execution, or shrinking execution under a rule that reduces the tokens."""
+        """The output for a batch, by masked execution, or by shrinking execution under a reduction rule.
+
+        images: float32 [B, H, W, C], as avit_jax.preprocess returns them. deterministic: False in training, which draws
+        dropout and stochastic depth from rngs.dropout. Raises ValueError for other images, or if rngs is missing.
+        """
         check_images(images, self.config)
         if not deterministic and rngs is None:
             raise ValueError("deterministic=False draws dropout: pass rngs=nnx.Rngs(dropout=key)")
@@ -75,13 +80,13 @@ class AViT(nnx.Module):
     def forward(
         self, images: Shaped[Array | np.ndarray, "b h w c"], key: PRNGKeyArray | None = None
     ) -> tuple[AViTOutput, Trace, State | None]:
-        """The output, what the halting rule left in every layer (stacked), and its final state (None: no such rule).
+        """The output, the halting rule's trace of every layer (stacked), and its final state (None: no halting rule).
 
         key: given in training. It draws dropout and stochastic depth, and a rule may then compute every token.
         """
         config, rule = self.config, self.config.halting
         if config.reduction is not None:
-            from avit_jax.execution import shrinking  # which needs this module
+            from avit_jax.execution import shrinking  # imported here, because it imports this module
 
             return shrinking.forward(self, images, config.reduction, key=key), Trace(), None
         x = self.embed(jnp.asarray(images), key)
@@ -93,7 +98,7 @@ class AViT(nnx.Module):
         return self.output(state, trace), trace, state
 
     def embed(self, images: Float[Array, "b h w c"], key: PRNGKeyArray | None = None) -> Float[Array, "b n d"]:
-        """Special tokens, then patches, with their positions added."""
+        """Special tokens, then patches, with their positions added. key: draws dropout; None: no dropout."""
         patches = self.patch_embed(images).astype(jnp.float32)
         config = self.config
         special = [self.cls_token] if config.class_token else []
@@ -137,14 +142,14 @@ class AViT(nnx.Module):
         return x, state, trace
 
     def seen(self, rule: Halting, tokens: Float[Array, "b n d"], active: Bool[Array, "b n"], facts: Facts) -> Seen:
-        """What a rule sees after a layer of what it reads; facts: those that only the layer itself knows."""
+        """What a rule sees after a layer. active: tokens that the layer computed; facts: what only the layer knows."""
         logits = self.head_logits(tokens[:, : self.config.num_outputs]) if "logits" in rule.reads else None
         return Seen(tokens=tokens, active=active, logits=logits, **facts)
 
     def output(self, state: State, trace: Trace) -> AViTOutput:
-        """The model's output from the final state, and the trace of all layers."""
+        """The model's output from the final state and the stacked traces of all layers."""
         rule, token_depth = self.config.halting, state.token_depth
-        # Without a rule, and under one that does not score or ponder, these are the figures of the plain ViT.
+        # Without a rule, and with one that has no scores or ponder cost, these are the values of a plain ViT.
         ponder_cost = state.of_tokens.get("ponder_cost", token_depth + 1.0)
         scores = trace.of_tokens.get("halting_score", jnp.zeros((self.config.depth, *token_depth.shape)))
         head_logits = rule.head_logits(state) if rule is not None else None
@@ -160,9 +165,10 @@ class AViT(nnx.Module):
         scores: Array,
         size: Float[Array, "b k"] | None = None,
     ) -> AViTOutput:
-        """The model's output from the final values of its first num_outputs tokens, or as many as there are.
+        """The model's output from the final values of its first num_outputs tokens, or of all tokens if fewer are left.
 
-        size: the patches that each token stands for, where tokens were merged; None: 1.
+        size: the patches that each token stands for, if tokens were merged; None: 1 each. The others are fields of
+        AViTOutput.
         """
         head_logits = self.head_logits(outputs, size)
         return AViTOutput(head_logits.mean(0), head_logits, token_depth, ponder_cost, scores)
@@ -170,7 +176,7 @@ class AViT(nnx.Module):
     def head_logits(
         self, outputs: Float[Array, "b s d"], size: Float[Array, "b k"] | None = None
     ) -> Float[Array, "heads b c"]:
-        """The logits of each head from the values of its tokens (as `heads` takes them)."""
+        """The logits of each head from the final values of its tokens; arguments as for `heads`."""
         features = self._pooled(outputs, size)
         if self.config.num_classes:
             features[0] = self.head(features[0])
@@ -179,7 +185,7 @@ class AViT(nnx.Module):
         return jnp.stack(features).astype(jnp.float32)
 
     def _pooled(self, outputs: Float[Array, "b s d"], size: Float[Array, "b k"] | None) -> list[Array]:
-        """What each head reads, [b, head_inputs]."""
+        """The features that each head reads, [b, head_inputs]."""
         config, first_patch = self.config, self.config.num_special
 
         def patch_mean(tokens: Array) -> Array:
@@ -200,10 +206,10 @@ class AViT(nnx.Module):
     def with_config(self, **changes: Any) -> "AViT":
         """The same weights with other settings, such as gate, rule, dtype, image size or drop rates; arrays are shared.
 
-        changes: fields of AViTConfig; NO_RULE of model.config is the plain ViT. Positions are resized for another image
-        size, as `load` does. A rule that brings parameters keeps those of this model where it has the same kind of
-        rule; else they are made from norm and heads.
-        Raises ValueError for an unknown field, and for one that the shapes of the weights depend on.
+        changes: fields of AViTConfig; **NO_RULE (model.config) makes a plain ViT. Positions are resized for another
+        image size, as `load` does. The new rule's own parameters are those of this model if its rule is of the same
+        kind; otherwise they are made from the norm and heads. Raises ValueError for an unknown field, and for one that
+        the shapes of the weights depend on.
         """
         config = changed(self.config, **changes)
         fixed = [name for name in WEIGHTS_DEPEND_ON if getattr(config, name) != getattr(self.config, name)]
@@ -231,7 +237,7 @@ class AViT(nnx.Module):
 def create(preset: str, *, seed: int = 0, **overrides: Any) -> AViT:
     """A model with random weights from a preset, such as "avit_tiny_patch16_224"; overrides are AViTConfig fields.
 
-    Raises ValueError for an unknown preset or field, naming the nearest one.
+    seed: of the random weights. Raises ValueError for an unknown preset or field, naming the nearest one.
     """
     model_config = config_from(preset, **overrides)
     check_platform()

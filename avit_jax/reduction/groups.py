@@ -1,17 +1,17 @@
-"""What a reduction rule says of a layer: which tokens become one, and which are dropped; and the sum that does it.
+"""The protocol of reduction rules: which tokens of a layer merge and which are dropped; and the sum that does it.
 
-Groups covers every rule with a fixed number of tokens that we know of:
+Groups can describe every rule with a fixed number of tokens that we know of:
 
-- top-k and random drop: the kept tokens lead, nothing joins, the rest goes nowhere; weights 1.
-- EViT: as top-k, and one more slot: one of the dropped tokens leads it, the other dropped ones join it, their weights
-  are their class attention, `mean` is False.
+- top-k and random drop: the kept tokens lead, none join, the others are dropped; weights are 1.
+- EViT: as top-k, with one more slot: a dropped token leads it and the other dropped tokens join it, weighted by their
+  class attention; `mean` is False.
 - ToMe, PiToMe: every slot has a leader, r tokens join; weights are sizes, `mean` is True.
-- MCTF: r1 even and r2 odd tokens join. Where an odd token that was joined joins an even one itself, all of them go into
-  that one's slot. Weights are size times received attention. The rule is `ahead`: the same groups, with weights for the
-  rows (mean) and 1 for the columns (sum), reduce the attention matrix.
+- MCTF: r1 even and r2 odd tokens join. If an odd token that others join itself joins an even one, all of them go into
+  the slot of the even one. Weights are size times received attention. The rule is `ahead`: the same groups also reduce
+  the attention matrix, with weights for the rows (mean) and 1 for the columns (sum).
 - DynamicViT at inference: as top-k, decided `ahead` of the layer.
-- DiffRate: the first M of the sorted tokens lead, P - M join, the tail goes nowhere; weights 1, `mean` is True; sizes
-  are the rule's own.
+- DiffRate: the first M of the sorted tokens lead, P - M join, the others are dropped; weights are 1, `mean` is True;
+  sizes are the rule's own.
 """
 
 import dataclasses
@@ -30,69 +30,74 @@ from avit_jax.model.seen import Seen
 class Groups:
     """How n tokens become k: slot j of the shorter sequence is the weighted sum of the tokens that go into it.
 
-    Every slot has one token that leads it. The other tokens of a group join it, and are listed, so that the sum costs
-    little where few tokens join. Tokens that go nowhere are dropped. `mean` divides the sum by the sum of its weights.
+    Every slot has one token that leads it. The other tokens of the slot join it; `joins` lists them, so that the sum
+    costs little if few tokens join. Tokens that go into no slot are dropped. `mean` divides the sum by the sum of its
+    weights.
     """
 
-    into: Int[Array, "b n"]  # each token's slot; k: nowhere
+    into: Int[Array, "b n"]  # each token's slot; k: dropped
     weight: Float[Array, "b n"]
-    leader: Int[Array, "b k"]  # the token whose place a slot takes
-    joins: Int[Array, "b r"]  # the tokens that go into a slot which another one leads
-    size: Float[Array, "b k"]  # patches that a slot stands for
+    leader: Int[Array, "b k"]  # the token that leads each slot
+    joins: Int[Array, "b r"]  # the tokens that go into a slot that another token leads
+    size: Float[Array, "b k"]  # patches that each slot stands for
     mean: bool = dataclasses.field(metadata={"static": True})
 
 
 @runtime_checkable
 class Reduction(Protocol):
-    """A rule by which every image has the same number of tokens, known per layer: a frozen dataclass of settings.
+    """A rule under which all images have the same number of tokens, known for each layer: a dataclass of settings.
 
-    It is static under jit, so it must be hashable. Special tokens (class, distillation, registers) come first before
-    and after every reduction, and no rule drops or merges them.
-    """
+    It is static under jit, so it must be frozen and hashable. Special tokens (class, distillation, registers) come
+    first before and after every reduction, and no rule drops or merges them."""
 
     name: ClassVar[str]  # in config.json
-    sweeps: ClassVar[tuple[str, ...]]  # its settings that may change at test time
+    sweeps: ClassVar[tuple[str, ...]]  # settings that a sweep can change without training
 
     def describe(self) -> str:
-        """The rule and its settings in a few words, for what is printed."""
+        """The rule and its settings in a few words, for messages and tables."""
         ...
 
     @property
     def reads(self) -> frozenset[str]:
-        """The fields of Seen that it wants."""
+        """The fields of Seen that the rule needs."""
         ...
 
     @property
     def proportional(self) -> bool:
-        """Whether attention weighs a key by its size."""
+        """Whether attention weights each key by its size."""
         ...
 
     @property
     def ahead(self) -> bool:
-        """Whether tokens are reduced before the block's values exist (MCTF), not between attention and MLP."""
+        """Whether tokens are reduced before the block computes values (MCTF), instead of between attention and MLP."""
         ...
 
     def counts(self, config: Any) -> tuple[int, ...]:
         """Tokens after each layer of a model with this configuration, special ones included.
 
-        Raises ValueError where the rule does not fit the model.
+        Raises ValueError if the rule does not fit the model.
         """
         ...
 
     def groups(self, seen: Seen, *, layer: int, num_special: int, draw: Any = None) -> Groups | None:
-        """How the tokens of a layer (from 0) are reduced; None: not at all. Asked where the count falls."""
+        """How the tokens of a layer are reduced; None: not at all. Called only for layers where `counts` falls.
+
+        layer: counted from 0. num_special: the first tokens, which are never dropped or merged. draw: a random key, or
+        None.
+        """
         ...
 
     def own_macs(self, config: Any) -> tuple[int, ...]:
-        """Multiply-adds of each layer's choice for one image, which papers leave out: matching, predictors."""
+        """Multiply-adds that each layer's choice costs for one image (matching, predictors); papers leave them out."""
         ...
 
 
 def reduce(x: Float[Array, "b n d"], groups: Groups) -> Float[Array, "b k d"]:
     """The shorter sequence: per slot the sum of weight * x, divided by the sum of the weights if groups.mean.
 
-    Leaders are gathered and what joins them is added by a small product with a one-hot matrix [k, r]. The gradient is a
-    gather too: token n gets its slot's. (A gather's own gradient would be a scatter, slow everywhere.)
+    Leaders are gathered, and the tokens that join them are added by a small product with a one-hot matrix [k, r]. The
+    gradient is a gather too: token n gets the gradient of its slot. (The gradient that JAX derives for a gather is a
+    scatter, which is slow everywhere.)
     """
     return _segment_sum(groups.mean, x, groups.weight, groups.into, groups.leader, groups.joins)
 
@@ -109,7 +114,7 @@ def _sum_and_total(
     if joins.shape[1]:
         weights = _joining_weights(weight, into, leader, joins)
         joining = jnp.take_along_axis(x, joins[..., None], axis=1)
-        # Accelerators would round the residual stream in a product of the default precision.
+        # At default precision, accelerators would round the residual stream.
         result += jnp.matmul(weights, joining, precision=jax.lax.Precision.HIGHEST)
     if not mean:
         return result, None
@@ -120,12 +125,12 @@ def _sum_and_total(
 def group_sums(
     values: Float[Array, "b n"], into: Int[Array, "b n"], leader: Int[Array, "b k"], joins: Int[Array, "b r"]
 ) -> Float[Array, "b k"]:
-    """Per slot the sum of one value of each token; the other arguments are those of Groups."""
+    """The sum over each slot's tokens of one value per token; the other arguments are fields of Groups."""
     return jnp.take_along_axis(values, leader, axis=1) + _joining_weights(values, into, leader, joins).sum(-1)
 
 
 def _joining_weights(weight: Array, into: Array, leader: Array, joins: Array) -> Float[Array, "b k r"]:
-    """Weights of what joins, in the row of its slot; 0 elsewhere."""
+    """The weight of each joining token, in the row of its slot; 0 elsewhere."""
     slot, share = jnp.take_along_axis(into, joins, axis=1), jnp.take_along_axis(weight, joins, axis=1)
     return jnp.where(jnp.arange(leader.shape[1])[None, :, None] == slot[:, None], share[:, None], 0)
 

@@ -16,17 +16,17 @@ from avit_jax.reduction.groups import Groups, group_sums
 class ToMe:
     """Merge r tokens in every layer; r is one number, or one for each layer. No parameters.
 
-    Tokens at even positions form set A, those at odd positions set B. With u the mean of a token's keys over the heads,
-    of length 1, every token of A points at the token of B with the highest u_A . u_B; the r pairs with the highest
-    values merge:
+    Tokens at even positions form set A, those at odd positions set B. u is the mean of a token's keys over the heads,
+    scaled to length 1. Every token of A is paired with the token of B that has the highest u_A . u_B, and the r pairs
+    with the highest values merge:
 
         y'_j = sum_i s_i y_i / sum_i s_i        s'_j = sum_i s_i        over the tokens i that become j
 
-    s is a token's size: the patches that it stands for. The tokens that follow are the special ones, those of A that
-    stay, and B, each in their order. Special tokens neither merge nor are merged into. At most half of the patches
-    merge in one layer, so a larger r is cut to that. `proportional`: attention weighs each key by its size.
+    s is a token's size: the number of patches that it stands for. The shorter sequence has the special tokens, then the
+    rest of A, then B, each in its order. Special tokens take no part in merging. At most half of the patches merge in
+    one layer; a larger r is reduced to that. `proportional`: attention weights each key by its size.
 
-    Raises ValueError unless r is a whole number from 0, or a tuple of them.
+    Raises ValueError unless r is a whole number of at least 0, or a tuple of such numbers.
     """
 
     r: int | tuple[int, ...]
@@ -47,7 +47,7 @@ class ToMe:
             raise ValueError(f"ToMe's proportional is {self.proportional!r}: give True or False")
 
     def describe(self) -> str:
-        """Such as "ToMe, r 8"."""
+        """The settings, such as "ToMe, r 8"."""
         r = str(self.r) if isinstance(self.r, int) else f"({', '.join(map(str, self.r))})"
         return f"ToMe, r {r}{'' if self.proportional else ', sizes not in attention'}"
 
@@ -65,7 +65,7 @@ class ToMe:
         return tuple(counts)
 
     def groups(self, seen: Seen, *, layer: int, num_special: int, draw: Any = None) -> Groups | None:
-        """The tokens that merge in a layer (from 0); None where nothing does."""
+        """The groups of tokens that merge in a layer (from 0); None if none do."""
         metric, size = seen.key_mean, seen.size
         if metric is None or size is None:
             raise ValueError("ToMe needs key_mean and size of a layer: compute what its `reads` names")
@@ -85,14 +85,15 @@ class ToMe:
 
 
 def merged_pairs(metric: Float[Array, "b n c"], size: Float[Array, "b n"], merges: int, num_special: int) -> Groups:
-    """ToMe's groups from what tokens are compared by; `merges`: from 1 to half of the patches.
+    """ToMe's groups, from the vectors by which tokens are compared. No gradient goes through the choice or the sizes.
 
-    No gradient goes through the choice or the sizes.
+    metric: one vector for each token, of any length. size: patches that each token stands for. merges: number of tokens
+    that merge, from 1 to half of the patches. num_special: the first tokens, which take no part.
     """
     metric, size = jax.lax.stop_gradient((metric, size))
     metric = metric / jnp.maximum(jnp.linalg.norm(metric, axis=-1, keepdims=True), jnp.finfo(jnp.float32).tiny)
-    first_a, first_b = num_special + num_special % 2, num_special + 1 - num_special % 2  # of the patches
-    # Which of two nearly equal pairs merges should not hang on an accelerator's short product.
+    first_a, first_b = num_special + num_special % 2, num_special + 1 - num_special % 2  # first patches
+    # Full precision, so that rounding on an accelerator does not decide which of two nearly equal pairs merges.
     similarity = jnp.matmul(
         metric[:, first_a::2], metric[:, first_b::2].swapaxes(1, 2), precision=jax.lax.Precision.HIGHEST
     )
@@ -100,7 +101,7 @@ def merged_pairs(metric: Float[Array, "b n c"], size: Float[Array, "b n"], merge
     places = jnp.arange(patches_a)[None]
     _, chosen = jax.lax.top_k(similarity.max(-1), merges)  # [b, merges], places in A
     goes = (chosen[:, :, None] == places[:, None]).any(1)
-    # The places that stay, in their order: a stable argsort of `goes`, faster on a CPU.
+    # The places that stay, in their order: what a stable argsort of `goes` gives, but faster on a CPU.
     stays = jnp.sort(jnp.where(goes, places + patches_a, places), axis=1)[:, : patches_a - merges]
 
     first_slot_b = num_special + patches_a - merges

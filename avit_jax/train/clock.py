@@ -1,4 +1,4 @@
-"""Where a training step's time goes: data, device, checkpoints; images/s, MFU, memory, and traces to look at."""
+"""Where a training step's time goes (data, device, checkpoints); images/s, MFU, memory, and profiler traces."""
 
 import contextlib
 import resource
@@ -20,7 +20,10 @@ WAITS = ("data", "device", "checkpoint")
 
 
 class StepClock:
-    """Times between two log lines; with config.profile "START:STEPS" a trace of those steps in the run's profile/."""
+    """Measures times between two log lines; with config.profile "START:STEPS" it traces those steps into profile/.
+
+    The folder profile/ is in workdir. peak_tflops: of a device, 10^12 operations/s; 0: no MFU.
+    """
 
     def __init__(
         self,
@@ -41,7 +44,7 @@ class StepClock:
         self.start(0)
 
     def start(self, step: int) -> None:
-        """A new line's time begins after this step."""
+        """Start the time of a new log line after this step."""
         self._began, self._from = time.perf_counter(), step
         self._waited = dict.fromkeys(WAITS, 0.0)
         self._aside = 0.0
@@ -55,13 +58,13 @@ class StepClock:
 
     @contextlib.contextmanager
     def aside(self) -> Iterator[None]:
-        """Count this time as no part of training."""
+        """Leave this time out."""
         began = time.perf_counter()
         yield
         self._aside += time.perf_counter() - began
 
     def figures(self, step: int) -> dict[str, float]:
-        """images/s without evaluation and checkpoints; waits as shares of all the time but evaluation's."""
+        """images/s without evaluation and checkpoints; waits as fractions of the time without evaluation."""
         elapsed = time.perf_counter() - self._began - self._aside
         training = elapsed - self._waited["checkpoint"]
         found = {"images_per_second": (step - self._from) * self._batch_size / training}
@@ -72,9 +75,9 @@ class StepClock:
         return found
 
     def trace(self, step: int) -> None:
-        """Called before each step: starts and ends the trace; a run that goes on in the middle of it has none."""
+        """Start or end the trace; called before each step. A run that resumes in the middle of the trace has none."""
         if self._steps and step == self._first and not self._tracing:
-            # Python's own tracer hooks every thread, and crashed beside the threads that write a checkpoint.
+            # Python's tracer hooks every thread, and it crashed when other threads wrote a checkpoint.
             options = jax.profiler.ProfileOptions()
             options.python_tracer_level = 0
             jax.profiler.start_trace(str(self._trace_folder), create_perfetto_trace=True, profiler_options=options)
@@ -86,6 +89,6 @@ class StepClock:
 
 
 def peak_memory() -> int:
-    """Bytes: the fullest device's high-water mark; on a CPU, which keeps none, that of this process."""
+    """Peak memory of the fullest device, in bytes; on a CPU, which does not report it, that of this process."""
     found = [stats["peak_bytes_in_use"] for device in jax.local_devices() if (stats := device.memory_stats())]
     return max(found) if found else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,4 +1,4 @@
-"""What a user sees while a run trains: a bar on a terminal, a line per log step elsewhere; process 0 alone speaks."""
+"""What a user sees during training: a bar on a terminal, otherwise a line per log step. Only process 0 prints."""
 
 import sys
 from pathlib import Path
@@ -42,7 +42,7 @@ class Display:
             sys.stdout.flush()
 
     def begin(self, model_config: AViTConfig, parameters: int, dataset: Dataset, workdir: Path) -> None:
-        """Say what is trained on what, and where it is written."""
+        """Print what is trained on what, and where it is written. parameters: how many the model has."""
         gate = "A-ViT" if model_config.halts else "dense ViT"
         data = dataset.train.settings
         source = ", ".join(value for value in (data.source, data.name, data.path) if value)
@@ -53,7 +53,7 @@ class Display:
         )
 
     def start(self, step: int) -> None:
-        """Go on from this step."""
+        """Set the bar to this step."""
         self._bar.initial = self._bar.n = step
         self._bar.refresh()
 
@@ -75,7 +75,10 @@ class Display:
         )
 
     def validation(self, step: int, result: Evaluation, depth: int, raw: Evaluation | None) -> None:
-        """Say what an evaluation found; raw: of the raw weights, where `result` is of the moving average."""
+        """Print what an evaluation found.
+
+        depth: layers of the model. raw: figures of the raw weights, if `result` is of the moving average.
+        """
         beside = "" if raw is None else f" (raw weights {raw.top1:.2%})"
         self.say(
             f"step {step} of {self._steps}: validation top-1 {result.top1:.2%}{beside}, mean depth "

@@ -1,4 +1,4 @@
-"""Where an A-ViT's gate starts: a static ViT's channel 0 made free, then filled with which patches are attended to."""
+"""The start of an A-ViT's gate: channel 0 of a static ViT is freed, then says how much each patch is attended to."""
 
 import dataclasses
 import functools
@@ -19,26 +19,26 @@ from avit_jax.runtime.settings import Settings, setting
 
 @dataclasses.dataclass(frozen=True)
 class GateStartSettings(Settings):
-    """config.gate_start. Raises ValueError for values that cannot be."""
+    """config.gate_start. Raises ValueError for a value out of range."""
 
     section = "gate_start"
 
     images: int = setting(
-        0, "Training images that the gate of init_from starts from; 0: it stays where its channel 0 has it.", least=0
+        0, "Training images from which the gate of init_from is started; 0: channel 0 stays as it is.", least=0
     )
     target_depth: float = setting(0.0, "Mean token depth that the gate starts at, in layers.")
-    deviation: float = setting(0.0, "Deviation of that depth between the patches, in layers.")
+    deviation: float = setting(0.0, "Standard deviation of that depth between the patches, in layers.")
 
 
-# What writes into the residual stream, its channels on the last axis.
+# Parameters that write into the residual stream, with its channels on their last axis.
 _WRITERS = ("patch_embed.proj", "cls_token", "dist_token", "reg_token", "pos_embed", "attn.proj", "mlp.fc2")
 
 
 def free_channel_0(model: AViT) -> None:
     """Make channel 0 of every token zero in every layer, in place; a plain ViT's logits stay what they were.
 
-    Every LayerNorm takes away the mean over a token's channels, so that x and x - x[..., 0] are the same to whatever
-    reads them: each writer into the residual stream may take its own channel 0 off all its channels.
+    Every LayerNorm subtracts the mean over a token's channels, so x and x - x[..., 0] are the same to every reader.
+    Each writer into the residual stream may therefore subtract its own channel 0 from all its channels.
     """
     for path, param in nnx.to_flat_state(nnx.state(model, nnx.Param)):
         if any(writer in ".".join(map(str, path)) for writer in _WRITERS):
@@ -59,7 +59,7 @@ def start_gate(
         from PIL import Image
         import avit_jax
 
-        # A preset of A-ViT has a gate; without one: avit_jax.load("vit.pth", gate_scale=10.0, gate_center=30.0)
+        # An A-ViT preset has a gate. Without one: avit_jax.load("vit.pth", gate_scale=10.0, gate_center=30.0)
         model = avit_jax.load("deit_tiny.pth", "avit_tiny_patch16_224")
         pictures = [Image.open(path) for path in sorted(Path("pictures").glob("*.jpg"))[:300]]
         images = avit_jax.preprocess(pictures, model.config)
@@ -68,24 +68,26 @@ def start_gate(
         avit_jax.save(model, "deit_tiny_halting")
         fast = avit_jax.compile_packed(model, batch_size=64)
 
-    The lower target_depth, the more accuracy is lost; fine-tuning from here wins most of it back.
+    images: normalised as the model takes them; a few hundred are enough. target_depth: mean token depth on `images`, in
+    layers. The lower it is, the more accuracy is lost; fine-tuning from here wins most of it back. deviation: standard
+    deviation between patches, in layers; None: a sixth of the layers. slope: see below.
 
-    The attention that each patch gets from the class (and distillation) token, or from all patches where the pool reads
-    no class token, averaged over layers and heads, is fitted by its pixels and its position (ridge regression on
-    `images`, normalised as the model takes them; a few hundred are enough). With z the standardised fit,
+    The attention that each patch gets from the class (and distillation) token, or from all patches if the pool reads no
+    class token, is averaged over layers and heads. Ridge regression on `images` fits it by the patch's pixels and
+    position. With z the standardised fit,
 
         logit(halting score in layer l) = slope * (l - t),  t = centre + deviation * z  (layers)
 
-    is written into the free channel 0, without a new parameter: a token stops about layer t. centre makes the mean
-    token depth on `images` target_depth, in layers; deviation is a sixth of the layers unless given; tokens before the
-    patches go through all layers. Raises ValueError for a model that never halts, for a target depth that is not
-    between 1 and L, and for other images than the model takes, or none.
+    is written into the freed channel 0, without a new parameter, so that a token stops at about layer t. centre is
+    chosen so that the mean token depth is target_depth; tokens before the patches go through all layers. Raises
+    ValueError for a model that never halts, for a target depth that is not between 1 and L, and for images that the
+    model does not take, or none.
     """
     config = model.config
     if config.gate_scale is None or config.gate_center is None or not isinstance(config.halting, AViTGate):
         raise ValueError(
             "a model that never halts has no gate to start: give it gate_scale and gate_center "
-            "(such as 10.0 and 30.0) where it is loaded or created"
+            "(such as 10.0 and 30.0) when it is loaded or created"
         )
     if not 1 < target_depth < config.depth:
         raise ValueError(
@@ -105,11 +107,12 @@ def start_gate(
     scale = deviation / max(fit.std(), np.finfo(np.float32).tiny)
     pixels, positions = scale * pixels, scale * (positions - fit.mean())
     centre = _centre(patches @ pixels + positions, slope, config, target_depth)
-    # A score of halt_epsilon / 2 in the last layer but one: special tokens weigh what the static model reads.
+    # Special tokens get a score of halt_epsilon / 2 in the last layer but one, so they weigh what the static model
+    # reads.
     last = config.depth - 1 - (np.log(config.halt_epsilon / 2) - np.log1p(-config.halt_epsilon / 2)) / slope
     stops = np.concatenate([np.full(config.num_special, last), centre + positions])
     free_channel_0(model)
-    # The same number into all channels. What is the same for all images goes where float32 is kept.
+    # The same number goes into all channels. The part that is the same for all images goes where float32 is kept.
     model.pos_embed[...] += jnp.asarray((config.gate_center - slope * stops) / config.gate_scale, jnp.float32)[:, None]
     model.patch_embed.proj.kernel[...] -= jnp.asarray(slope * pixels / config.gate_scale, jnp.float32)[:, None]
     bias = model.blocks.mlp.fc2.bias
@@ -121,15 +124,17 @@ def _fit(
     patches: Float[np.ndarray, "b p v"], attention: Float[np.ndarray, "b p"]
 ) -> tuple[Float[np.ndarray, " v"], Float[np.ndarray, " p"]]:
     """Ridge regression of the attention: a weight for every pixel of a patch, an offset for every position."""
-    centred = (patches - patches.mean(0)).reshape(-1, patches.shape[-1])  # by position: its mean is the offset's to fit
+    # Centred by position: the offset of a position fits its mean.
+    centred = (patches - patches.mean(0)).reshape(-1, patches.shape[-1])
     gram = centred.T @ centred
-    ridge = 1e-3 * np.trace(gram) / len(gram) + np.finfo(np.float32).tiny  # blank borders and flat images are singular
+    # Above 0, so that the matrix can be inverted for blank borders and flat images too.
+    ridge = 1e-3 * np.trace(gram) / len(gram) + np.finfo(np.float32).tiny
     pixels = np.linalg.solve(gram + ridge * np.eye(len(gram)), centred.T @ (attention - attention.mean(0)).ravel())
     return pixels, attention.mean(0) - patches.mean(0) @ pixels
 
 
 def _centre(offsets: Float[np.ndarray, "b p"], slope: float, model_config: AViTConfig, target_depth: float) -> float:
-    """The layer from which patches that stop `offsets` layers later have a mean token depth nearest to target_depth."""
+    """The centre for which patches that stop `offsets` layers after it have a mean depth nearest to target_depth."""
     layers = np.arange(1, model_config.depth)
     wanted = target_depth * model_config.num_tokens - model_config.depth * model_config.num_special
 
@@ -146,7 +151,7 @@ def _centre(offsets: Float[np.ndarray, "b p"], slope: float, model_config: AViTC
 
 
 def _looking(model_config: AViTConfig) -> slice:
-    """The tokens whose attention says what matters: those with a head or beside the mean, else all patches."""
+    """The tokens whose attention is fitted: class and distillation token if the logits read them, else all patches."""
     first = sum(model_config.tokens_read[: model_config.num_special])  # registers, which are not read, come after them
     return slice(first) if first else slice(model_config.num_special, None)
 
@@ -170,7 +175,7 @@ def _attention_step(graphdef: nnx.GraphDef, params: Any, images: Array) -> Array
 def _attention_to_patches(
     model: AViT, images: Float[np.ndarray, "b h w c"], batch_size: int = 100
 ) -> Float[np.ndarray, "b p"]:
-    """The attention that patches get from the looking tokens, mean over layers and heads, while nothing halts."""
+    """The attention that patches get from the `_looking` tokens, mean over layers and heads, without halting."""
     graphdef, params = nnx.split(model)
     batches = [images[i : i + batch_size] for i in range(0, len(images), batch_size)]
     return np.concatenate([np.asarray(_attention_step(graphdef, params, batch), np.float64) for batch in batches])

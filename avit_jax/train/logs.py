@@ -15,8 +15,8 @@ from avit_jax.runtime.files import replace_text, writing
 class RunLog:
     """metrics.jsonl and tensorboard/ in the run's folder; lines after the restored step are removed on resume.
 
-    validated: whether the evaluation of the restored step, where there is one, was made; else its lines go too.
-    Of several processes the first writes.
+    start: the restored step. validated: whether the evaluation after that step, if one is due, was made; if not, its
+    lines are removed too. With several processes, only the first one writes.
     """
 
     def __init__(self, workdir: Path, start: int, schedule: optax.Schedule, *, validated: bool = True) -> None:
@@ -28,13 +28,14 @@ class RunLog:
         self._open(start, validated)
 
     def _open(self, start: int, validated: bool) -> None:
-        from avit_jax.train.tensorboard import EventFile  # imports torch where that is installed: two seconds
+        from avit_jax.train.tensorboard import EventFile  # imports torch if it is installed, which takes two seconds
 
         path = self._workdir / "metrics.jsonl"
         lines = [line for line in read_metrics(self._workdir) if line["step"] <= start]
         if not validated:
             lines = [line for line in lines if line["step"] < start or line["split"] == "train"]
-        replace_text(path, "".join(json.dumps(line) + "\n" for line in lines))  # killed here, it has lost none
+        # In one piece, so that no line is lost if the process is killed here.
+        replace_text(path, "".join(json.dumps(line) + "\n" for line in lines))
         with writing(path):
             self._file = path.open("a")
             self._tensorboard = EventFile(self._workdir / "tensorboard", start + 1)
@@ -46,11 +47,11 @@ class RunLog:
             self._open(step, validated)
 
     def train(self, step: int, means: dict[str, Any]) -> None:
-        """Means over the steps since the last line."""
+        """Write the means over the steps since the last line."""
         self._write("train", step, means | {"learning_rate": float(self._schedule(step - 1))})
 
     def val(self, step: int, result: Evaluation, split: str = "val") -> None:
-        """One evaluation on the validation set; split "val_raw": of the raw weights beside the moving average."""
+        """Write an evaluation on the validation set. split "val_raw": of the raw weights beside the moving average."""
         self._write(split, step, {"loss": result.loss, "accuracy": result.top1, "mean_depth": result.mean_depth})
 
     def _write(self, split: str, step: int, values: dict[str, Any]) -> None:
@@ -79,12 +80,12 @@ class RunLog:
         try:
             self._close()
         except ValueError:
-            if error is None:  # else that one is told: a full disk has more than one
+            if error is None:  # otherwise the first error is shown; a full disk causes several
                 raise
 
 
 def read_metrics(workdir: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl; damaged ones, and a last one that a killed run left unfinished, are passed over."""
+    """The lines of metrics.jsonl, without damaged ones and a last one that a killed run left unfinished."""
     path = workdir / "metrics.jsonl"
     lines = []
     for line in path.read_bytes().splitlines() if path.exists() else []:

@@ -1,4 +1,4 @@
-"""Training: the loop that logs, evaluates, checkpoints, stops when asked to and goes on as if nothing had happened."""
+"""The training loop: it logs, evaluates, saves checkpoints, stops when asked to, and resumes exactly."""
 
 import contextlib
 import dataclasses
@@ -32,12 +32,12 @@ from avit_jax.train.state import TrainState, initial_state, state_items, state_w
 
 
 class Stopped(Exception):
-    """The run was asked to stop and has written its checkpoint; the message says how to go on."""
+    """The run was asked to stop and has written its checkpoint; the message says how to continue."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
-    """What `train` leaves."""
+    """What `train` returns."""
 
     model: AViT
     progress: Progress
@@ -52,11 +52,11 @@ def train(
     *,
     seconds: float = 0.0,
 ) -> Trained:
-    """Train to config.epochs, from workdir's newest whole checkpoint where there is one.
+    """Train to config.epochs, from workdir's newest complete checkpoint if there is one.
 
-    The model that is given is the one that ends up trained. seconds: what this process has spent on the run so far;
-    they count in the progress. Raises FloatingPointError at a NaN or infinite loss (config.on_nan); the last good
-    checkpoint stays. Raises Stopped after SIGTERM or SIGINT.
+    model: trained in place. teacher: for config.loss.distillation. seconds: what this process has spent on the run so
+    far; they count in the progress. Raises FloatingPointError at a NaN or infinite loss (config.on_nan); the last good
+    checkpoint is kept. Raises Stopped after SIGTERM or SIGINT.
     """
     began = time.perf_counter() - seconds
     mesh = training_mesh(settings.mesh, settings.batch_size, settings.accumulation)
@@ -112,11 +112,11 @@ class _Run:
     progress: Progress = dataclasses.field(default_factory=Progress)
 
     def seconds(self) -> float:
-        """What the run has taken so far in all its processes."""
+        """Seconds that the run has taken so far in all its processes."""
         return self.earlier + time.perf_counter() - self.began
 
     def restore(self, workdir: Path) -> None:
-        """Go on from the newest checkpoint that is whole."""
+        """Continue from the newest complete checkpoint."""
         found = self.checkpoints.restore_newest(state_items(self.state))
         if found is None:
             return
@@ -134,7 +134,7 @@ class _Run:
         self.batches.set_state(found.data)
 
     def loop(self, log: RunLog, stop: StopRequest, workdir: Path) -> None:
-        """To the last step."""
+        """Train to the last step, and leave the model with the weights to keep."""
         clock = StepClock(
             self.model.config,
             self.mesh,
@@ -161,11 +161,11 @@ class _Run:
             self._stop(stop)
 
     def _some_steps(self, log: RunLog, stop: StopRequest, clock: StepClock) -> None:
-        """Until the end, or a loss that is not finite."""
+        """Train to the last step. Raises FloatingPointError at a loss that is not finite."""
         settings, progress = self.settings, self.progress
         pending: tuple[int, dict[str, Array]] | None = None
         if progress.evaluation_due and not self._evaluate(log, stop):
-            self._stop(stop)  # its checkpoint is there already
+            self._stop(stop)  # its checkpoint has been written already
         clock.start(progress.step)
         while progress.step < self.steps:
             clock.trace(progress.step + 1)
@@ -173,7 +173,7 @@ class _Run:
                 batch = next(self.batches)
             self.state, metrics = self.train_step(self.state, batch)
             step = progress.step + 1
-            # The step before is read while this one runs, so that the device never waits for Python.
+            # The previous step's metrics are read while this step runs, so that the device never waits for Python.
             if pending is not None:
                 with clock.waiting_for("device"):
                     progress.window.append(_checked(*pending))
@@ -216,7 +216,7 @@ class _Run:
 
     def _save(self, now: bool) -> None:
         self.progress.seconds = self.seconds()
-        # The progress has the metrics since the last line: the next line after a resume is the same mean.
+        # The progress holds the metrics since the last line, so that a resumed run logs the same means.
         step, items = self.progress.step, state_items(self.state)
         self.checkpoints.save(
             step, items, self.progress.to_json(), self.batches.get_state(), self.model.config, self.progress.top1
@@ -225,7 +225,7 @@ class _Run:
             self.checkpoints.wait()
 
     def _evaluate(self, log: RunLog, stop: StopRequest) -> bool:
-        """Evaluate and log it; False, and nothing logged, where a signal broke it off."""
+        """Evaluate and log it. Returns False, without logging, if a signal interrupted it."""
         raw = None
         try:
             self._show(self.state.params if self.state.ema is None else self.state.ema)
@@ -263,7 +263,7 @@ class _Run:
         nnx.update(self.model, jax.tree.map(lambda x: x.addressable_data(0), whole))
 
     def _roll_back(self, error: FloatingPointError) -> None:
-        """Go on from the last checkpoint and skip the data since; once, and with config.on_nan = "roll back"."""
+        """Continue from the last checkpoint and skip the data since, but only once, and if config.on_nan says so."""
         if self.settings.on_nan != "roll back" or self.progress.rolled_back:
             raise error
         bad, data = self.progress.step + 1, self.batches.get_state()
@@ -283,9 +283,9 @@ def _means(window: list[Metrics]) -> Metrics:
 
 
 def _checked(step: int, metrics: dict[str, Array]) -> Metrics:
-    """The metrics on the host. Raises FloatingPointError, naming the step and the term, where one is not finite."""
+    """The metrics on the host. Raises FloatingPointError, naming step and term, if one is not finite."""
     values = {name: np.asarray(value, np.float64).tolist() for name, value in jax.device_get(metrics).items()}
-    # A term that is not finite makes the loss and the gradient so too: the term is what to name.
+    # If a term is not finite, neither are the loss and the gradient: the term is what to name.
     scalars = [name for name, value in values.items() if not isinstance(value, list)]
     for term in sorted(scalars, key=lambda name: name in ("gradient_norm", "loss")):
         if not math.isfinite(values[term]):

@@ -1,4 +1,4 @@
-"""The training objective: classification, with distillation, and what the model's rule makes of it or adds to it."""
+"""The training objective: classification, with or without distillation, and the terms of the model's rule."""
 
 import dataclasses
 from collections.abc import Callable
@@ -18,21 +18,21 @@ DISTILLATIONS = ("none", "hard", "soft")
 
 @dataclasses.dataclass(frozen=True)
 class ClassificationLoss(Settings):
-    """The part of config.loss that any model has. Raises ValueError for values that cannot be."""
+    """The part of config.loss that every model has. Raises ValueError for a value out of range."""
 
     section = "loss"
 
     label_smoothing: float = setting(
-        0.0, "The part of each target that is spread evenly over all classes.", least=0, below=1
+        0.0, "The fraction of each target that is spread evenly over all classes.", least=0, below=1
     )
     distillation: str = setting(
-        "none", "How the teacher is followed: its decision (hard), its distribution (soft).", choices=DISTILLATIONS
+        "none", "What is learnt from the teacher: its decision (hard), its distribution (soft).", choices=DISTILLATIONS
     )
     distillation_weight: float = setting(
-        0.5, "The teacher's part of the classification loss; the labels have the rest.", least=0, most=1
+        0.5, "The teacher's share of the classification loss; the labels have the rest.", least=0, most=1
     )
     distillation_temperature: float = setting(
-        1.0, "With soft, logits of teacher and student are divided by it.", above=0
+        1.0, "With soft, the logits of teacher and student are divided by this.", above=0
     )
 
 
@@ -42,7 +42,10 @@ def classification_loss(
     label_smoothing: float = 0.0,
     image_weight: Float[Array, " b"] | None = None,
 ) -> Float[Array, ""]:
-    """Mean cross entropy, in nats; targets are labels or distributions (mixup), smoothed towards uniform."""
+    """Mean cross entropy, in nats; targets are labels or distributions (mixup), smoothed towards uniform.
+
+    image_weight: 0 for images that do not count.
+    """
     if jnp.issubdtype(targets.dtype, jnp.integer):
         targets = jax.nn.one_hot(targets, logits.shape[-1])
     entropy = optax.softmax_cross_entropy(logits, optax.smooth_labels(targets, label_smoothing))
@@ -62,9 +65,10 @@ def distillation_loss(
 ) -> Float[Array, ""]:
     """Classification with a teacher (DeiT, arXiv 2012.12877, equations 2 and 3), in nats.
 
-    (1 - weight) * CE(class head, targets) + weight * term, where the term of the last head is CE with the teacher's
+    (1 - weight) * CE(class head, targets) + weight * term, where the term is the last head's CE with the teacher's
     decision ("hard") or temperature^2 * KL(teacher || student) ("soft"). "none": the mean logits against the targets.
-    Raises ValueError for an unknown kind, or where the teacher's logits are missing.
+    image_weight: 0 for images that do not count. Raises ValueError for an unknown kind, or if the teacher's logits are
+    missing.
     """
     if kind not in DISTILLATIONS:
         raise ValueError(f"distillation {kind!r} is unknown: choose one of {', '.join(DISTILLATIONS)}")
@@ -93,15 +97,15 @@ def objective_terms(
     settings: Any,
     image_weight: Float[Array, " b"] | None = None,
 ) -> dict[str, Float[Array, ""]]:
-    """The terms of the objective by name, weighted; what is minimised is their sum.
+    """The terms of the objective by name, weighted; their sum is minimised.
 
     Args:
-        rule: The model's halting rule, whose losses they are; None: classification alone.
+        rule: The model's halting rule, which defines the terms; None: only classification.
         head_logits: Logits of each head.
         trace, state: What AViT.forward returns beside its output.
         classify: The mean classification loss of logits, in nats.
-        settings: A `loss_settings` of the rule; of another rule's, this one's defaults are taken.
-        image_weight: 0 for images that count for nothing.
+        settings: Of the rule's type `loss_settings`; for another type, the rule's defaults are used.
+        image_weight: 0 for images that do not count.
     """
     if rule is None or state is None:
         return {"classification": classify(head_logits)}

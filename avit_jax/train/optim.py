@@ -18,26 +18,26 @@ SCHEDULES = ("step", "epoch")
 
 @dataclasses.dataclass(frozen=True)
 class OptimSettings(Settings):
-    """config.optim. Raises ValueError for values that cannot be."""
+    """config.optim. Raises ValueError for a value out of range."""
 
     section = "optim"
 
     learning_rate: float = setting(1e-3, "The peak learning rate, after the warm-up.", least=0)
     reference_batch: int = setting(
-        0, "The batch that learning_rate is for: it grows in proportion to batch_size. 0: it is used as it is."
+        0, "The batch size that learning_rate is for; it is scaled in proportion to batch_size. 0: no scaling."
     )
     final_learning_rate: float = setting(1e-5, "The learning rate that the cosine decay ends at.", least=0)
     schedule: str = setting(
         "step",
-        "step: warm-up and decay change with each step; epoch: with each epoch, as timm and DeiT have it.",
+        "step: warm-up and decay change with each step; epoch: with each epoch, as in timm and DeiT.",
         choices=SCHEDULES,
     )
     warmup_steps: int = setting(0, "Steps of linear warm-up from 0, with schedule step.", least=0)
     warmup_epochs: int = setting(0, "Epochs of linear warm-up from warmup_learning_rate, with schedule epoch.", least=0)
     warmup_learning_rate: float = setting(0.0, "The learning rate of the first epoch, with schedule epoch.")
-    weight_decay: float = setting(0.05, "AdamW's decay of the kernels of linear layers.", least=0)
-    beta1: float = setting(0.9, "AdamW's decay of the mean gradient.", least=0, below=1)
-    beta2: float = setting(0.999, "AdamW's decay of the mean squared gradient.", least=0, below=1)
+    weight_decay: float = setting(0.05, "AdamW's weight decay, for the kernels of linear layers.", least=0)
+    beta1: float = setting(0.9, "AdamW's decay rate of the mean gradient.", least=0, below=1)
+    beta2: float = setting(0.999, "AdamW's decay rate of the mean squared gradient.", least=0, below=1)
     clip_norm: float = setting(0.0, "The global norm that gradients are clipped to; 0: no clipping.", least=0)
     ema_decay: float = setting(
         0.0,
@@ -46,22 +46,22 @@ class OptimSettings(Settings):
         below=1,
     )
     compare_ema: bool = setting(
-        False, "Evaluate the raw weights beside their average, and keep the better ones on the validation images."
+        False, "Also evaluate the raw weights, and keep those that are better on the validation images."
     )
 
 
 def peak_learning_rate(settings: OptimSettings, batch_size: int) -> float:
-    """learning_rate, in proportion to batch_size / reference_batch where a reference batch is given."""
+    """learning_rate, multiplied by batch_size / reference_batch if there is a reference batch."""
     return settings.learning_rate * (batch_size / settings.reference_batch if settings.reference_batch else 1.0)
 
 
 def learning_rate_schedule(settings: OptimSettings, steps: int, *, epochs: float, batch_size: int) -> optax.Schedule:
-    """The learning rate of each step (config.optim).
+    """The learning rate of each step (config.optim), for a run of `steps` steps.
 
     schedule "step": linear warm-up over warmup_steps, then cosine decay to final_learning_rate at the last step.
-    "epoch", as timm and DeiT have it: constant within an epoch e, w + e (peak - w) / warmup_epochs in the warm-up with
-    w = warmup_learning_rate, then final + (peak - final) (1 + cos(pi e / epochs)) / 2: the cosine counts from epoch 0.
-    Raises ValueError where the warm-up is as long as the training.
+    "epoch", as in timm and DeiT: constant within an epoch e, w + e (peak - w) / warmup_epochs in the warm-up with w =
+    warmup_learning_rate, then final + (peak - final) (1 + cos(pi e / epochs)) / 2: the cosine counts from epoch 0.
+    Raises ValueError if the warm-up is as long as the training.
     """
     peak = peak_learning_rate(settings, batch_size)
     if settings.schedule == "step":
@@ -83,7 +83,7 @@ def learning_rate_schedule(settings: OptimSettings, steps: int, *, epochs: float
             "lower config.optim.warmup_epochs"
         )
 
-    # The first step of each epoch: few images make epochs of a step and a half, or several epochs of one step.
+    # The first step of each epoch. With few images an epoch may have one and a half steps, or less than one.
     count = max(math.ceil(epochs), 1)
     first_steps = np.array([math.ceil(epoch * steps / epochs) if epochs else 0 for epoch in range(count)], np.int32)
 
@@ -99,16 +99,16 @@ def learning_rate_schedule(settings: OptimSettings, steps: int, *, epochs: float
 
 
 def weight_decay_mask(params: Any) -> Any:
-    """True for the kernels of linear layers alone: by name, because stacked biases and scales have two axes."""
+    """True only for the kernels of linear layers, found by name because stacked biases and scales have two axes too."""
     return jax.tree_util.tree_map_with_path(lambda path, _: "kernel" in jax.tree_util.keystr(path), params)
 
 
 def make_optimizer(
     settings: OptimSettings, schedule: optax.Schedule, factors: Mapping[str, float] | None = None
 ) -> optax.GradientTransformation:
-    """AdamW (config.optim), after gradient clipping by global norm where clip_norm is not 0.
+    """AdamW (config.optim), after gradient clipping by global norm if clip_norm is not 0.
 
-    factors: by part of a parameter's path, such as "rule_module", what its learning rate is multiplied with.
+    factors: learning-rate factor for each part of a parameter's path, such as "rule_module".
     """
     adamw = optax.adamw(
         schedule, b1=settings.beta1, b2=settings.beta2, weight_decay=settings.weight_decay, mask=weight_decay_mask
@@ -118,7 +118,7 @@ def make_optimizer(
 
 
 def _scaled(factors: Mapping[str, float]) -> optax.GradientTransformation:
-    """Updates multiplied with the factor of each part of a path that is in theirs."""
+    """Multiplies each update by the factors of all parts that its path contains."""
 
     def scale(path: Any, update: Array) -> Array:
         name = jax.tree_util.keystr(path)

@@ -1,4 +1,4 @@
-"""What a run must remember between its checkpoints and the processes that work on it."""
+"""What a run must remember from one process to the next."""
 
 import dataclasses
 from typing import Any
@@ -10,24 +10,24 @@ Metrics = dict[str, Any]  # by name: a number, or a list of numbers by layer
 
 @dataclasses.dataclass
 class Progress:
-    """How far a run is; every checkpoint holds one, as JSON with these names."""
+    """How far a run has got; every checkpoint holds one, as JSON with these names."""
 
     step: int = 0
-    seconds: float = 0.0  # that all processes of the run took together, until this was saved or training ended
-    window: list[Metrics] = dataclasses.field(default_factory=list)  # of the steps since the last line of the log
-    top1: float = 0.0  # on the validation images, the last time
-    rolled_back: int = 0  # the step at which a loss was not finite and the run went back, once
+    seconds: float = 0.0  # of all processes of the run together, until this was saved or training ended
+    window: list[Metrics] = dataclasses.field(default_factory=list)  # of the steps since the last log line
+    top1: float = 0.0  # on the validation images, at the last evaluation
+    rolled_back: int = 0  # the step whose loss was not finite, after which the run went back; 0: none
     evaluation_due: bool = False  # the run was stopped before, or while, it evaluated after this step
 
     def to_json(self) -> dict[str, Any]:
-        """What a checkpoint holds of it."""
+        """The progress as a checkpoint holds it."""
         return dict(vars(self))
 
     @classmethod
     def from_json(cls, content: dict[str, Any], step: int) -> "Progress":
-        """The progress that a checkpoint of this step holds; evaluation_due is False where an old one leaves it out.
+        """The progress in a checkpoint of this step; evaluation_due is False if an old one leaves it out.
 
-        Raises ValueError, naming the key, where one is missing, unknown, of another type, or of another step.
+        Raises ValueError, naming the key, if one is missing, unknown, of another type, or of another step.
         """
         plain = {name: value for name, value in content.items() if name != "window"}
         fields = typed_fields(cls, plain, "its progress", ("step", "seconds", "top1", "rolled_back"))

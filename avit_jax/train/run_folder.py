@@ -1,4 +1,4 @@
-"""The folder of a run: what its settings were, and what may change where it goes on."""
+"""The folder of a run: its settings, and which of them may change when it resumes."""
 
 import json
 from pathlib import Path
@@ -13,10 +13,10 @@ from avit_jax.train.settings import TrainSettings
 
 
 def check_folder(settings: TrainSettings, workdir: Path, resume: bool) -> None:
-    """Raises ValueError where workdir holds a begun run of other settings, or any if not resume.
+    """Raises ValueError if workdir holds a run with other settings, or any run unless resume.
 
-    A key that the run's train_config.json lacks, because an earlier version wrote it, had its default. Keys that may
-    change and change the log (their field's `resume` is "log") are told.
+    A key that the run's train_config.json lacks, because an earlier version wrote it, had its default. Changed keys
+    that only affect the log (their field's `resume` is "log") are printed.
     """
     if not (workdir / "summary.json").exists() and not checkpoint_steps(workdir / "checkpoints"):
         return
@@ -42,5 +42,5 @@ def check_folder(settings: TrainSettings, workdir: Path, resume: bool) -> None:
 
 
 def _plain(settings: TrainSettings) -> dict[str, Any]:
-    """Every key as JSON has it: lists for tuples."""
+    """Every key as JSON has it: with lists instead of tuples."""
     return flat(json.loads(json.dumps(settings.to_config())))

@@ -1,4 +1,4 @@
-"""The settings of a training run: what a config holds, typed; each section belongs to the room that reads it."""
+"""The settings of a training run: a config, typed. Each section is defined in the subpackage that reads it."""
 
 import dataclasses
 
@@ -16,7 +16,7 @@ ON_NAN = ("stop", "roll back")
 
 @dataclasses.dataclass(frozen=True)
 class StepSettings:
-    """What one training step reads of a run's settings; see TrainSettings for each."""
+    """The part of a run's settings that one training step reads; see TrainSettings for each field."""
 
     classification: ClassificationLoss = part(ClassificationLoss)
     halting_loss: AViTLoss = part(AViTLoss)
@@ -28,21 +28,21 @@ class StepSettings:
 
 @dataclasses.dataclass(frozen=True)
 class TrainSettings(Settings):
-    """A whole run. Raises ValueError, naming the key and the fix, for values that no run can work with."""
+    """The settings of a whole run. Raises ValueError, naming the key and the fix, for values that cannot work."""
 
-    name: str = setting("experiment", "What the run is called; its folder is runs/NAME unless --workdir is given.")
+    name: str = setting("experiment", "Name of the run; its folder is runs/NAME unless --workdir is given.")
     seed: int = setting(0, "Seed of weights, order of images, augmentation and dropout.")
     data: DataSettings = part(DataSettings)
     augment: AugmentSettings = part(AugmentSettings)
     model: ModelSettings = part(ModelSettings)
-    init_from: str = setting("", "A checkpoint to start from, which is the table's other row; empty: random weights.")
+    init_from: str = setting("", "Checkpoint to start from, and the table's other row; empty: random weights.")
     gate_start: GateStartSettings = part(GateStartSettings)
-    teacher: str = setting("", "A checkpoint that loss.distillation follows; empty: none.")
+    teacher: str = setting("", "Checkpoint of the teacher for loss.distillation; empty: none.")
     classification: ClassificationLoss = part(ClassificationLoss)
     halting_loss: AViTLoss = part(AViTLoss)
     optim: OptimSettings = part(OptimSettings)
     mesh: MeshSettings = part(MeshSettings)
-    accumulation: int = setting(1, "Parts that a batch is worked on in, one after the other, to save memory.", least=1)
+    accumulation: int = setting(1, "Parts in which a batch is processed, one after the other, to save memory.", least=1)
     on_nan: str = setting(
         "stop",
         "At a loss that is not finite: stop, or roll back once to the last checkpoint and skip the data since.",
@@ -50,7 +50,7 @@ class TrainSettings(Settings):
         choices=ON_NAN,
     )
     peak_tflops: float = setting(
-        0.0, "Peak of a device in 10^12 operations a second, to report its share (mfu); 0: no report.", resume="free"
+        0.0, "Peak of a device in 10^12 operations/s, to report the fraction in use (mfu); 0: no report.", resume="free"
     )
     profile: str = setting(
         "", "START:STEPS, a trace of those steps for TensorBoard or Perfetto; empty: none.", resume="free"
@@ -61,17 +61,17 @@ class TrainSettings(Settings):
     log_every: int = setting(50, "Steps between two lines of the log.", resume="log", least=1)
     eval_every: int = setting(500, "Steps between two evaluations on the validation images.", resume="log", least=1)
     checkpoint_every: int = setting(500, "Steps between two checkpoints.", resume="free", least=1)
-    keep_checkpoints: int = setting(2, "The last checkpoints that are kept.", resume="free", least=1)
-    keep_every: int = setting(0, "Checkpoints of every so many steps are kept too; 0: none.", resume="free", least=0)
+    keep_checkpoints: int = setting(2, "Number of last checkpoints to keep.", resume="free", least=1)
+    keep_every: int = setting(0, "Also keep the checkpoint of every so many steps; 0: none.", resume="free", least=0)
     keep_best: int = setting(
-        0, "So many of the best checkpoints by top-1 on the validation images are kept too.", resume="free", least=0
+        0, "Also keep this many checkpoints with the best top-1 on the validation images.", resume="free", least=0
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.batch_size % self.accumulation:
             raise ValueError(
-                f"config.batch_size {self.batch_size} is no multiple of config.accumulation {self.accumulation}"
+                f"config.batch_size {self.batch_size} is not a multiple of config.accumulation {self.accumulation}"
             )
         parse_profile(self.profile)
         distillation = self.classification.distillation
@@ -83,7 +83,7 @@ class TrainSettings(Settings):
 
     @property
     def step(self) -> StepSettings:
-        """What a training step reads."""
+        """The settings that a training step reads."""
         return StepSettings(
             classification=self.classification,
             halting_loss=self.halting_loss,

@@ -1,4 +1,4 @@
-"""What settings, model, mesh and number of images decide about training; --dry_run uses it as training does."""
+"""The set-up of training from settings, model, mesh and number of images; --dry_run uses it as training does."""
 
 import dataclasses
 
@@ -16,7 +16,7 @@ from avit_jax.train.step import make_train_step
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """A training that has not begun: nothing in it takes memory on a device."""
+    """A training that has not started; nothing in it takes memory on a device."""
 
     steps: int
     schedule: optax.Schedule
@@ -26,10 +26,10 @@ class Setup:
 
 
 def prepare(settings: TrainSettings, model: AViT, mesh: Mesh, images: int, teacher: AViT | None = None) -> Setup:
-    """Number of steps, optimizer and jitted step for so many training images.
+    """Number of steps, optimizer and jitted step for this number of training images.
 
-    Of model and teacher the shapes are enough (nnx.eval_shape). Raises ValueError where config.optim's schedule does
-    not fit the number of steps.
+    model, teacher: their shapes are enough (nnx.eval_shape). Raises ValueError if config.optim's schedule does not fit
+    the number of steps.
     """
     steps = settings.steps(images)
     schedule = learning_rate_schedule(settings.optim, steps, epochs=settings.epochs, batch_size=settings.batch_size)

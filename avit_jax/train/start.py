@@ -1,4 +1,4 @@
-"""What a run starts from: the architecture that config and data make, weights, baseline and teacher."""
+"""What a run starts from: the model configuration from config and data, weights, baseline and teacher."""
 
 import dataclasses
 from pathlib import Path
@@ -13,7 +13,8 @@ from avit_jax.data.pipeline import evaluation_images
 from avit_jax.data.preprocessing import normalize
 from avit_jax.data.settings import DataSettings
 from avit_jax.data.sources import Dataset, Split
-from avit_jax.model.config import AViTConfig, Preprocessing, config_from
+from avit_jax.model.config import AViTConfig, Preprocessing
+from avit_jax.model.presets import config_from
 from avit_jax.model.settings import ModelSettings
 from avit_jax.model.vit import AViT
 from avit_jax.train.gate_start import start_gate
@@ -21,7 +22,7 @@ from avit_jax.train.settings import TrainSettings
 
 
 def check_starts(settings: TrainSettings) -> None:
-    """Raises ValueError where config.init_from or config.teacher names nothing that a model could be loaded from."""
+    """Raises ValueError if config.init_from or config.teacher is a path where there is nothing."""
     for name, path in (("init_from", settings.init_from), ("teacher", settings.teacher)):
         if not path or Path(path).exists():
             continue
@@ -38,16 +39,16 @@ def check_starts(settings: TrainSettings) -> None:
 
 
 def resolve_model_config(model: ModelSettings, data: DataSettings, dataset: Dataset) -> AViTConfig:
-    """config.model, with image size, channels, classes, class names and normalisation taken from the data.
+    """The model configuration: config.model, with image size, channels, classes and normalisation from the data.
 
-    Raises ValueError where config.model names a field that does not exist or contradicts the data.
+    Raises ValueError if config.model has a field that does not exist or contradicts the data.
     """
     fields = dict(model.given)
     from_data: dict[str, Any] = {"num_classes": len(dataset.class_names)}
     if isinstance(dataset.train, Split):
         _, height, width, channels = dataset.train.images.shape
         from_data |= {"image_size": height if height == width else (height, width), "in_channels": channels}
-    elif fields.setdefault("in_channels", 3) not in (1, 3):  # images from disk are made what the model takes
+    elif fields.setdefault("in_channels", 3) not in (1, 3):  # images from disk are converted to the model's channels
         raise ValueError(f"config.model.in_channels is {fields['in_channels']}: images from disk are read as 3 or 1")
     preprocessing = _preprocessing(data, dataset)
     for name, value in from_data.items():
@@ -64,7 +65,7 @@ def resolve_model_config(model: ModelSettings, data: DataSettings, dataset: Data
 def _preprocessing(data: DataSettings, dataset: Dataset) -> Preprocessing:
     """The config's mean and std, or those of the training images by channel (exact: from histograms of bytes).
 
-    For images from disk: the config's or ImageNet's, and the config's crop.
+    For images from disk: the config's mean and std or ImageNet's, and the config's crop.
     """
     mean, std = data.mean, data.std
     if not isinstance(dataset.train, Split):
@@ -81,7 +82,7 @@ def _preprocessing(data: DataSettings, dataset: Dataset) -> Preprocessing:
 
 
 def stated_preprocessing(data: DataSettings) -> dict[str, Any]:
-    """Preprocessing that config.data states, by not having the default; a checkpoint's own gives way to it."""
+    """The preprocessing fields whose value in config.data is not the default; they override a checkpoint's own."""
     default = DataSettings()
     names = [field.name for field in dataclasses.fields(Preprocessing)]
     return {name: getattr(data, name) for name in names if getattr(data, name) != getattr(default, name)}
@@ -90,7 +91,7 @@ def stated_preprocessing(data: DataSettings) -> dict[str, Any]:
 def initial_model(settings: TrainSettings, dataset: Dataset) -> AViT:
     """A model with random weights from config.seed, or with those of config.init_from and this config's gate.
 
-    With config.gate_start.images the gate starts from so many training images (gate_start.start_gate).
+    If config.gate_start.images is not 0, the gate is started from that many training images (gate_start.start_gate).
     """
     model_config = resolve_model_config(settings.model, settings.data, dataset)
     if not settings.init_from:
@@ -99,10 +100,10 @@ def initial_model(settings: TrainSettings, dataset: Dataset) -> AViT:
     if is_foreign(settings.init_from):
         preset, fields = fields_for_foreign(settings.model, settings.data, dataset)
     elif not isinstance(dataset.train, Split):
-        fields["preprocessing"] = stated_preprocessing(settings.data)  # the rest is the checkpoint's own
+        fields["preprocessing"] = stated_preprocessing(settings.data)  # the checkpoint has the rest
     model, gate = load(settings.init_from, preset, **fields), settings.gate_start
     if gate.images:
-        # Evenly over the set, which may be sorted by class.
+        # Spread evenly over the set, because it may be sorted by class.
         chosen = np.linspace(0, len(dataset.train) - 1, min(gate.images, len(dataset.train))).astype(int)
         images = normalize(evaluation_images(dataset.train, chosen, model.config), model.config)
         start_gate(model, images, target_depth=gate.target_depth, deviation=gate.deviation)
@@ -110,10 +111,10 @@ def initial_model(settings: TrainSettings, dataset: Dataset) -> AViT:
 
 
 def fields_for_foreign(model: ModelSettings, data: DataSettings, dataset: Dataset) -> tuple[str | None, dict[str, Any]]:
-    """Preset and AViTConfig fields to load a checkpoint with that does not carry our configuration.
+    """Preset and AViTConfig fields for loading a checkpoint that does not carry our configuration.
 
-    They are what config.model gives and what the data decide; the rest is the checkpoint's. Images from disk are
-    preprocessed as was published with the checkpoint, unless config.data states otherwise.
+    They come from config.model and from the data; the checkpoint has the rest. Images from disk are preprocessed as was
+    published with the checkpoint, unless config.data says otherwise.
     """
     model_config = resolve_model_config(model, data, dataset)
     fields = model.given | {
@@ -127,9 +128,10 @@ def fields_for_foreign(model: ModelSettings, data: DataSettings, dataset: Datase
 
 
 def load_baseline(path: str, model_config: AViTConfig) -> AViT | None:
-    """The model at config.init_from as it is, for the table's other row.
+    """The model at config.init_from, unchanged, for the table's other row.
 
-    None where there is no path, and where that model knows other classes or another image size.
+    model_config: of the model to train. Returns None if there is no path, or if the model there has another number of
+    classes or another image size.
     """
     if not path:
         return None
@@ -139,7 +141,7 @@ def load_baseline(path: str, model_config: AViTConfig) -> AViT | None:
 
 
 def load_teacher(path: str, student: AViTConfig) -> AViT | None:
-    """The model at config.teacher. Raises ValueError unless it sees the same images and knows the same classes."""
+    """The model at config.teacher. Raises ValueError unless it takes the same images and has as many classes."""
     if not path:
         return None
     teacher = load(path, **_own_fields(path, student))
@@ -151,7 +153,7 @@ def load_teacher(path: str, student: AViTConfig) -> AViT | None:
 
 
 def _own_fields(path: str | Path, model_config: AViTConfig) -> dict[str, Any]:
-    """What a checkpoint cannot tell of itself: of a foreign file all but classes, gate and image size."""
+    """The fields that a checkpoint lacks: for a foreign file all but classes, gate, rule and image size."""
     if not Path(path).is_file() or read_config(Path(path)):
         return {}
     own = ("num_classes", "class_names", "gate_scale", "gate_center", "rule", "image_size")

@@ -19,7 +19,7 @@ from avit_jax.runtime.mesh import place, replicated, state_shardings
 class TrainState:
     """Everything that a step changes; randomness comes from the seed and the step.
 
-    Types are not checked: shapes and layouts come in the same tree.
+    Fields are Any, because the same tree also holds shapes and shardings.
     """
 
     step: Any  # int32 scalar
@@ -35,7 +35,7 @@ def initial_state(model: AViT, optimizer: optax.GradientTransformation, ema_deca
 
 
 def state_shapes(model: AViT, optimizer: optax.GradientTransformation, ema_decay: float) -> TrainState:
-    """The state's shapes and types without its arrays; of the model, too, shapes are enough (nnx.eval_shape)."""
+    """The state's shapes and types without its arrays; a model of shapes is enough (nnx.eval_shape)."""
     return jax.eval_shape(lambda params: _first(params, optimizer, ema_decay), nnx.state(model, nnx.Param))
 
 
@@ -62,7 +62,7 @@ def _pure_leaves(tree: Any) -> dict[str, Any]:
 
 
 def state_with(state: TrainState, items: dict[str, Any], step: int) -> TrainState:
-    """The state with a checkpoint's items."""
+    """The state with a checkpoint's items and step in place of its own."""
 
     def filled(target: nnx.State, values: Any) -> nnx.State:
         target = jax.tree.map(lambda x: x, target)

@@ -27,11 +27,11 @@ def make_train_step(
     state: TrainState,
     teacher_graphdef: nnx.GraphDef | None = None,
 ) -> jax.stages.Wrapped:
-    """One jitted function (state, batch, the teacher's weights or None) -> (state, metrics); it donates the old state.
+    """The jitted step: (state, batch, the teacher's weights or None) -> (state, metrics). It donates the old state.
 
-    state: arrays or shapes, which say how the state is laid out. The batch is split over the mesh, means are over the
-    whole of it; with accumulation above 1 it is worked on in as many parts, and the prior, which is no mean, is
-    the mean of the parts' own. Images whose batch["weight"] is 0 count for nothing.
+    graphdef: of the model. state: arrays or shapes, which give the layout of the state. The batch is split over the
+    mesh, and means are over the whole batch. With accumulation above 1 it is processed in as many parts, and the prior,
+    which is not a mean over images, is the mean of the parts' priors. Images whose batch["weight"] is 0 do not count.
     """
     layout, everywhere = state_shardings(mesh, state), replicated(mesh)
     return jax.jit(
@@ -49,7 +49,7 @@ def build_train_step(
     mesh: Mesh,
     teacher_graphdef: nnx.GraphDef | None,
 ) -> Callable[[TrainState, dict[str, Array], Any], tuple[TrainState, dict[str, Array]]]:
-    """What make_train_step compiles: (state, batch, the teacher's weights) -> (state, metrics)."""
+    """The function that make_train_step compiles: (state, batch, the teacher's weights) -> (state, metrics)."""
     classifying, rule_loss, parts = settings.classification, settings.halting_loss, settings.accumulation
 
     def loss_function(params: nnx.State, batch: dict[str, Array], key: Array, teacher_state: Any) -> Any:
@@ -74,7 +74,7 @@ def build_train_step(
         terms = objective_terms(rule, output.head_logits, trace, final, classify, rule_loss, weight)
         total = sum(terms.values(), start=jnp.zeros(()))
         right = (output.logits.argmax(-1) == batch["label"]).astype(jnp.float32)
-        # Logs have always had these two, also where nothing halts.
+        # Logs have always had these two, also without a rule.
         named = terms if rule is not None else {"ponder": jnp.zeros(()), "prior": jnp.zeros(()), **terms}
         metrics = {
             "loss": total,
@@ -92,7 +92,7 @@ def build_train_step(
             return gradient(params, batch, key, teacher_state)
 
         def part(index: Array) -> dict[str, Array]:
-            # Every parts-th image, so that each part lies on all devices as the batch does.
+            # Every parts-th image, so that each part is spread over all devices, as the batch is.
             return jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:])[:, index], batch)
 
         def add(total: Any, index: Array) -> tuple[Any, None]:
@@ -119,7 +119,7 @@ def build_train_step(
             weight=batch.get("weight"),
         )
         batch = batch | {"image": images, "target": targets}
-        # Gathered once where fsdp splits them: left alone, the compiler may move activations instead.
+        # If fsdp splits the parameters, gather them once: otherwise the compiler may move activations instead.
         whole = jax.lax.with_sharding_constraint(state.params, replicated(mesh))
         grads, metrics = gradients(whole, batch, key, teacher_state)
         grads = jax.lax.with_sharding_constraint(grads, state_shardings(mesh, grads))

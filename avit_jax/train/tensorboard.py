@@ -12,15 +12,16 @@ FLUSH_SECONDS = 30.0
 
 
 class EventFile:
-    """Scalars, written in the calling thread.
+    """Scalars, written in the calling thread. start: the first step; TensorBoard drops older points from there on.
 
-    tensorboardX's SummaryWriter has a thread of its own; when that dies, of a full disk, the training blocks for ever.
+    tensorboardX's SummaryWriter has its own thread. If that thread dies, for instance of a full disk, training blocks
+    for ever.
     """
 
     def __init__(self, folder: Path, start: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._writer = EventsWriter(str(folder / "events"), f".{time.time_ns()}")
-        self._write(step=start, session_log=SessionLog(status=SessionLog.START))  # TensorBoard drops later steps
+        self._write(step=start, session_log=SessionLog(status=SessionLog.START))  # makes TensorBoard drop older points
         self._flush()
 
     def scalar(self, name: str, value: float, step: int) -> None:
@@ -37,5 +38,5 @@ class EventFile:
         self._flushed = time.monotonic()
 
     def close(self) -> None:
-        """Write what is left."""
+        """Write what is left, and close the file."""
         self._writer.close()

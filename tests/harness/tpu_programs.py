@@ -24,7 +24,8 @@ from avit_jax import AViT
 from avit_jax.commands.dry_run import IMAGENET_IMAGES
 from avit_jax.execution.packed import packed_program
 from avit_jax.execution.plan import default_plan
-from avit_jax.model.config import AViTConfig, config_from
+from avit_jax.model.config import AViTConfig
+from avit_jax.model.presets import config_from
 from avit_jax.runtime.mesh import batch_sharding, replicated, state_shardings
 from avit_jax.train.settings import TrainSettings
 from avit_jax.train.setup import prepare

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from avit_jax.checkpoints.convert.names import LAYER
-from avit_jax.model.config import AViTConfig, config_from
+from avit_jax.model.config import AViTConfig
+from avit_jax.model.presets import config_from
 
 # Width -> heads of published ViTs. Each head has 64 channels, or 80 in ViT-Huge.
 _HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}
