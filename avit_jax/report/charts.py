@@ -1,4 +1,4 @@
-"""The page's charts: matplotlib's SVG, drawn in colours that the page names, so that they follow its light or dark."""
+"""The page's charts: SVG by matplotlib whose colours are CSS variables, so that they follow the light or dark theme."""
 
 import io
 import re
@@ -14,7 +14,7 @@ from matplotlib.ticker import MaxNLocator
 
 from avit_jax.report.depth_colours import COLOURS, coloured, ink_on, scale
 
-# matplotlib draws in these; in the page they are variables of report.css.
+# matplotlib draws with these colours; in the page they become variables of report.css.
 _INK, _MUTED, _RULE, _ACCENT, _SECOND = "#010101", "#020202", "#030303", "#040404", "#050505"
 _VARIABLES = {_INK: "--ink", _MUTED: "--muted", _RULE: "--rule", _ACCENT: "--accent", _SECOND: "--second"}
 _STYLE: dict[Any, Any] = {
@@ -42,7 +42,7 @@ _STYLE: dict[Any, Any] = {
 
 
 def _chart(name: str, draw: Callable[[Axes], None], size: tuple[float, float] = (4.7, 2.9)) -> Markup:
-    """The SVG of what `draw` does to the axes; name: of the chart, for ids that no other chart has."""
+    """The SVG of what `draw` does to the axes. name: of the chart; it makes the ids unique. size: inches."""
     with matplotlib.rc_context(_STYLE | {"svg.hashsalt": name}):
         figure = Figure(figsize=size, layout="constrained", facecolor="none")
         axes = figure.subplots()
@@ -53,9 +53,9 @@ def _chart(name: str, draw: Callable[[Axes], None], size: tuple[float, float] = 
         figure.savefig(stream, format="svg", metadata=empty, transparent=True)
     svg = stream.getvalue()
     svg = svg[svg.index("<svg") :]
-    # A rule for every element of the page; report.css has it for charts alone.
+    # This style would apply to every element of the page; report.css has it for charts only.
     svg = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", svg, flags=re.DOTALL)
-    # figure_1, axes_1: every chart has them, and nothing refers to them; shapes that are referred to have hashed names.
+    # Ids such as figure_1 and axes_1 are in every chart, and nothing refers to them; shapes have hashed ids.
     svg = re.sub(r'<g id="(?!point-)[^"]*"', "<g", svg)
     for colour, variable in _VARIABLES.items():
         svg = svg.replace(colour, f"var({variable})")
@@ -93,7 +93,7 @@ def by_layer(layers: Sequence[dict[str, Any]], mean_depth: float) -> Markup:
 
 
 def class_token(shares: Sequence[float], mean_depth: float) -> Markup:
-    """Images by the layer at which their class token stops."""
+    """The share of images by the layer at which their class token stops."""
 
     def draw(axes: Axes) -> None:
         axes.bar(range(1, len(shares) + 1), np.asarray(shares) * 100, color=_ACCENT, width=0.72)
@@ -136,13 +136,13 @@ def position_map(depths: Sequence[Sequence[float]], depth: int) -> Markup:
 
 
 def reliability(bins: Sequence[dict[str, Any]]) -> Markup:
-    """Accuracy against mean confidence; the size of a point is the share of the images in its bin."""
+    """Accuracy against mean confidence; the size of a point shows the share of the images in its bin."""
 
     def draw(axes: Axes) -> None:
         x, y = (np.array([b[name] for b in bins]) * 100 for name in ("confidence", "accuracy"))
         counts = np.array([b["images"] for b in bins])
         axes.plot(
-            [0, 100], [0, 100], color=_MUTED, linestyle=(0, (4, 3)), linewidth=1, label="confident as it is right"
+            [0, 100], [0, 100], color=_MUTED, linestyle=(0, (4, 3)), linewidth=1, label="confidence equals accuracy"
         )
         axes.vlines(x, np.minimum(x, y), np.maximum(x, y), color=_SECOND, linewidth=1.2, label="gap")
         axes.scatter(x, y, s=18 + 160 * np.sqrt(counts / counts.sum()), color=_ACCENT, zorder=3)
@@ -153,9 +153,10 @@ def reliability(bins: Sequence[dict[str, Any]]) -> Markup:
 
 
 def trade_off(settings: Sequence[dict[str, Any]], cost: str, label: str, reference: dict[str, Any] | None) -> Markup:
-    """Top-1 against a cost of each setting; those that nothing beats are filled and joined.
+    """Top-1 against a cost of each setting; Pareto-optimal ones are filled and joined.
 
-    The group of setting i has the id point-COST-i: the page's slider marks it.
+    cost: key of the settings; label: its axis. reference: the baseline's figures. Setting i has the id point-COST-i, by
+    which the page's slider marks it.
     """
 
     def draw(axes: Axes) -> None:

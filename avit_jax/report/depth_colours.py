@@ -1,7 +1,7 @@
-"""The one colour scale of depths: the same colour is the same depth in every picture and everywhere on the page.
+"""The colour scale of depths: a colour means the same depth in every picture and everywhere on the page.
 
-viridis from layer 1 (dark blue) to the last layer (yellow). Its brightness grows evenly with depth, so that it reads
-the same for colour-blind people and in grey.
+It is viridis from layer 1 (dark blue) to the last layer (yellow). Its brightness grows evenly with depth, so that it
+reads the same for colour-blind people and in grey.
 """
 
 import matplotlib
@@ -23,14 +23,14 @@ def coloured(depths: Int[np.ndarray, "..."] | Float[np.ndarray, "..."], depth: i
 
 
 def ink_on(colour: UInt8[np.ndarray, " 3"]) -> str:
-    """Black or white, whichever is read better on the colour."""
+    """Black or white, whichever is easier to read on the colour."""
     linear = np.asarray(colour / 255) ** 2.2
     luminance = linear @ (0.2126, 0.7152, 0.0722)
-    return "white" if luminance < 0.18 else "black"  # both have the same contrast at 0.18
+    return "white" if luminance < 0.18 else "black"  # at 0.18 both have the same contrast
 
 
 def legend(depth: int) -> list[dict[str, str | int]]:
-    """Each layer with its colour, as CSS writes it, and the ink that is read on it."""
+    """Each layer with its colour, in CSS notation, and the ink for text on it."""
     rows = ((layer, coloured(np.array(layer), depth)) for layer in range(1, depth + 1))
     return [{"layer": layer, "colour": "#" + bytes(colour).hex(), "ink": ink_on(colour)} for layer, colour in rows]
 

@@ -1,4 +1,4 @@
-"""A few images with what the model did to them: each picture as it is, and beside it its map of depths.
+"""A few images and what the model did to them: each picture, and beside it its map of depths.
 
 Images are chosen by their place in the evaluation, and read by their index in the data.
 """
@@ -25,34 +25,34 @@ from avit_jax.report.pictures import depth_map
 SHOWN = 8  # images in a gallery
 _LONGEST = 224  # pixels of a picture in the page
 _GAP = 8  # pixels between a picture and its map
-_HALTED = (126, 126, 126, 225)  # over the patches that are gone: their place stays faintly visible
+_HALTED = (126, 126, 126, 225)  # over patches that have halted, which stay faintly visible
 
 
 def shallowest(result: Evaluation, count: int = SHOWN) -> Int[np.ndarray, " k"]:
-    """The images of the lowest mean depth."""
+    """The images with the lowest mean depth, by their place in the evaluation."""
     return np.argsort(result.image_depths, kind="stable")[:count]
 
 
 def deepest(result: Evaluation, count: int = SHOWN) -> Int[np.ndarray, " k"]:
-    """The images of the highest mean depth."""
+    """The images with the highest mean depth, by their place in the evaluation."""
     return np.argsort(-result.image_depths, kind="stable")[:count]
 
 
 def confidently_wrong(result: Evaluation, count: int = SHOWN) -> Int[np.ndarray, " k"]:
-    """The wrong answers of the highest confidence."""
+    """The wrong answers with the highest confidence, by their place in the evaluation."""
     wrong = np.flatnonzero(result.per_image.rank > 1)
     confidence = np.nan_to_num(result.per_image.confidence[wrong])
     return wrong[np.argsort(-confidence, kind="stable")][:count]
 
 
 def spread(result: Evaluation, count: int) -> Int[np.ndarray, " k"]:
-    """Images from the lowest mean depth to the highest, in equal steps of rank."""
+    """Images from the lowest mean depth to the highest, in equal steps of rank, by their place in the evaluation."""
     order = np.argsort(result.image_depths, kind="stable")
     return order[np.linspace(0, len(order) - 1, min(count, len(order))).round().astype(int)]
 
 
 def disagreeing(ours: Evaluation, theirs: Evaluation, count: int = SHOWN) -> Int[np.ndarray, " k"]:
-    """Images that two models answer differently, those first of which the two are surest together."""
+    """Images that two models answer differently, those with the highest sum of confidences first, by their place."""
     a, b = ours.per_image, theirs.per_image
     differ = np.flatnonzero(a.prediction != b.prediction)
     surety = np.nan_to_num(a.confidence[differ]) + np.nan_to_num(b.confidence[differ])
@@ -68,7 +68,7 @@ class Frame:
 
 
 def frames(model: AViT, split: Images, indices: Sequence[int]) -> dict[int, Frame]:
-    """These images run again, alone; nothing of them was kept."""
+    """The frames of these images, by index in the data. They are run again, because nothing of them was kept."""
     wanted = sorted({int(index) for index in indices})
     if not wanted:
         return {}
@@ -81,13 +81,13 @@ def frames(model: AViT, split: Images, indices: Sequence[int]) -> dict[int, Fram
 
 
 def token_depths(model: AViT, split: Images, indices: Sequence[int]) -> Int[np.ndarray, "k n"]:
-    """The depths of these images' tokens."""
+    """The token depths of these images, by index in the data."""
     images = evaluation_images(split, indices, model.config)
     return np.asarray(predict(model, normalize(images, model.config)).token_depth)
 
 
 def alive(token_depth: Int[np.ndarray, " n"], model_config: AViTConfig) -> list[int]:
-    """The tokens, special ones included, that go on after each layer."""
+    """The number of tokens, special ones included, that go on after each layer."""
     return [int((token_depth > layer).sum()) for layer in range(1, model_config.depth + 1)]
 
 
@@ -109,7 +109,7 @@ def map_uri(token_depth: Int[np.ndarray, " n"], model_config: AViTConfig) -> str
 def side_by_side(
     image: UInt8[np.ndarray, "h w c"], token_depth: Int[np.ndarray, " n"], model_config: AViTConfig
 ) -> Image.Image:
-    """The picture as it is, its map of depths, and the colours of the layers; small pictures are enlarged."""
+    """The picture, its map of depths, and the colours of the layers, side by side; small pictures are enlarged."""
     shown = picture(image).convert("RGB")
     factor = -(-_LONGEST // max(shown.size))
     shown = shown.resize((factor * shown.width, factor * shown.height), Image.Resampling.NEAREST)
@@ -129,7 +129,7 @@ def _key(depth: int, height: int) -> Image.Image:
     found = Image.new("RGB", (14 + 26, height), "white")
     found.paste(bar, (0, 0))
     pen, size = ImageDraw.Draw(found), min(13, max(6, height // 4))
-    # No more numbers than there is room for.
+    # Only as many numbers as fit.
     layers = ticks(depth) if height >= 2 * size * len(ticks(depth)) else sorted({1, depth})
     for layer in layers:
         middle = height * (depth - layer + 0.5) / depth
@@ -139,12 +139,12 @@ def _key(depth: int, height: int) -> Image.Image:
 
 
 def picture(image: UInt8[np.ndarray, "h w c"]) -> Image.Image:
-    """As a person sees it: colours where there are three channels, else the first one in grey."""
+    """The image for people: in colour if there are three channels, otherwise the first one in grey."""
     return Image.fromarray(image if image.shape[-1] == 3 else image[..., 0])
 
 
 def photo_uri(image: UInt8[np.ndarray, "h w c"]) -> str:
-    """A picture for the page: small ones as they are (PNG), larger ones reduced (JPEG)."""
+    """A picture for the page as a data: URI: small ones unchanged (PNG), larger ones reduced (JPEG)."""
     shown = picture(image)
     if max(shown.size) <= 64:
         return png_uri(np.asarray(shown))
@@ -155,7 +155,7 @@ def photo_uri(image: UInt8[np.ndarray, "h w c"]) -> str:
 
 
 def png_uri(pixels: UInt8[np.ndarray, "..."]) -> str:
-    """Pixels as a data: URI."""
+    """Pixels as a PNG in a data: URI."""
     stream = io.BytesIO()
     Image.fromarray(pixels).save(stream, "PNG", optimize=True)
     return f"data:image/png;base64,{base64.b64encode(stream.getvalue()).decode()}"

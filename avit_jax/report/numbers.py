@@ -1,4 +1,4 @@
-"""The report's numbers, as plain JSON: everything that the page says is in here."""
+"""The report's numbers, as plain JSON; the page shows no others."""
 
 import math
 from collections.abc import Sequence
@@ -17,13 +17,13 @@ DEPTH_BINS = 10
 
 
 def only_layer(shares: Sequence[float]) -> int | None:
-    """The layer, from 1, where all of the shares lie; None where there are several."""
+    """The layer, from 1, that has all of the shares; None if there are several."""
     filled = np.flatnonzero(shares)
     return int(filled[0]) + 1 if len(filled) == 1 else None
 
 
 def evaluation_numbers(result: Evaluation, model_config: AViTConfig) -> dict[str, Any]:
-    """What one model did on the data: summary, and depth and accuracy by everything they may depend on."""
+    """The numbers of one model: a summary, and depth and accuracy by layer, position, class and confidence."""
     numbers = {
         "summary": summary(result, model_config),
         "by_layer": _by_layer(result),
@@ -53,7 +53,7 @@ def summary(result: Evaluation, model_config: AViTConfig) -> dict[str, Any]:
     return found | {
         "images": result.images,
         "labelled": result.labelled,
-        "one_depth": bool(np.ptp(images.mean_depth) == 0),  # nothing can be told apart by depth
+        "one_depth": bool(np.ptp(images.mean_depth) == 0),  # all images have the same mean depth
         "not_finite": int((~np.isfinite(images.confidence)).sum()),
         "depth_fraction": result.depth_fraction,
         "depth_std_tokens": result.depth_std_tokens,
@@ -69,7 +69,7 @@ def _shares(values: np.ndarray, depth: int) -> list[float]:
 
 
 def _by_layer(result: Evaluation) -> list[dict[str, Any]]:
-    """For each layer the tokens that it computes, and those that stop at it, as shares of all."""
+    """For each layer the tokens that it computes, and those that stop at it, as fractions of all tokens."""
     stopped = np.asarray(result.depth_histogram)
     computed = 1 - np.concatenate([[0], np.cumsum(stopped)[:-1]])
     return [
@@ -103,8 +103,8 @@ def by_depth(images: ImageFigures, bins: int = DEPTH_BINS) -> list[dict[str, Any
 def _right_and_wrong(images: ImageFigures) -> dict[str, Any]:
     """Mean depth of the images that are classified wrongly and rightly, and the difference with its interval.
 
-    finding: whether the wrong ones, which are harder, cost "more" or "less"; "no difference" where the interval holds
-    0; None where there are too few to compare.
+    finding: whether the wrong ones, which are harder, cost "more" or "less"; "no difference" if the interval contains
+    0; None if there are too few to compare.
     """
     right = images.rank <= 1
     depth = images.mean_depth.astype(np.float64)
@@ -120,7 +120,7 @@ def _right_and_wrong(images: ImageFigures) -> dict[str, Any]:
 
 
 def by_class(images: ImageFigures, names: tuple[str, ...]) -> list[dict[str, Any]]:
-    """Accuracy, depth and work of each class that the data have, in the classes' order."""
+    """Accuracy, depth and work of each class that the data have, in the order of `names`, the class names."""
     counts = np.bincount(images.label, minlength=len(names))
 
     def means(values: np.ndarray) -> np.ndarray:
@@ -168,9 +168,9 @@ def disagreements(ours: Evaluation, theirs: Evaluation) -> dict[str, Any]:
 
 
 def as_json(value: Any) -> Any:
-    """Plain JSON: NumPy's scalars as Python's, tuples as lists, and None for what is no finite number.
+    """Plain JSON: NumPy's scalars as Python's, tuples as lists, and None for a number that is not finite.
 
-    Text is made printable: names of files and command lines may hold what no page and no terminal can show.
+    Text is made printable, because file names and command lines may contain what no page and no terminal can show.
     """
     if isinstance(value, dict):
         return {name: as_json(item) for name, item in value.items()}

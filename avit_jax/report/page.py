@@ -1,4 +1,4 @@
-"""From numbers and pictures to one HTML file that asks nothing of the network."""
+"""The report's page: one HTML file that loads nothing from the network."""
 
 import base64
 import hashlib
@@ -15,9 +15,10 @@ _MISSING = "\N{EN DASH}"
 
 
 def render(report: dict[str, Any], pictures: dict[str, Any]) -> str:
-    """The page: every number from `report`, which is report.json's content; pictures: charts, frames, strips.
+    """The page as HTML.
 
-    Names and labels are escaped. A content security policy forbids all loading; the one script is let in by its hash.
+    report: the content of report.json; every number comes from it. pictures: charts, frames, covers, maps and legend.
+    Names and labels are escaped. A content security policy forbids all loading; the one script is allowed by its hash.
     """
     loader = PackageLoader("avit_jax.report")
     pages = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
@@ -41,23 +42,23 @@ def render(report: dict[str, Any], pictures: dict[str, Any]) -> str:
 
 
 def _source(pages: Environment, name: str) -> str:
-    """A template's file as it is: style and script are no templates."""
+    """The text of a file that is not a template: script or style."""
     assert pages.loader is not None
     return pages.loader.get_source(pages, name)[0]
 
 
 def percent(value: float | int | None, digits: int = 1) -> str:
-    """97.7 %"""
+    """A fraction of 1 as 97.7 %; a dash if it is None or not finite."""
     return _MISSING if _none(value) else _signed(f"{100 * value:.{digits}f} %")  # type: ignore[operator]
 
 
 def number(value: float | int | None, digits: int = 2) -> str:
-    """7.05"""
+    """A number as 7.05; a dash if it is None or not finite."""
     return _MISSING if _none(value) else _signed(f"{value:.{digits}f}")
 
 
 def speed(value: float | int | None) -> str:
-    """Three digits that count: 1,450 or 106 or 18.7"""
+    """images/s with three significant digits or more: 1,450 or 106 or 18.7"""
     if _none(value):
         return _MISSING
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"  # type: ignore[operator]
@@ -69,17 +70,20 @@ def work(value: float | int | None) -> str:
 
 
 def work_digits(value: float | int) -> int:
-    """Decimals with which GMACs are written."""
+    """The number of decimals for GMACs."""
     return 4 if value < 0.1 else 3 if value < 1 else 2
 
 
 def whole(value: int) -> str:
-    """10,000"""
+    """A whole number as 10,000"""
     return f"{value:,}"
 
 
 def interval(figure: dict[str, Any], style: str = "number", digits: int | None = None) -> str:
-    """96.7 to 98.5 %, of a figure with low and high; style: percent, number, or work (GMACs)."""
+    """The interval of a figure, such as 96.7 to 98.5 %.
+
+    figure: has low and high. style: percent, number, or work (GMACs). digits: decimals; None: those of the style.
+    """
     if _none(figure["low"]) or _none(figure["high"]):
         return _MISSING
     factor, unit = (100, " %") if style == "percent" else (1, "")
@@ -98,7 +102,7 @@ def _none(value: float | int | None) -> bool:
 
 
 def write_page(folder: Path, html: str) -> Path:
-    """report.html in the folder, whole or not at all."""
+    """Write report.html to the folder, completely or not at all; returns its path."""
     path = folder / "report.html"
     replace_text(path, html)
     return path

@@ -25,13 +25,13 @@ from avit_jax.report.numbers import only_layer
 from avit_jax.runtime.files import replacing, writing
 
 _TITLE = 16  # characters of a class name that fit over a picture
-# Names are text: "$x$" is no formula, and no LaTeX is run on it.
+# Names are plain text: "$x$" is not a formula, and LaTeX is never run.
 _plain_text = matplotlib.rc_context({"text.parse_math": False, "text.usetex": False})
 _DENSE, _ADAPTIVE = "#7a7a7a", "#21698a"
 
 
 def depth_map(token_depth: Int[np.ndarray, " n"], model_config: AViTConfig) -> Int[np.ndarray, "rows columns"]:
-    """The patches' depths laid out as the image is: row 0 at the top."""
+    """The depths of one image's patches, laid out as the image is: row 0 at the top."""
     return token_depth[model_config.num_special :].reshape(model_config.patch_grid)
 
 
@@ -39,9 +39,10 @@ def depth_map(token_depth: Int[np.ndarray, " n"], model_config: AViTConfig) -> I
 def draw_depth_maps(
     model: AViT, split: Images, image_depths: Float[np.ndarray, " n"], path: Path, columns: int = 8
 ) -> Path:
-    """The images of the lowest and of the highest mean depth, each above its map of token depths, in layers.
+    """Draw the images with the lowest and the highest mean depth, each above its map of token depths, in layers.
 
-    Under a reduction rule all images have the same mean depth: they are the first and the last.
+    image_depths: the mean depth of each image. columns: images in a row. Under a reduction rule all images have the
+    same mean depth, so the first and the last ones are drawn. Returns the path.
     """
     columns = min(columns, len(split) // 2 or 1)
     order = np.argsort(image_depths, kind="stable")
@@ -83,15 +84,16 @@ def draw_depth_maps(
 def _show_image(axis: Any, image: UInt8[np.ndarray, "h w c"]) -> None:
     if image.shape[-1] == 3:
         axis.imshow(image)
-    else:  # one channel, or the first of several that are no colours
+    else:  # one channel, or the first of several that are not colours
         axis.imshow(image[..., 0], cmap="gray", vmin=0, vmax=255)
 
 
 @_plain_text
 def draw_depth_histogram(result: Evaluation, path: Path, class_token: bool = True) -> Path:
-    """The share of tokens that stop at each layer, with their mean and, where the model has one, the class token's.
+    """Draw the share of tokens that stop at each layer, their mean depth and, if there is one, the class token's.
 
-    Where all stop at the same layer there is nothing to draw: the picture is a sentence.
+    If all tokens stop at the same layer, the picture is a sentence. class_token: whether the model has one. Returns the
+    path.
     """
     if layer := only_layer(result.depth_histogram):
         figure = Figure(figsize=(7, 0.7))
@@ -116,7 +118,10 @@ def draw_depth_histogram(result: Evaluation, path: Path, class_token: bool = Tru
 
 @_plain_text
 def draw_curves(lines: Sequence[dict[str, Any]], path: Path, depth: int) -> Path:
-    """Loss, accuracy and mean depth over training, training and validation."""
+    """Draw loss, accuracy and mean depth over the steps of training, for training and validation; returns the path.
+
+    lines: of metrics.jsonl. depth: layers of the model.
+    """
     figure = Figure(figsize=(12, 3.6), layout="constrained")
     axes = figure.subplots(1, 3)
     for axis, (name, label) in zip(
@@ -139,7 +144,7 @@ def draw_curves(lines: Sequence[dict[str, Any]], path: Path, depth: int) -> Path
     axes[0].legend()
     axes[2].set_ylim(0, depth + 0.5)
     figure.suptitle(
-        "Training (its loss has the weighted ponder and prior terms; validation: cross entropy alone)", fontsize=10
+        "Training (its loss includes the weighted ponder and prior terms; validation: only cross entropy)", fontsize=10
     )
     return _save(figure, path)
 
@@ -147,9 +152,9 @@ def draw_curves(lines: Sequence[dict[str, Any]], path: Path, depth: int) -> Path
 def draw_run(
     model: AViT, images: Images, result: Evaluation, lines: Sequence[dict[str, Any]], workdir: Path
 ) -> list[Path]:
-    """The pictures of a run in its folder; a model without a rule has curves alone.
+    """Draw the pictures of a run in its folder; for a model without a rule only the curves.
 
-    images: the test images that `result` is of; lines: of the run's metrics.jsonl. Returns the files.
+    images: the test images that `result` is of. lines: of the run's metrics.jsonl. Returns the files.
     """
     pictures = [draw_curves(lines, workdir / "curves.png", model.config.depth)]
     if model.config.rule_in_force is not None:
@@ -160,7 +165,7 @@ def draw_run(
 
 
 def _save(figure: Figure, path: Path) -> Path:
-    """Write the picture; a name in a script that matplotlib's font lacks is drawn as boxes, which is no warning."""
+    """Write the picture. Characters that matplotlib's font lacks are drawn as boxes, without a warning."""
     with warnings.catch_warnings(), writing(path), replacing(path) as partial:
         warnings.filterwarnings("ignore", "Glyph .* missing from font")
         figure.savefig(partial, dpi=130, format="png")

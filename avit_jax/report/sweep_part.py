@@ -1,4 +1,4 @@
-"""The sweep's part of the page: every setting evaluated, its figures, its charts."""
+"""The sweep's part of the page: the evaluation of every setting, its figures, its charts."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -26,12 +26,12 @@ class Setting:
 
 
 def setting_name(setting: Setting) -> str:
-    """What the setting is called among the timed ones."""
+    """The name of the setting among the timed ones."""
     return f"setting {setting.value!r}"
 
 
 def evaluate_settings(model: AViT, split: Images, batch_size: int, sweep: Sweep, steps: Steps) -> list[Setting]:
-    """Every setting over the whole data; steps has a kind "evaluation", one for each."""
+    """Evaluate every setting on the whole data set; steps has a kind "evaluation", one for each."""
     mesh = data_mesh(batch_size)
     found = []
     for value in sweep.values:
@@ -51,7 +51,11 @@ def sweep_numbers(
     fixed: Sequence[int],
     maps: Sequence[np.ndarray],
 ) -> dict[str, Any]:
-    """The settings with their speeds, the depths of the fixed images, and whether nothing beats them."""
+    """The settings with their speeds, the depths of the fixed images, and whether each is Pareto-optimal.
+
+    rates: images/s by setting_name. fixed: indices of the images shown at every setting. maps: their token depths, by
+    setting.
+    """
     own = getattr(model.config.rule_in_force, sweep.field)
     speeds = [rates[setting_name(setting)] for setting in settings]
     top1 = [setting.figures["top1"] for setting in settings]

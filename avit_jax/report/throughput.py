@@ -1,4 +1,4 @@
-"""Images per second of each way to run a model, each at its best batch size; and what they were measured on."""
+"""Images per second of each execution of a model, each at its best batch size, and the machine that they are from."""
 
 import math
 import platform
@@ -26,20 +26,19 @@ from avit_jax.runtime.bars import Steps
 from avit_jax.runtime.mesh import available_cores, batch_sharding, data_mesh
 
 ROUNDS = 5
-FACTORS = (1 / 4, 1 / 2, 1, 2)  # batch sizes that are tried, in those of the evaluation
-SAMPLE_SECONDS = (
-    0.2  # a sample repeats short runs for so long: one of 10 ms tells more of the machine than of the model
-)
-MOST_BATCHES = 8  # different ones in a sample
-LONGEST_RUN = 1.0  # seconds; a larger batch is not tried where the dense model takes longer than this
+FACTORS = (1 / 4, 1 / 2, 1, 2)  # batch sizes to try, as multiples of the evaluation's
+SAMPLE_SECONDS = 0.2  # a sample repeats short runs for this long, because a run of 10 ms is mostly noise
+MOST_BATCHES = 8  # different batches in a sample
+LONGEST_RUN = 1.0  # seconds; no larger batch is tried if the dense model takes longer
 Variants = Mapping[str, tuple[AViT, str]]  # by name: the model, and its execution
-_FASTEST = ("packed", "shrinking")  # what is compared with dense
+_FASTEST = ("packed", "shrinking")  # the executions that are compared with dense
 
 
 def batch_sizes(batch_size: int, images: int) -> list[int]:
-    """Sizes to try, smallest first: a quarter of the evaluation's to, on a CPU, twice it; none above `images`.
+    """Batch sizes to try, smallest first: from a quarter of the evaluation's to the same or, on a CPU, twice as many.
 
-    An accelerator's memory may hold no larger batch than the evaluation's. Sizes are multiples of the devices.
+    No size is above `images`. An accelerator's memory may not hold a larger batch than the evaluation's. Sizes are
+    multiples of the number of devices.
     """
     devices = jax.local_device_count()
     factors = [factor for factor in FACTORS if factor <= 1 or jax.default_backend() == "cpu"]
@@ -52,9 +51,10 @@ def measure_speeds(
 ) -> dict[str, Any]:
     """images/s of each variant at several batch sizes, all in turn, and at its best one.
 
-    batch_size: of the evaluation. steps has kinds "batch" (one for each of batch_sizes) and "round" (ROUNDS).
-    Images are spread evenly over `indices` of the data, which may be sorted by class. A sample lasts SAMPLE_SECONDS at
-    least; medians of ROUNDS samples, arrays on the devices, outputs awaited.
+    batch_size: of the evaluation. indices: of images in the data, which may be sorted by class; batches are spread
+    evenly over them. steps: has kinds "batch" (one for each of batch_sizes) and "round" (ROUNDS). A sample lasts at
+    least SAMPLE_SECONDS. Figures are medians of ROUNDS samples, with arrays on the devices, and include waiting for the
+    outputs.
     """
     found: dict[int, dict[str, Timed]] = {}
     for size in batch_sizes(batch_size, len(indices)):
@@ -105,14 +105,14 @@ def measure_at(
 def _compiled(
     variants: Variants, split: Images, indices: Int[np.ndarray, " n"], size: int, longest: float | None
 ) -> dict[str, Timed] | None:
-    """The variants compiled and warm at this batch size; None where the first takes more than `longest` seconds."""
+    """The variants compiled and warm at this batch size; None if the first takes more than `longest` seconds."""
     mesh = data_mesh(size)
     config = next(iter(variants.values()))[0].config
 
     def batches(count: int) -> list[Array]:
         chosen = indices[np.linspace(0, len(indices) - 1, count * size).round().astype(int)]
         images = normalize(evaluation_images(split, chosen, config), config)
-        # Every batch is itself spread over the data.
+        # Every batch is itself spread evenly over the data.
         return [jax.device_put(images[start::count], batch_sharding(mesh)) for start in range(count)]
 
     found: dict[str, Timed] = {}
@@ -142,7 +142,7 @@ def _sample(found: Mapping[int, Mapping[str, Timed]], steps: Steps) -> None:
 
 
 def environment() -> dict[str, Any]:
-    """The machine, the versions, and the command."""
+    """The machine, the versions, and the command, for report.json."""
     devices = jax.devices()
     names = ("jax", "jaxlib", "flax", "numpy")
     return {
@@ -157,7 +157,7 @@ def environment() -> dict[str, Any]:
 
 
 def _processor() -> str:
-    """The CPU's name; Linux tells it in a file, and platform.processor() there is empty."""
+    """The CPU's name. On Linux it is in a file, because platform.processor() is empty there."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]

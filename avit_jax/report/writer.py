@@ -1,4 +1,4 @@
-"""The report: numbers measured, pictures drawn, report.html and report.json written."""
+"""Writing the report: numbers are measured, pictures drawn, report.html and report.json written."""
 
 import contextlib
 import dataclasses
@@ -28,7 +28,7 @@ from avit_jax.report.throughput import ROUNDS, Variants, batch_sizes, environmen
 from avit_jax.runtime.bars import Steps
 from avit_jax.runtime.files import writable_folder, write_json
 
-# Seconds of each kind of step for a small model on two CPU cores, until the first one tells.
+# Seconds of each kind of step for a small model on two CPU cores, used until one has been timed.
 _GUESSES = {"evaluation": 10.0, "batch": 10.0, "setting": 5.0, "round": 5.0, "page": 5.0}
 _FIXED = 6  # images that the sweep shows at every setting
 
@@ -54,11 +54,12 @@ def write_report(
 ) -> Path:
     """Write report.json and the page that shows it; returns the page's path.
 
-    split: what both were evaluated on; data: its name. Runs a few images again for their pictures, measures images/s
-    of all executions in turn, and evaluates every setting of the sweep. Shows its progress on stderr.
-    Raises ValueError where the folder cannot be written to.
+    split: what both models were evaluated on. data: its name. batch_size: of the evaluation. baseline: a model to
+    compare with. sweep: settings to try. Runs a few images again for their pictures, measures images/s of all
+    executions in turn, and evaluates every setting of the sweep. Shows its progress on stderr. Raises ValueError if the
+    folder is not writable.
     """
-    folder = writable_folder(folder)  # before the minutes of work
+    folder = writable_folder(folder)  # fails before the minutes of work
     model, result = subject.model, subject.result
     index = result.per_image.index
     count = len(sweep.values) if sweep else 0
@@ -77,8 +78,8 @@ def write_report(
             speeds["saved_work"] = _saved_work(result, model.config, batch_size)
         rates: dict[str, float] = {}
         if settings:
-            # The settings at one batch size, the best of the checkpoint's own: what differs is the setting. The
-            # baseline stands in the same chart, so it is timed again in turn with them.
+            # All settings run at one batch size, the best of the checkpoint's own, so that only the setting differs.
+            # The baseline is in the same chart, so it is timed again in turn with them.
             timed: dict[str, tuple[AViT, str]] = {setting_name(s): (s.model, AUTO) for s in settings}
             batches = dict.fromkeys(timed, speeds["best_batch"][_own_execution(model.config)])
             if baseline:
@@ -164,7 +165,7 @@ def _describe(subject: Subject) -> dict[str, Any]:
         "num_tokens": config.num_tokens,
         "num_special": config.num_special,
         "distilled": config.distilled,
-        # A model without one, and one whose head reads all patches: the answer is not the class token's.
+        # Without a class token, or with a head that reads all patches, the answer does not come from the class token.
         "class_token": config.class_token,
         "pool": config.pool,
         "parameters": sum(p.size for p in parameters),
@@ -173,14 +174,15 @@ def _describe(subject: Subject) -> dict[str, Any]:
 
 
 def _own_execution(model_config: AViTConfig) -> str:
-    """What the page compares with dense."""
+    """The execution that the page compares with dense."""
     return checked_execution(model_config, AUTO)
 
 
 def _saved_work(result: Evaluation, model_config: AViTConfig, batch_size: int) -> dict[str, Any]:
-    """How much faster the model's execution were if time were multiply-adds alone: dense's over its own.
+    """How much faster the model's execution would be if only multiply-adds took time: dense's divided by its own.
 
-    Its own are counted by a packed evaluation, padding included; a masked one saves nothing and knows the rule's alone.
+    After a packed evaluation, its own are those executed, padding included. A masked evaluation executes all of them,
+    so those of the rule are used.
     """
     whole = whole_gmacs(model_config)
     counted = result.executed_gmacs < whole
@@ -189,7 +191,7 @@ def _saved_work(result: Evaluation, model_config: AViTConfig, batch_size: int) -
 
 
 def _variants(subject: Subject, baseline: Subject | None) -> Variants:
-    """What is timed: dense is the model itself with its rule taken out; then the executions of the rule."""
+    """What is timed: dense, which is the model itself without its rule; then each execution of the rule."""
     model = subject.model
     variants = {"dense": (model.with_config(**NO_RULE), AUTO)}
     if model.config.rule_in_force is not None:
@@ -200,7 +202,7 @@ def _variants(subject: Subject, baseline: Subject | None) -> Variants:
 
 
 def _chosen(subject: Subject, baseline: Subject | None) -> dict[str, list[int]]:
-    """The images that the page shows, by their place in the evaluation: found from the few numbers kept of each."""
+    """The images that the page shows, by their place in the evaluation; chosen from the numbers kept of each image."""
     result = subject.result
     chosen = {}
     if subject.model.config.rule_in_force is not None and np.ptp(result.image_depths) > 0:
@@ -213,7 +215,7 @@ def _chosen(subject: Subject, baseline: Subject | None) -> dict[str, list[int]]:
 
 
 def _image(place: int, subject: Subject, baseline: Subject | None = None) -> dict[str, Any]:
-    """What is said under a picture."""
+    """The data of a picture's caption."""
     images, names = subject.result.per_image, class_names(subject.model.config)
     number = int(images.label[place])
     prediction, label = names[int(images.prediction[place])], names[number] if number >= 0 else None
@@ -234,7 +236,7 @@ def _image(place: int, subject: Subject, baseline: Subject | None = None) -> dic
 
 
 def _charts(report: dict[str, Any]) -> dict[str, Any]:
-    """The charts that this report has numbers for; what a sentence says as well (one bar, one point) has none."""
+    """The charts that this report has numbers for. One bar or one point gets no chart, but a sentence."""
     found = {}
     model, summary = report["model"], report["summary"]
     if model["rule"]:

@@ -19,7 +19,7 @@ for (const table of document.querySelectorAll("table.sortable")) {
   }));
 }
 
-// How strongly the maps of depths cover the pictures.
+// Opacity of the maps of depths over the pictures.
 for (const slider of document.querySelectorAll("input.overlay")) {
   slider.addEventListener("input", () => {
     document.documentElement.style.setProperty("--overlay", String(slider.value / 100));
