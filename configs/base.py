@@ -1,8 +1,8 @@
-"""Neutral defaults, every key there is: what the other files start from.
+"""Neutral defaults for every key, from which the other configs start.
 
     python train.py --config=base --help_config                 every key, its default, and what it means
 
-The defaults and their meaning stand in the settings classes: avit_jax/train/settings.py names them all.
+The settings classes hold the defaults and their meaning; avit_jax/train/settings.py names them all.
 """
 
 from ml_collections import ConfigDict

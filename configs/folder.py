@@ -3,11 +3,11 @@
     python train.py --config=configs/folder.py:dense,/data/pictures
     python train.py --config=configs/folder.py:avit,/data/pictures
 
-The folder has train/CLASS/ and val/CLASS/ (and test/CLASS/ if you like), or just CLASS/; then 72 % of each class are
-for training, 8 % for validation and 20 % for the test. JPEG, PNG, WebP and others, each of any size.
+The folder has train/CLASS/ and val/CLASS/ (and test/CLASS/ if you like), or just CLASS/. With just CLASS/, 72 % of each
+class are for training, 8 % for validation and 20 % for the test. Pictures are JPEG, PNG, WebP and others, of any size.
 
 Pictures are cut to 64x64 pixels. --config.model.image_size=128 --config.model.patch_size=16 shows the model more; the
-patch size must divide the image size. Set --config.augment.flip=0 where left and right differ (text, digits).
+patch size must divide the image size. Set --config.augment.flip=0 if left and right differ (text, digits).
 
 With published weights instead of random ones, name a preset as the third word:
 
@@ -35,7 +35,7 @@ def get_config(arg: str = "avit") -> ConfigDict:
     config = base.get_config()
     stem = Path(path).name or "folder"
     config.name = f"{stem}_{kind}"
-    config.data.update({"source": "folder", "path": path})  # with the mean and std of ImageNet
+    config.data.update({"source": "folder", "path": path})  # mean and std are those of ImageNet
     config.augment.update({"crop_scale": (0.4, 1.0), "flip": 0.5, "color_jitter": 0.2})
     if preset:
         config.model.update({"preset": preset, "drop_path_rate": 0.1, "remat": True})
@@ -51,7 +51,7 @@ def get_config(arg: str = "avit") -> ConfigDict:
     config.eval_every = config.checkpoint_every = 100
     # Warm-up is counted in epochs, so that it suits folders of any number of pictures.
     config.optim.update({"schedule": "epoch", "warmup_epochs": 5, "warmup_learning_rate": 1e-5, "clip_norm": 1.0})
-    config.optim.warmup_steps = 180  # not read with schedule "epoch"; a run that goes on must find the same value
+    config.optim.warmup_steps = 180  # not used by schedule "epoch"; kept, so that earlier runs resume
     config.optim.learning_rate = 1e-4 if preset else 5e-4
     config.epochs = 30.0 if preset else 100.0
     if kind == "dense":

@@ -12,15 +12,15 @@ Not run by us: no ImageNet here. Computed, not measured (images/s are those of c
     v5e-256     < 0.1 h  0.1 h    0.3 h
     v5e-8       0.6 h    2.1 h    8.0 h
 
-Two sets of constants for gate and losses, by the second word: "official" (default), the published code's, gate 10 / 30
-(tiny) or 10 / 75, and its prior; "paper", gate 5 / 10 and a Kullback-Leibler divergence from a prior about layer 9 (the
-paper names no depth; this is where the published code's prior is). Base with the small model's gate is our choice.
+The second word chooses the constants of gate and losses. "official" (default) has those of the published code: gate
+10 / 30 (tiny) or 10 / 75, and its prior. "paper" has gate 5 / 10 and a Kullback-Leibler divergence from a prior around
+layer 9 (the paper names no depth; the published code's prior is there). The gate of base is our choice: small's.
 
-Channel 0 of a DeiT lies near 0, where a gate of 10 / 30 has no gradient to speak of: 100 epochs bring it to life, as
-published. --config.gate_start.images=2048 --config.gate_start.target_depth=9 --config.gate_start.deviation=2 starts it
-where tokens live instead (avit_jax/gate_start.py). Mixup is on as in the published command, although the paper is cited
-as calling it incompatible: --config.augment.mixup=0 --config.augment.cutmix=0. A teacher for distillation:
---config.teacher=CHECKPOINT --config.loss.distillation=hard.
+Channel 0 of a DeiT is near 0, where a gate of 10 / 30 has almost no gradient. As published, 100 epochs of training
+overcome that. --config.gate_start.images=2048 --config.gate_start.target_depth=9 --config.gate_start.deviation=2 starts
+the gate where tokens halt instead (avit_jax/train/gate_start.py). Mixup is on, as in the published command, although
+the paper is cited as calling it incompatible; --config.augment.mixup=0 --config.augment.cutmix=0 switches it off.
+--config.teacher=CHECKPOINT --config.loss.distillation=hard distils from a teacher.
 """
 
 from ml_collections import ConfigDict
@@ -36,7 +36,7 @@ def get_config(arg: str = "small") -> ConfigDict:
     size, _, constants = arg.partition(",")
     constants = constants or "official"
     if constants not in ("official", "paper"):
-        raise ValueError(f"{constants!r} is no set of constants: choose official or paper")
+        raise ValueError(f"{constants!r} is not a set of constants: choose official or paper")
     config = imagenet_deit.get_config(size)
     config.name = f"imagenet_avit_{size}_{constants}"
     config.init_from = f"deit_{size}_patch16_224.pth"

@@ -2,7 +2,7 @@
 
     python train.py --config=configs/mnist_dense.py             half an hour on 2 CPU cores
 
-Expected: 98.0 % on the 1,000 test images (99 % on the 400 of validation). Its result is checkpoints/mnist_dense.
+Expected: 98.0 % on the 1,000 test images (99 % on the 400 validation images). The result is checkpoints/mnist_dense.
 """
 
 from ml_collections import ConfigDict
@@ -15,7 +15,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config = base.get_config(arg)
     config.name = "mnist_dense"
     config.data.update({"mean": (0.1307,), "std": (0.3081,)})
-    # In pixels, degrees and fractions: what handwriting varies by, without turning a 6 into a 9.
+    # Degrees, fractions and pixels by which handwriting varies; too few to turn a 6 into a 9.
     config.augment.update({"rotate": 12.0, "scale": 0.12, "shear": 0.15, "translate": 2.0})
     # Image size, channels, classes and class names come from the data. Without a gate no token ever halts.
     config.model.update({"patch_size": 4, "embed_dim": 64, "depth": 12, "num_heads": 4, "mlp_ratio": 4.0})

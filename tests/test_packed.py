@@ -239,7 +239,7 @@ def test_plans_are_printed_saved_and_checked(tmp_path: Path, model: AViT) -> Non
     with pytest.raises(ValueError, match="batch_size is 0"):
         compile_packed(model, 0)
     (tmp_path / "bad.json").write_text(json.dumps({"num_tokens": 7}))
-    with pytest.raises(ValueError, match="bad.json is no plan of packed execution"):
+    with pytest.raises(ValueError, match="bad.json is not a plan of packed execution"):
         PackedPlan.load(tmp_path / "bad.json")
 
 

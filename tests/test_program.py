@@ -61,7 +61,7 @@ def test_every_execution_of_a_rule_gives_the_same(name: str) -> None:
         assert_same(program(images), expected)  # four images for five places
         assert program.batch_size == 5 and program.config == config
         assert len(jax.export.export(program.jitted)(*program.abstract_arguments).serialize()) > 1000
-        with pytest.raises(ValueError, match=r"6 images for a program compiled for 5: compile\w*\(model, 6\)"):
+        with pytest.raises(ValueError, match=r"6 images for a program compiled for 5: use compile\w*\(model, 6\)"):
             program(images_of(config, 6))
         with pytest.raises(ValueError, match="resize with"):
             program(images[:, 1:])

@@ -223,8 +223,8 @@ def test_sweeps_are_lists_or_ranges(text: str, values: tuple[float, ...]) -> Non
     ("text", "sentence"),
     [
         ("gate_centre:1", "no rule has a setting 'gate_centre' to sweep: did you mean 'gate_center'"),
-        ("gate_center", "'' is no list of numbers: write FIELD:VALUE"),
-        ("gate_center:a,b", "'a,b' is no list of numbers"),
+        ("gate_center", "'' is not a list of numbers: write FIELD:VALUE"),
+        ("gate_center:a,b", "'a,b' is not a list of numbers"),
         ("gate_center:1:2", "a range has a first value, a last and a count"),
         ("gate_center:1:2:1.5", "a range has a first value"),
         ("gate_center:0:1:1000000000000", "more than 40 settings"),

@@ -134,7 +134,7 @@ def test_every_bound_is_tried_above() -> None:
         ("data.on_bad_image", "x", "config.data.on_bad_image 'x' is unknown: choose 'raise' or 'skip'"),
         ("mesh.data", 0, "config.mesh is data=0, fsdp=1: give numbers of devices, or data=-1 for the rest"),
         ("mesh.fsdp", 0, "config.mesh is data=-1, fsdp=0: give numbers of devices, or data=-1 for the rest"),
-        ("accumulation", 3, "config.batch_size 100 is no multiple of config.accumulation 3"),
+        ("accumulation", 3, "config.batch_size 100 is not a multiple of config.accumulation 3"),
         ("profile", "20", "--profile or config.profile '20' is not START:STEPS: give two numbers from 1, as 20:5"),
         (
             "teacher",
@@ -157,7 +157,7 @@ def test_a_room_checks_its_settings_without_a_config_too() -> None:
         (lambda: DataSettings(crop_fraction=2.0), "config.data.crop_fraction is 2.0"),
         (lambda: AugmentSettings(flip=1.5), "config.augment.flip is 1.5"),
         (lambda: MeshSettings(fsdp=0), "config.mesh is data=-1, fsdp=0"),
-        (lambda: dataclasses.replace(TrainSettings(), accumulation=7), "config.batch_size 100 is no multiple"),
+        (lambda: dataclasses.replace(TrainSettings(), accumulation=7), "config.batch_size 100 is not a multiple"),
     ):
         with pytest.raises(ValueError, match=re.escape(key)):
             make()

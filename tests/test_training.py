@@ -267,7 +267,7 @@ def test_a_dry_run_forgives_missing_data_and_nothing_else(config: ConfigDict) ->
     config.data.path = "missing.npz"
     config.model.update({"image_size": 8, "in_channels": 1})  # the data cannot say them now
     account = "\n".join(dry_run(config))
-    assert "not to be read here (config.data.path 'missing.npz' is not a file" in account
+    assert "cannot be read here (config.data.path 'missing.npz' is not a file" in account
     assert "4 classes" in account
 
 

@@ -1,4 +1,4 @@
-"""The command line's manners: configs from files, one clear sentence for what is wrong, exit status 1."""
+"""What every command shares: configs from files, one clear sentence for an error, exit status 1."""
 
 import itertools
 import os
@@ -25,7 +25,7 @@ _PACKAGE = Path(__file__).parents[1]
 
 def define_config_flag() -> flags.FlagHolder:
     """--config=NAME or FILE, with --config.key=value overrides, and --help_config."""
-    flags.DEFINE_bool("help_config", False, "Print every key of the config: value, default, what it means.")
+    flags.DEFINE_bool("help_config", False, "Print every key of the config: value, default, meaning.")
     return config_flags.DEFINE_config_file("config", None, "The experiment.", lock_config=True)
 
 
@@ -36,13 +36,13 @@ def run_main(
     default_config: Callable[[Mapping[str, str]], str] = lambda _: DEFAULT_CONFIG,
     reads: Collection[str] = (),
 ) -> None:
-    """Parse the flags, run main, and turn what a user can mend into one sentence and exit status 1.
+    """Parse the flags, run main, and turn errors that a user can fix into one sentence and exit status 1.
 
-    options: the command's own flags, without --config; about: its one-line description, for --help; default_config:
-    what --config is where it is not given, from the other options by name; reads: the sections and keys of the config
-    that the command reads, for --help_config; all where it is empty.
+    options: the command's own flags, without --config. about: its one-line description, for --help. default_config: the
+    value of --config if it is not given, from the other options by name. reads: the sections and keys of the config
+    that the command reads, for --help_config; empty: all.
     """
-    # matplotlib writes its font cache to the home folder unless it is told otherwise before it is imported.
+    # matplotlib writes its font cache to the home folder unless this is set before it is imported.
     os.environ.setdefault("MPLCONFIGDIR", str(Path("runs/.matplotlib").absolute()))
     own = ["config", "help_config", *(option.name for option in options)]
 
@@ -68,8 +68,8 @@ def run_main(
     def guarded(argv: list[str]) -> None:
         if len(argv) > 1:
             raise SystemExit(_say(f"{argv[1]!r} is not an option: write --name=value; --help lists the options"))
-        logging.set_verbosity(logging.WARNING)  # orbax tells every rename at INFO
-        # Exceptions of orbax's threads and of its tasks, which it raises again here.
+        logging.set_verbosity(logging.WARNING)  # orbax logs every rename at INFO
+        # Drop the log records of exceptions in orbax's threads and tasks, which orbax raises again in this thread.
         logging.get_absl_handler().addFilter(
             lambda record: not (record.exc_info and ("orbax" in record.pathname or record.name == "asyncio"))
         )
@@ -92,15 +92,15 @@ def run_main(
 
 
 def _leave_waiting_threads() -> None:
-    """End with status 1 at once where a thread is left: orbax's wait ten minutes for a save that has failed."""
+    """Exit with status 1 at once if a thread is left, because orbax's threads wait ten minutes for a failed save."""
     if any(thread is not threading.main_thread() and not thread.daemon for thread in threading.enumerate()):
         end_now()
 
 
 def _unraisable(found: Any) -> None:
-    """Python's own, without the echoes of an error of orbax's that is raised already.
+    """Python's own hook, without the repetitions of an orbax error that has been raised already.
 
-    tensorstore's threads, when a write is given up, and the reads beside the one that failed first.
+    They come from tensorstore's threads when a write is given up, and from the reads beside the one that failed first.
     """
     frames = traceback.extract_tb(found.exc_traceback)
     of_a_read = bool(frames) and "orbax" in Path(frames[-1].filename).parts
@@ -110,7 +110,7 @@ def _unraisable(found: Any) -> None:
 
 
 def _sentence(error: BaseException) -> str | None:
-    """What a user reads of an error; None for one from a library's depths: a bug, which keeps its traceback."""
+    """The sentence that a user reads; None for an error inside a library, which is a bug and keeps its traceback."""
     if isinstance(error, KeyboardInterrupt):
         return "stopped; the same command goes on from the last checkpoint, if there is one"
     if lost_a_process(error):
@@ -121,9 +121,9 @@ def _sentence(error: BaseException) -> str | None:
 
 
 def with_config(argv: list[str], default_config: Callable[[Mapping[str, str]], str]) -> tuple[list[str], ConfigDict]:
-    """The arguments as ml_collections reads them, --config with the file's whole path, and the config itself.
+    """The arguments as ml_collections reads them, with the whole path of the config file, and the config itself.
 
-    Raises ValueError for a config that is not there or fails.
+    default_config: as for run_main. Raises ValueError for a config that does not exist or fails.
     """
     given: dict[str, str] = {}
     rest: list[str] = []
@@ -138,7 +138,7 @@ def with_config(argv: list[str], default_config: Callable[[Mapping[str, str]], s
             skipped = None
         else:
             rest.append(argument)
-    # Not the flag's default: ml_collections would apply the overrides at import, where nobody catches a wrong key.
+    # Not as the flag's default: ml_collections would apply the overrides at import, where a wrong key is not caught.
     file, config_argument = find_config(given["config"] if "config" in given else default_config(given))
     spec = ":".join([str(file), *config_argument])
     config = load_config(spec)
@@ -146,7 +146,7 @@ def with_config(argv: list[str], default_config: Callable[[Mapping[str, str]], s
 
 
 def _empty_tuple(argument: str, config: ConfigDict) -> str:
-    """--config.data.mean= as --config.data.mean=(), where the key holds a tuple; ml_collections reads ("",)."""
+    """Turns --config.data.mean= into --config.data.mean=() if the key holds a tuple; ml_collections reads ("",)."""
     name, _, value = argument.partition("=")
     path = name.lstrip("-").split(".")
     is_tuple = not value and path[0] == "config" and isinstance(flat_keys(config).get(".".join(path[1:])), tuple)
@@ -172,7 +172,7 @@ def check_options(argv: list[str], own: list[str]) -> None:
 
 
 def check_keys(config: ConfigDict, argv: list[str]) -> None:
-    """Raises ValueError, naming the nearest, for --config.KEY=VALUE with a key that the config lacks."""
+    """Raises ValueError, naming the nearest key, for --config.KEY=VALUE with a key that the config lacks."""
     keys = flat_keys(config)
     for name in _names(argv):
         if name.startswith("config."):
@@ -198,7 +198,7 @@ def _check_key(config: ConfigDict, path: list[str], keys: Mapping[str, Any]) -> 
 
 
 def _keys_named(name: str, keys: Mapping[str, Any]) -> str:
-    """A hint where a key of the config is called so, in whatever section; else nothing."""
+    """A hint if the config has a key of this name, in any section; otherwise an empty text."""
     found = [f"--config.{key}" for key in keys if key == name or key.endswith(f".{name}")]
     return f"did you mean {' or '.join(found)}?" if found else ""
 

@@ -1,4 +1,4 @@
-"""Config files: the ones that ship with the package, and a user's own."""
+"""Config files: those that ship with the package, and a user's own."""
 
 import ast
 import importlib.util
@@ -19,7 +19,7 @@ SHIPPED = _PACKAGE / "configs" if (_PACKAGE / "configs").is_dir() else _PACKAGE.
 def load_config(spec: str) -> ConfigDict:
     """The config that --config=SPEC names: "mnist_avit", "folder:avit,/data/pictures", or "my_config.py".
 
-    Raises ValueError where there is no such file, and where the file itself fails.
+    Raises ValueError if there is no such file, or if the file itself fails.
     """
     file, argument = find_config(spec)
     module_spec = importlib.util.spec_from_file_location("experiment_config", file)
@@ -31,16 +31,16 @@ def load_config(spec: str) -> ConfigDict:
         return module.get_config(*argument)
     except Exception as error:  # whatever the user's own file raises
         message = " ".join(str(error).split())
-        # A ValueError is a sentence for whoever wrote the argument; other errors are the file's own faults.
+        # A ValueError is a message to the user about the argument; other errors are the file's own faults.
         kind = "" if isinstance(error, ValueError) else f" fails with {type(error).__name__}"
         raise ValueError(f"the config file {str(file)!r}{kind}: {message}") from error
 
 
 def find_config(spec: str) -> tuple[Path, list[str]]:
-    """The file that --config=SPEC names, and what follows its colon, if anything does.
+    """The file that --config=SPEC names, and the text after its colon, if there is one.
 
     A file at that path comes first, then the shipped config of that name (configs/NAME.py, NAME.py or NAME). Raises
-    ValueError, naming the nearest config, where there is neither.
+    ValueError, naming the nearest config, if there is neither.
     """
     name, colon, argument = spec.partition(":")
     _use_shipped_configs()
@@ -68,7 +68,7 @@ def shipped_configs() -> dict[str, str]:
 def _use_shipped_configs() -> None:
     """Make `from configs import mnist_dense` work in a config file, wherever the command runs.
 
-    The folder configs/ where the command runs comes first: a user's copy of a shipped file is the one that counts.
+    The folder configs/ where the command runs comes first, so that a user's copy of a shipped file is used.
     """
     package = sys.modules.get("configs")
     if package is None:

@@ -15,13 +15,12 @@ _LEAST_HELP = 30  # characters; in a narrower terminal the help goes below
 
 
 def config_help(config: ConfigDict, only: Collection[str] = ()) -> str:
-    """A table, section by section; values that are not the default have a star.
+    """A table of keys, section by section; values that are not the default have a star.
 
-    Args:
-        config: The config, with whatever the command line has changed.
-        only: The sections, and the keys outside of them, to show; all where it is empty.
+    Args: |    config: The config, with the changes of the command line. |    only: The sections, and the keys outside
+    of them, to show; empty: all.
 
-    Raises ValueError for a config with a key that there is not.
+    Raises ValueError for a config with an unknown key.
     """
     given, defaults = flat(config.to_dict()), flat(TrainSettings().to_config())
     for name in given:
@@ -51,13 +50,13 @@ def _shown(value: Any) -> str:
 
 
 def _meaning(metadata: Any) -> str:
-    """The help, and the choices where it does not name them all."""
+    """The help, and the choices if it does not name them all."""
     text, choices = metadata["help"], metadata["choices"]
     return text if all(choice in text for choice in choices) else f"{text} One of {', '.join(choices)}."
 
 
 def _line(mark: str, row: tuple[str, ...], widths: list[int], screen: int) -> Iterator[str]:
-    """The lines of one row: each cell is wrapped in its column; the help goes below where the screen is narrow."""
+    """The lines of one row: each cell is wrapped in its column; the help goes below if the screen is narrow."""
     left = len(mark) + sum(widths) + 2 * len(widths)
     *cells, meaning = row
     beside = screen - left >= _LEAST_HELP

@@ -32,7 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--num-classes", type=int, help="if it differs from the checkpoint's: a new head")
     parser.add_argument("--image-size", type=_image_size, help="224 or HEIGHTxWIDTH: positions are resized")
     parser.add_argument("--num-heads", type=int, help="needed if neither preset nor width determines it")
-    parser.add_argument("--gate-scale", type=float, help="with --gate-center: an A-ViT; no checkpoint holds them")
+    parser.add_argument("--gate-scale", type=float, help="with --gate-center: makes an A-ViT; PyTorch files do not say")
     parser.add_argument("--gate-center", type=float)
     parser.add_argument("--pool", choices=POOLS, help="what the head reads, if the file does not say")
     parser.add_argument("--mean", type=_numbers, help="such as 0.5,0.5,0.5: subtracted from each channel (0..1)")

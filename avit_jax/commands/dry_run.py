@@ -1,4 +1,4 @@
-"""What a run would be: model, work, memory, steps, schedule, data; and two steps on made-up data."""
+"""The dry run: a run's model, work, memory, steps, schedule and data, and two steps on made-up data."""
 
 import time
 from collections.abc import Iterator
@@ -29,15 +29,15 @@ IMAGENET_IMAGES = 1_281_167
 
 
 def dry_run(config: ConfigDict) -> Iterator[str]:
-    """The lines that train.py --dry_run prints; the account of memory comes before anything uses that memory.
+    """The lines that train.py --dry_run prints; the line on memory comes before anything uses that memory.
 
-    Data that are not there are forgiven, and made up. Raises ValueError for settings that the run refuses; after the
-    account where it needs more memory than the machine has, and where init_from or teacher is not there.
+    Missing data are replaced by made-up images. Raises ValueError for settings that training refuses; also, after those
+    lines, if a step needs more memory than the machine has, and at the end if init_from or teacher does not exist.
     """
     settings = parse(config)
     model_config, images, data = _data(settings)
     mesh = training_mesh(settings.mesh, settings.batch_size, settings.accumulation)
-    # Shapes alone: the program is compiled before there is anything in memory.
+    # Only shapes: the program is compiled before there is anything in memory.
     shapes = nnx.eval_shape(lambda: AViT(model_config, rngs=nnx.Rngs(settings.seed)))
     weights = nnx.state(shapes)
     setup = prepare(settings, shapes, mesh, images, teacher=shapes if settings.teacher else None)
@@ -60,7 +60,7 @@ def dry_run(config: ConfigDict) -> Iterator[str]:
         f"memory    {needed / 1e9:.2f} GB a device"
         + (f" of {limit / 1e9:.2f} that are free" if limit else "")
         + f": {memory.argument_size_in_bytes / 1e9:.2f} state and batch, {memory.temp_size_in_bytes / 1e9:.2f} for the "
-        "step (the compiler's account)"
+        "step (the compiler's estimate)"
     )
     yield f"steps     {steps} of {settings.batch_size} images: {settings.epochs:g} epochs"
     yield (
@@ -82,16 +82,16 @@ def dry_run(config: ConfigDict) -> Iterator[str]:
 
 
 def _data(settings: TrainSettings) -> tuple[AViTConfig, int, str]:
-    """The model that the data want, the number of training images, and a line about them."""
+    """The model configuration that fits the data, the number of training images, and a line about them."""
     try:
         dataset = open_dataset(settings.data)
     except ValueError as error:
         if not _may_be_missing(settings.data):
             raise
         fields = settings.model.given
-        line = f"not to be read here ({error}); steps are counted for ImageNet's {IMAGENET_IMAGES} images"
+        line = f"cannot be read here ({error}); steps are counted for ImageNet's {IMAGENET_IMAGES} images"
         channels = fields.get("in_channels", 3)
-        stand_in = Preprocessing((0.5,) * channels, (0.5,) * channels)  # made-up images are normalised by any numbers
+        stand_in = Preprocessing((0.5,) * channels, (0.5,) * channels)  # any numbers normalise made-up images
         return config_from(settings.model.preset, **fields, preprocessing=stand_in), IMAGENET_IMAGES, line
     images = len(dataset.train)
     line = f"{images} training, {len(dataset.val)} validation, {len(dataset.test)} test images"
@@ -99,7 +99,7 @@ def _data(settings: TrainSettings) -> tuple[AViTConfig, int, str]:
 
 
 def _may_be_missing(settings: DataSettings) -> bool:
-    """Whether there is nothing at all where the config says the data are; a dry run forgives that, and nothing else."""
+    """Whether there is nothing at all at the path of the data: the only error of the data that a dry run ignores."""
     if settings.source == "tfds":
         root = expanded(settings.path or "~/tensorflow_datasets")
         return bool(settings.name) and not (root / settings.name.partition(":")[0]).exists()
@@ -113,7 +113,7 @@ def _two_steps(program: Any, state: TrainState, batch: Any, teacher: Any) -> Ite
         loss = float(metrics["loss"])
         yield f"step {number}    loss {loss:.4f}, {time.perf_counter() - began:.1f} s"
     depth = float(metrics["mean_depth"])
-    yield f"          mean depth {depth:.2f}; of random weights and made-up images it means nothing"
+    yield f"          mean depth {depth:.2f}; with random weights and made-up images it means nothing"
 
 
 def _batch_shapes(model_config: AViTConfig, count: int) -> dict[str, jax.ShapeDtypeStruct]:
@@ -122,7 +122,7 @@ def _batch_shapes(model_config: AViTConfig, count: int) -> dict[str, jax.ShapeDt
 
 
 def made_up_batch(model_config: AViTConfig, count: int) -> dict[str, np.ndarray]:
-    """Noise for images, every class in turn for labels."""
+    """A batch of noise as images, with every class in turn as labels."""
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (count, *model_config.image_shape, model_config.in_channels), dtype=np.uint8)
     return {"image": images, "label": (np.arange(count) % model_config.num_classes).astype(np.int32)}

@@ -24,15 +24,15 @@ def main() -> None:
         "execution",
         "auto",
         ["auto", "packed", "masked"],
-        "How a model runs whose tokens halt (auto: packed); there is one way to run any other.",
+        "How to run a model with a halting rule (auto: packed); any other model has only one way.",
     )
     report = flags.DEFINE_string("report", None, "Folder for report.html, a page that shows what the model did.")
     baseline = flags.DEFINE_string("baseline", None, "A checkpoint to compare with in the report.")
     sweep = flags.DEFINE_string(
         "sweep",
         None,
-        "Gate settings for the report, same weights: gate_center:8,9,10 or gate_center:8:12:5 (first, last, count); "
-        "gate_scale likewise, and what another rule has: threshold, r.",
+        "Settings to compare in the report, same weights: gate_center:8,9,10 or gate_center:8:12:5 (first, last, "
+        "count); also gate_scale, and for other rules threshold or r.",
     )
     images = flags.DEFINE_string(
         "images",
@@ -65,5 +65,5 @@ def main() -> None:
 
 
 def _default_config(options: Mapping[str, str]) -> str:
-    """The config of the run that the checkpoint is from; pictures need no data set, so any config will do."""
+    """The config of the run that the checkpoint is from; pictures need no data set, so any config will do for them."""
     return DEFAULT_CONFIG if options.get("images") else config_of_checkpoint(options.get("checkpoint") or DEFAULT_RUN)

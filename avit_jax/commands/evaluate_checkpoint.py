@@ -1,4 +1,4 @@
-"""What eval.py does: any checkpoint on a data set, as a table and as a page."""
+"""What eval.py does: it evaluates any checkpoint on a data set, as a table and as a page."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -36,13 +36,13 @@ def evaluate_checkpoint(
     class_names: str | Path | None = None,
     model: Mapping[str, Any] | None = None,
 ) -> str:
-    """Any checkpoint on the test images of config.data. Returns the table, after a line for what is odd.
+    """Evaluate any checkpoint on the test images of config.data. Returns the table, after a warning if there is one.
 
     A checkpoint that carries its configuration keeps it, gate and preprocessing included; a foreign file takes
-    config.model. model: fields of AViTConfig that the user asked for. report: a folder for report.html and report.json;
-    baseline: a checkpoint to compare with in it; sweep: settings of the rule to try, as sweep.parse_sweep takes them;
-    class_names: a file, one name a line. Raises ValueError where the checkpoint and the data differ in shape or number
-    of classes, for a baseline of other classes, and for a folder that is not writable.
+    config.model. model: fields of AViTConfig that the user asked for. report: a folder for report.html and report.json.
+    baseline: a checkpoint to compare with in the report. sweep: settings of the rule to try, as sweep.parse_sweep takes
+    them. class_names: a file, one name a line. Raises ValueError if the checkpoint and the data differ in shape or
+    number of classes, for a baseline with other classes, and for a folder that is not writable.
     """
     settings = parse(config)
     if (baseline or sweep) and not report:
@@ -72,7 +72,7 @@ def evaluate_checkpoint(
     ours = _named(ours, dataset.class_names)
     other = _named(other, dataset.class_names) if other else None
     if gates and ours.config.rule_in_force is None:
-        raise ValueError(f"--sweep moves a gate and {path} has none: it never halts; leave --sweep out")
+        raise ValueError(f"--sweep changes a rule and {path} has none: it never halts; leave --sweep out")
     if gates:
         for value in gates.values:  # errors come before the minutes of evaluation
             rule_with(ours.config, gates.field, value)
@@ -101,9 +101,9 @@ def _named(model: AViT, names: tuple[str, ...]) -> AViT:
 def _compare_names(
     path: str | Path, ours: AViTConfig, baseline: str | Path | None, other: AViT | None, of_data: tuple[str, ...]
 ) -> str | None:
-    """A sentence where the checkpoint names its classes otherwise than the data, else None.
+    """A sentence if the checkpoint's class names differ from the data's, else None.
 
-    A checkpoint without names says nothing. Raises ValueError where the baseline's classes are others.
+    A checkpoint without names does not count. Raises ValueError if the baseline's classes are different.
     """
     named = ours.class_names or of_data
     theirs = None if other is None else other.config.class_names
@@ -128,17 +128,17 @@ def _listed(names: Sequence[str], most: int = 3) -> str:
 
 def _evaluable(path: str | Path, settings: TrainSettings, dataset: Dataset, ema: bool, asked: dict[str, Any]) -> AViT:
     """The checkpoint, checked against the data; asked: fields of AViTConfig that it must have."""
-    if Path(path).is_file() and is_foreign(path):  # it knows nothing but weights
+    if Path(path).is_file() and is_foreign(path):  # it holds only weights
         preset, fields = fields_for_foreign(settings.model, settings.data, dataset)
     else:
         fields = dict(asked)
-        preset = fields.pop("preset", None)  # load says that a checkpoint of ours has its own
+        preset = fields.pop("preset", None)  # load refuses it for a checkpoint of ours
         if is_foreign(path) and (stated := stated_preprocessing(settings.data)):
             fields["preprocessing"] = stated
-        if isinstance(dataset.train, Split):  # images from disk are made what the model takes
+        if isinstance(dataset.train, Split):  # images from disk are resized to what the model takes
             _, height, width, channels = dataset.train.images.shape
             fields |= {"image_size": height if height == width else (height, width), "in_channels": channels}
-    # Not the classes: asking for them would make a new head where the checkpoint has other ones.
+    # Not the classes: load would make a new head if the checkpoint has others.
     own = ("num_classes", "class_names")
     found = load(path, preset, ema=ema, **{name: value for name, value in fields.items() if name not in own})
     if found.config.num_classes != len(dataset.class_names):

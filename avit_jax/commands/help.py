@@ -1,4 +1,4 @@
-"""What --help prints: the options, the configs there are, and how a key of a config is set."""
+"""What --help prints: the options, the configs, and how a key of a config is set."""
 
 import shlex
 import sys
@@ -13,18 +13,18 @@ HELP = ("--help", "-help", "-h", "--helpshort", "--helpfull", "-?")
 
 
 def program() -> str:
-    """How this command is started: python train.py, or python -m avit_jax.train."""
+    """How this command was started: python train.py, or python -m avit_jax.train."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     return f"python -m {spec.name.removesuffix('.__main__')}" if spec else f"python {sys.argv[0]}"
 
 
 def command_line() -> str:
-    """The command of this process, to be typed again."""
+    """The command that started this process, to be run again."""
     return " ".join([program(), *map(shlex.quote, sys.argv[1:])])
 
 
 def help_text(about: str, options: Sequence[flags.FlagHolder]) -> str:
-    """The page of --help; options: the command's own flags."""
+    """The text of --help. about: a one-line description of the command. options: its own flags."""
     configs = shipped_configs()
     width = max(map(len, configs))
     lines = [
@@ -32,8 +32,8 @@ def help_text(about: str, options: Sequence[flags.FlagHolder]) -> str:
         "",
         f"usage: {program()} [--config=NAME] [--config.KEY=VALUE ...] [--OPTION=VALUE ...]",
         "",
-        f"--config=NAME or FILE.py; NAME:ARGUMENT where a config takes one; by default {DEFAULT_CONFIG}.",
-        f"  The configs there are, from {_nearby(SHIPPED)}:",
+        f"--config=NAME or FILE.py; NAME:ARGUMENT if a config takes one; by default {DEFAULT_CONFIG}.",
+        f"  The configs in {_nearby(SHIPPED)}:",
         *(f"    {name:{width}}  {what}" for name, what in configs.items()),
         "--config.KEY=VALUE sets a key of the config, for instance",
         "    --config.epochs=3 --config.optim.learning_rate=1e-4 --config.model.depth=6 --config.data.path=FOLDER",
@@ -55,6 +55,6 @@ def _value(flag: flags.Flag) -> str:
 
 
 def _nearby(path: Path) -> Path:
-    """Told from the current folder where the path lies in it."""
+    """The path relative to the current folder, if it is inside it."""
     here = Path.cwd()
     return path.relative_to(here) if here in path.parents else path

@@ -1,4 +1,4 @@
-"""A person's own pictures: what the model says of each, how sure it is, and where its layers went."""
+"""Predictions for a user's own pictures: the answer, its probability, and the depths of the patches."""
 
 import hashlib
 import os
@@ -34,11 +34,11 @@ def predict_checkpoint(
     baseline: str | None = None,
     sweep: str | None = None,
 ) -> Iterator[str]:
-    """Lines to print: one for each image (file, class, probability, mean depth), the unreadable ones, and a sum.
+    """Lines to print: one for each image (file, class, probability, mean depth), the unreadable ones, and a summary.
 
-    images: a file or a folder, with what lies in its folders. Each picture with its depths beside it goes to `folder`,
-    runs/<name of the checkpoint>/images by default; a model that never halts has none. Raises ValueError where there
-    is no image, and for baseline and sweep, which need a data set.
+    images: a file, or a folder with its subfolders. folder: for each picture with its depths beside it; by default
+    runs/<name of the checkpoint>/images; a model that never halts writes none. class_names: a file with one name a
+    line. Raises ValueError if there is no image, and for baseline and sweep, which need a data set.
     """
     if baseline or sweep:
         raise ValueError(f"--{'sweep' if sweep else 'baseline'} compares models on a data set: leave --images out")
@@ -54,9 +54,13 @@ def predict_checkpoint(
 
 
 def predict_files(model: AViT, files: list[Path], root: Path, out: Path | None, execution: str) -> Iterator[str]:
-    """The lines of predict_checkpoint; pictures are read, run and forgotten a batch at a time."""
+    """The lines of predict_checkpoint; pictures are read and run a batch at a time, and none is kept.
+
+    root: the folder that file names are shown relative to. out: the folder for pictures with depths; None: none.
+    """
     config = model.config
-    normalize(np.zeros((0, *config.image_shape, config.in_channels), np.uint8), config)  # its error is no file's
+    # Raises its errors here, before they would be blamed on a file.
+    normalize(np.zeros((0, *config.image_shape, config.in_channels), np.uint8), config)
     chosen = suited_execution(config, execution)
     run = compile(model, min(_BATCH, len(files)), execution=chosen, image_exit=False)
     names = model.config.class_names or tuple(map(str, range(model.config.num_classes)))
@@ -92,9 +96,9 @@ def predict_files(model: AViT, files: list[Path], root: Path, out: Path | None, 
 
 
 def _read(file: Path, name: str, model_config: AViTConfig) -> np.ndarray:
-    """The model's view of a file. Raises BadImage, whatever the file does to the libraries that read it."""
+    """A file as the model takes it. Raises BadImage for any error in the libraries that read it."""
     try:
-        # Upright, as the camera says: a person's pictures are not a data set's.
+        # Turned upright by the camera's tag, which the images of data sets are not.
         return preprocess(decode(file, name, upright=True), model_config)[0]
     except BadImage:
         raise
@@ -123,9 +127,9 @@ def _safe(part: str, suffix: str) -> str:
 
 
 def find_images(path: Path) -> tuple[list[Path], Path]:
-    """The files to read, sorted, and the folder that their names are told from; hidden ones are left out.
+    """The files to read, sorted, and the folder that their names are relative to; hidden files are left out.
 
-    Raises ValueError where there is nothing at `path`, or no file in it.
+    Raises ValueError if nothing is at `path`, or no file is in it.
     """
     if path.is_file():
         return [path], path.parent
@@ -134,7 +138,7 @@ def find_images(path: Path) -> tuple[list[Path], Path]:
     files = sorted(
         file
         for file in path.rglob("*")
-        # Pipes and dangling links too: they are read, refused and counted as other unreadable files are.
+        # Pipes and dangling links too: they are read, refused and counted as any unreadable file.
         if not file.is_dir() and not any(part.startswith(".") for part in file.relative_to(path).parts)
     )
     if not files:
@@ -143,7 +147,7 @@ def find_images(path: Path) -> tuple[list[Path], Path]:
 
 
 def read_class_names(path: str | Path, model_config: AViTConfig) -> tuple[str, ...]:
-    """One name a line, as many as the model has classes. Raises ValueError for another number, or no such file."""
+    """The class names in a file, one a line. Raises ValueError if their number is wrong or the file cannot be read."""
     try:
         names = tuple(line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip())
     except (OSError, UnicodeDecodeError) as error:

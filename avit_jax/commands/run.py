@@ -1,4 +1,4 @@
-"""The main job: from a config to a trained model, a table, pictures, and a model to take away."""
+"""A whole run: from a config to a trained model, a table, pictures, and the saved model."""
 
 import json
 import sys
@@ -33,14 +33,14 @@ def run(config: ConfigDict, workdir: str | Path, *, resume: bool = True, began: 
     """Train, measure dense and A-ViT on the test images, write summary.json and pictures; returns the summary.
 
     A finished run is not repeated, a stopped one is continued. began: time.perf_counter() from which `seconds` counts.
-    Raises ValueError for a config that cannot work, and where workdir holds a run of another config, or any run while
+    Raises ValueError for a config that cannot work, and if workdir holds a run of another config, or any run while
     resume is False.
     """
     began = time.perf_counter() if began is None else began
     workdir = Path(workdir)
     if workdir.exists() and not workdir.is_dir():
         raise ValueError(f"the run's folder {workdir} is a file: give another --workdir")
-    check_same(flat(json.loads(config.to_json())))  # before anything that one process alone may refuse
+    check_same(flat(json.loads(config.to_json())))  # before anything that may fail in only one process
     settings = parse(config)
     with FolderLock(workdir):
         return _run(settings, workdir, resume, began)
@@ -49,12 +49,12 @@ def run(config: ConfigDict, workdir: str | Path, *, resume: bool = True, began: 
 def train_model(config: ConfigDict, workdir: str | Path, *, resume: bool = True) -> AViT:
     """Train as train.py does and return the trained model; summary.json in workdir has the measured figures.
 
-    config: what a config file's get_config() returns, with any key changed. A finished run is not repeated, a stopped
-    one is continued. Raises what `run` raises, and training.Stopped after SIGTERM or Ctrl-C, when the checkpoint is
-    written and the same call goes on.
+    config: what a config file's get_config() returns, with any key changed. workdir: the folder of the run. A finished
+    run is not repeated, a stopped one is continued if resume is True. Raises what `run` raises, and train.loop.Stopped
+    after SIGTERM or Ctrl-C; the checkpoint is then written, and the same call continues the run.
     """
     run(config, workdir, resume=resume)
-    in_any_process(False)  # not before process 0 has written the model
+    in_any_process(False)  # wait until process 0 has written the model
     return load(Path(workdir) / "model")
 
 

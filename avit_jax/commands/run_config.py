@@ -1,4 +1,4 @@
-"""The config of a finished or running experiment, read back from its train_config.json; a config file as any other."""
+"""The config of a run, read back from its train_config.json; this module is used as a config file."""
 
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from avit_jax.train.settings import TrainSettings
 
 FILE = "train_config.json"
 MOST_IMAGES = 65_536  # in a batch; the file may come from a stranger
-# These say how the data were read on the machine of the run.
+# These describe how the machine of the run read the data.
 _OF_THE_MACHINE = ("workers", "threads")
 
 
@@ -27,7 +27,7 @@ def find_run_config(checkpoint: str | Path) -> Path | None:
 
 
 def config_of_checkpoint(checkpoint: str | Path) -> str:
-    """What --config is for a checkpoint of a run. Raises ValueError where no run's train_config.json is beside it."""
+    """The value of --config for a checkpoint of a run. Raises ValueError if there is no train_config.json beside it."""
     path = Path(checkpoint)
     if not path.exists():
         raise no_checkpoint(checkpoint)
@@ -44,8 +44,8 @@ def config_of_checkpoint(checkpoint: str | Path) -> str:
 def get_config(arg: str) -> ConfigDict:
     """name, data, model and eval_batch_size as the run had them; arg: the path of its train_config.json.
 
-    All other keys are the defaults: evaluation does not read them. Raises ValueError, naming the file and the key, for
-    values that cannot be.
+    All other keys have their defaults, because evaluation does not read them. Raises ValueError, naming the file and
+    the key, for values of the wrong type or out of range.
     """
     saved = read_json(Path(arg))
     saved = saved.get("config") if isinstance(saved, dict) else None
@@ -72,7 +72,7 @@ def get_config(arg: str) -> ConfigDict:
 
 
 def _set(section: ConfigDict, name: str, value: Any, where: str) -> None:
-    """Raises ValueError where the value is not of the key's type."""
+    """Set the key. Raises ValueError if the value is not of the key's type."""
     if isinstance(value, list):
         value = tuple(value)
     kind = section.get_type(name)

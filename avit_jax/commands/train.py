@@ -14,16 +14,16 @@ def main(began: float = _BEGAN) -> None:
     config = define_config_flag()
     workdir = flags.DEFINE_string("workdir", None, "Folder of the run; runs/<config.name> by default.")
     distributed = flags.DEFINE_bool(
-        "distributed", False, "One of several processes; by itself under SLURM and on TPU pods."
+        "distributed", False, "Run as one of several processes; automatic under SLURM and on TPU pods."
     )
     coordinator = flags.DEFINE_string(
-        "coordinator", None, "HOST:PORT of process 0, where the cluster does not tell it."
+        "coordinator", None, "HOST:PORT of process 0, if the cluster does not provide it."
     )
-    num_processes = flags.DEFINE_integer("num_processes", None, "How many processes there are, with --coordinator.")
-    process_id = flags.DEFINE_integer("process_id", None, "Which one this is, from 0, with --coordinator.")
-    dry = flags.DEFINE_bool("dry_run", False, "Say what the run would be, and take two steps on made-up data.")
+    num_processes = flags.DEFINE_integer("num_processes", None, "Number of processes, with --coordinator.")
+    process_id = flags.DEFINE_integer("process_id", None, "Number of this process, from 0, with --coordinator.")
+    dry = flags.DEFINE_bool("dry_run", False, "Print what the run would be, and take two steps on made-up data.")
     profile = flags.DEFINE_string("profile", None, "START:STEPS, a trace of those steps; sets config.profile.")
-    resume = flags.DEFINE_bool("resume", True, "Continue the run in the folder; --noresume refuses one that has begun.")
+    resume = flags.DEFINE_bool("resume", True, "Continue the run in the folder; --noresume refuses an old run.")
 
     def command() -> None:
         from avit_jax.runtime.mesh import check_platform

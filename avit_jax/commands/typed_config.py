@@ -1,4 +1,4 @@
-"""Between ConfigDict, which users of ml_collections expect, and the typed settings that everything else takes."""
+"""Conversion between ConfigDict, which users of ml_collections expect, and the typed settings inside."""
 
 import dataclasses
 import types
@@ -15,7 +15,7 @@ _PLAIN = (bool, int, float, str)
 
 
 def config_dict(settings: Settings) -> ConfigDict:
-    """The settings as a ConfigDict, with a key for each; one that is None takes values of its field's type."""
+    """The settings as a ConfigDict with a key for each; a key that is None takes values of its field's type."""
     config = ConfigDict()
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
@@ -30,12 +30,12 @@ def config_dict(settings: Settings) -> ConfigDict:
 
 
 def parse(config: ConfigDict) -> TrainSettings:
-    """The settings of a whole run. Raises ValueError, naming the key and the fix, for what cannot be."""
+    """The settings of a whole run. Raises ValueError, naming the key and the fix, for values that cannot work."""
     return TrainSettings.from_config(config.to_dict())
 
 
 def _flag_type(hint: Any) -> type:
-    """The type that the command line reads; object, any Python literal, where a field takes several."""
+    """The type that the command line reads; object (any Python literal) if a field takes several types."""
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     kinds = [option for option in options if option is not type(None)]
     return kinds[0] if len(kinds) == 1 and kinds[0] in _PLAIN else object
