@@ -8,6 +8,7 @@ from avit_jax.data.preprocessing import preprocess
 from avit_jax.execution.packed import PackedModel, compile_packed
 from avit_jax.execution.plan import PackedPlan, plan_packed
 from avit_jax.execution.program import compile
+from avit_jax.halting.confidence import ConfidenceExit
 from avit_jax.model.config import PRESETS, AViTConfig, Preprocessing
 from avit_jax.model.vit import AViT, AViTOutput, create
 from avit_jax.reduction.tome import ToMe
@@ -23,6 +24,7 @@ __all__ = [
     "AViT",
     "AViTConfig",
     "AViTOutput",
+    "ConfidenceExit",
     "PackedModel",
     "PackedPlan",
     "Preprocessing",

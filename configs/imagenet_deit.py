@@ -12,8 +12,8 @@ matmul rate of bfloat16, data not in the way), 300 epochs of 1,281,167 images:
     v5e-256     197 TF/s    2.0M images/s, 0.1 h  548k images/s, 0.2 h  143k images/s, 0.7 h
     v5e-8       197 TF/s    63k images/s, 1.7 h   17k images/s, 6.2 h   4.5k images/s, 24 h
 
-What the input pipeline gives for each CPU core is in docs/results.md (benchmarks/input_pipeline.py): with tiny, it decides. On
-v5e-256 a batch of 1024 leaves 4 images to a chip; sums of gradients then take most of a step (docs/scaling.md: 414k,
+docs/results.md says how many images a CPU core reads per second (benchmarks/input_pipeline.py). With tiny, it decides.
+On v5e-256 a batch of 1024 leaves 4 images to a chip; sums of gradients then take most of a step (docs/scaling.md: 414k,
 206k, 70k images/s): the figures above are for batches of 128 a chip and more.
 """
 

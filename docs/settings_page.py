@@ -14,8 +14,8 @@ PAGE = Path(__file__).parent / "reference" / "settings.md"
 INTRODUCTION = """# Settings
 
 Every key of a config, with its neutral default and what it means. `python train.py --config=NAME --help_config`
-prints the same list with the values of that config. `--config.KEY=VALUE` sets a key on the command line. This page is
-written by `python -m docs.settings_page`.
+prints the same list with the values of that config, and marks those that are not the default. `--config.KEY=VALUE` sets
+a key on the command line. This page is written by `python -m docs.settings_page`.
 
 A stopped run that resumes must keep its settings, with two exceptions. Keys marked *may change* may have another value
 then. Keys marked *log* may change too: the log changes from there on, the training does not.

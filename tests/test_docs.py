@@ -1,10 +1,12 @@
 """README and docs: code blocks run, commands have the options and keys they use, files and functions exist."""
 
 import dataclasses
+import inspect
 import json
 import re
 import shutil
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +19,9 @@ from flax import nnx
 from PIL import Image
 
 import avit_jax
-from avit_jax.commands import command_line, config_files
+from avit_jax.commands import command_line, config_files, typed_config
+from avit_jax.rules import parse_rule
 from tests.harness import doc_blocks
-from tests.harness.builders import tiny_experiment
 from tests.harness.doc_blocks import PAGES, ROOT, page_name
 from tests.harness.published_names import published_state
 
@@ -42,7 +44,7 @@ def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("docs")
     (folder / "docs").symlink_to(ROOT / "docs")
     digits = avit_jax.AViTConfig(
-        image_size=(4, 8), patch_size=4, in_channels=1, num_classes=10, embed_dim=16, depth=2, num_heads=2,
+        image_size=4, patch_size=4, in_channels=1, num_classes=10, embed_dim=16, depth=2, num_heads=2,
         gate_scale=4.0, gate_center=1.0, preprocessing=avit_jax.Preprocessing(mean=(0.5,), std=(0.5,)),
     )  # fmt: skip
     avit_jax.save(random_model(digits), folder / "runs/mnist_avit")
@@ -68,6 +70,16 @@ def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def checked_training(train_model: Callable[..., avit_jax.AViT]) -> Callable[..., None]:
+    """Takes the arguments and the config as training does, without the minutes: tests/test_training.py trains."""
+
+    def checked(*arguments: Any, **keywords: Any) -> None:
+        given = inspect.signature(train_model).bind(*arguments, **keywords)
+        typed_config.parse(given.arguments["config"])
+
+    return checked
+
+
 @pytest.mark.parametrize("page", WITH_CODE, ids=page_name)
 @pytest.mark.filterwarnings("ignore::UserWarning")  # load says what it assumed
 def test_code_blocks_run(page: Path, stand_ins: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -76,8 +88,7 @@ def test_code_blocks_run(page: Path, stand_ins: Path, monkeypatch: pytest.Monkey
     monkeypatch.chdir(tmp_path)
     for name in ("avit_tiny_patch16_224", "deit_tiny_patch16_224"):
         monkeypatch.setitem(avit_jax.PRESETS, name, dataclasses.replace(avit_jax.PRESETS[name], **SMALL))
-    experiment = tiny_experiment(tmp_path / "toy.npz")
-    monkeypatch.setattr(config_files, "load_config", lambda spec: experiment)
+    monkeypatch.setattr(avit_jax, "train_model", checked_training(avit_jax.train_model), raising=False)
     namespace: dict[str, Any] = {}
     for block in doc_blocks.python_blocks(page.read_text()):
         exec(compile(block, page_name(page), "exec"), namespace)
@@ -111,6 +122,8 @@ def check_training_command(command: list[str], known: set[str]) -> None:
     spec = given.get("config", config_files.DEFAULT_CONFIG)
     if not re.search("NAME|FILE", spec):
         command_line.check_keys(config_files.load_config(spec), ["train.py", *arguments])
+    if "config.model.rule" in given:
+        parse_rule(given["config.model.rule"])
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_name)

@@ -87,13 +87,11 @@ def test_who_imports_the_whole_room_is_above_it() -> None:
     assert below["runtime"] == 0 and below["model"] < below["execution"] < below["evaluate"] < below["commands"]
 
 
-@pytest.mark.xfail(reason="modules of these names are being renamed")
 def test_a_module_says_what_it_is_about() -> None:
     names = {part for file in FILES for part in name_of(file).split(".")}
     assert not names & {"checks", "common", "experiment", "helpers", "misc", "speed", "utils"}
 
 
-@pytest.mark.xfail(reason="settings are being typed")
 def test_configs_are_parsed_at_the_door() -> None:
     """Inside, a room knows its own dataclass and no ConfigDict."""
     known = {name_of(file).partition(".")[0] for file in FILES for _, name in imports(file) if "ml_collections" in name}

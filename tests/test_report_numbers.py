@@ -167,7 +167,7 @@ def test_classes_are_those_of_the_data() -> None:
 @pytest.mark.parametrize("distilled", [False, True])
 def test_position_means_are_laid_out_as_images_and_skip_special_tokens(distilled: bool) -> None:
     config = small_config(num_classes=7, distilled=distilled, preprocessing=TWO_CHANNELS)
-    model, split = spread_gate(config), drawn_split(9, config=config)
+    model, split = spread_gate(config), drawn_split(9, model_config=config)
     depth = np.asarray(predict(model, normalize(split.images, config)).token_depth)
     numbers = evaluation_numbers(evaluate(model, split, 4), config)
     first = 2 if distilled else 1
@@ -240,8 +240,8 @@ def test_a_setting_of_another_rule_is_refused() -> None:
     model = spread_gate(dataclasses.replace(CONFIG, **NO_RULE | {"rule": ToMe(1)}))
     assert with_setting(model, "r", 2.0).config.rule == ToMe(2)
     for field, value, sentence in (
-        ("threshold", 0.5, "--sweep moves threshold and the model has 'tome', which sweeps r: sweep another setting"),
-        ("r", 1.5, "ToMe's r is 1.5"),
+        ("threshold", 0.5, "the rule tome has no setting threshold to sweep: it has r"),
+        ("r", -1.0, "ToMe's r is -1"),
     ):
         with pytest.raises(ValueError, match=sentence):
             with_setting(model, field, value)

@@ -8,6 +8,8 @@ import pytest
 
 from avit_jax import AViTConfig
 from avit_jax.halting.avit import AViTGate
+from avit_jax.halting.confidence import ConfidenceExit
+from avit_jax.reduction.tome import ToMe
 from avit_jax.rules import RULES, parse_rule, rule_from_json, rule_to_json
 from tests.harness.builders import small_config
 
@@ -51,7 +53,7 @@ def test_files_from_before_there_were_several_rules(fields: dict[str, Any]) -> N
     [
         ("avit", "rule is avit: it must be a JSON object with a name, or null"),
         ([], "rule is a list: it must be a JSON object"),
-        ({}, "there is no rule None: known are avit"),
+        ({}, "there is no rule None: known are avit, confidence, tome"),
         ({"name": ["avit"]}, "there is no rule a list"),
         ({"name": "\x1b[2Jevil"}, r"there is no rule '\\x1b\[2Jevil'"),
         ({"name": "__class__"}, "there is no rule '__class__'"),
@@ -78,6 +80,10 @@ def test_a_named_gate_needs_its_numbers() -> None:
 
 def test_a_rule_as_text() -> None:
     assert parse_rule(" avit(gate_scale=10, gate_center=-3e1) ") == AViTGate(10.0, -30.0)
+    assert parse_rule("confidence(threshold=0.9, own_heads=True)") == ConfidenceExit(0.9, own_heads=True)
+    assert parse_rule("tome(r=8)") == ToMe(8) and parse_rule("tome(r=(2, 1))") == ToMe((2, 1)) == parse_rule(
+        "tome(r=[2, 1])"
+    )
 
 
 @pytest.mark.parametrize(
@@ -94,7 +100,7 @@ def test_a_rule_as_text() -> None:
         ("-" * 900 + "1", "is no rule"),
         ("(" * 900, "is no rule"),
         ("a" * 1001, "a rule of 1001 characters is too long"),
-        ("halt(x=1)", "there is no rule 'halt': known are avit"),
+        ("halt(x=1)", "there is no rule 'halt': known are avit, confidence, tome"),
         ("avit(gate_scale=1, gate_center=2, gate=3)", "the rule avit has no field 'gate'"),
     ],
 )
@@ -106,5 +112,12 @@ def test_text_that_is_no_rule(text: str, message: str) -> None:
 def test_every_rule_is_a_frozen_dataclass_that_json_gives_back() -> None:
     for name, kind in RULES.items():
         assert kind.name == name and dataclasses.is_dataclass(kind)
-    gate = AViTGate(4.0, 1.0)
-    assert rule_from_json(json.loads(json.dumps(rule_to_json(gate)))) == gate
+    for rule in (AViTGate(4.0, 1.0), ConfidenceExit(0.5, own_heads=True), ToMe(3), ToMe((1, 0, 2), proportional=False)):
+        assert rule_from_json(json.loads(json.dumps(rule_to_json(rule)))) == rule
+
+
+@pytest.mark.parametrize("rule", [ConfidenceExit(0.5, first_layer=1), ToMe((1, 0, 2, 0))])
+def test_a_rule_goes_through_config_json_and_wins_over_the_gate(rule: Any) -> None:
+    config = small_config(rule=rule)
+    assert through_json(config) == config
+    assert rule in (config.halting, config.reduction) and config.halts == isinstance(rule, ConfidenceExit)

@@ -33,12 +33,11 @@ def dense_sum(x: jax.Array, groups: Groups) -> jax.Array:
     return total / matrix.sum(1)[..., None] if groups.mean else total
 
 
-@pytest.mark.parametrize("num_special", range(5))
-@pytest.mark.parametrize("patches", [1, 2, 3, 8, 9])
+@pytest.mark.parametrize(("num_special", "patches"), [(1, 1), (0, 9), (1, 8), (2, 9), (3, 8)])
 def test_groups_of_every_size(num_special: int, patches: int) -> None:
     """Sizes add up, special tokens stay first and alone, leaders and joining tokens are all there are."""
     tokens = num_special + patches
-    for r in (1, 2, 100):
+    for r in (2, 100):
         known = seen(tokens)
         groups = ToMe(r).groups(known, layer=0, num_special=num_special)
         merges = min(r, patches // 2)

@@ -12,7 +12,7 @@ from avit_jax.commands.typed_config import parse
 from avit_jax.data.open import open_dataset
 from avit_jax.data.sources import Dataset, Split
 from avit_jax.evaluate.figures import Evaluation, evaluate
-from avit_jax.evaluate.sweep import parse_sweep, with_setting
+from avit_jax.evaluate.sweep import parse_sweep, rule_with
 from avit_jax.execution.program import AUTO
 from avit_jax.model.config import AViTConfig
 from avit_jax.model.vit import AViT
@@ -62,9 +62,6 @@ def evaluate_checkpoint(
             return found.with_config(class_names=read_class_names(class_names, found.config))
         return found
 
-    def named(found: AViT) -> AViT:
-        return found if found.config.class_names else found.with_config(class_names=dataset.class_names)
-
     def subject(path: str | Path, found: AViT) -> Subject:
         result = evaluate(found, dataset.test, settings.eval_batch_size, execution, mesh)
         return Subject(Path(path).name, found, result)
@@ -72,11 +69,13 @@ def evaluate_checkpoint(
     ours = loaded(path, ema)
     other = loaded(baseline, False) if baseline else None
     doubt = None if class_names else _compare_names(path, ours.config, baseline, other, dataset.class_names)
-    ours, other = named(ours), named(other) if other else None
+    ours = _named(ours, dataset.class_names)
+    other = _named(other, dataset.class_names) if other else None
     if gates and ours.config.rule_in_force is None:
         raise ValueError(f"--sweep moves a gate and {path} has none: it never halts; leave --sweep out")
     if gates:
-        with_setting(ours, gates.field, gates.values[0])  # its error before the minutes of evaluation
+        for value in gates.values:  # errors come before the minutes of evaluation
+            rule_with(ours.config, gates.field, value)
     evaluated = subject(path, ours)
     lines = [f"warning: {doubt}"] if doubt else []
     lines.append(format_evaluation(evaluated.result, ours.config))

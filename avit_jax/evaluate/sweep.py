@@ -7,19 +7,20 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool
 
+from avit_jax.model.config import AViTConfig
 from avit_jax.model.vit import AViT
 from avit_jax.rules import RULES
 from avit_jax.runtime.hints import nearest
 
 _RULES: Any = RULES.values()
-FIELDS: tuple[str, ...] = tuple(field for rule in _RULES for field in rule.sweeps)
+FIELDS: tuple[str, ...] = tuple(sorted({field for rule in _RULES for field in rule.sweeps}))
 SYNTAX = f"FIELD:VALUE,VALUE,... or FIELD:FIRST:LAST:COUNT, FIELD being {', '.join(FIELDS[:-1])} or {FIELDS[-1]}"
 MOST = 40  # settings; each is a program to compile
 
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
-    """Settings of a rule to try: one of its fields, and its values."""
+    """A setting of a rule, and the values to try."""
 
     field: str
     values: tuple[float, ...]
@@ -51,16 +52,22 @@ def parse_sweep(text: str) -> Sweep:
 
 
 def with_setting(model: AViT, field: str, value: float) -> AViT:
-    """The same weights under the model's rule with one setting changed.
+    """The same weights with one setting of the model's rule changed. Raises what rule_with raises."""
+    return model.with_config(rule=rule_with(model.config, field, value))
 
-    Raises ValueError for a model without a rule, a rule that has no such setting to sweep, and a value it cannot take.
+
+def rule_with(config: AViTConfig, field: str, value: float) -> Any:
+    """The rule in force with one setting changed.
+
+    Raises ValueError where there is no rule, or it cannot change this setting at test time, or take the value.
     """
-    rule: Any = model.config.rule_in_force
-    if rule is None or field not in rule.sweeps:
-        has = "has no rule" if rule is None else f"has {rule.name!r}, which sweeps {' or '.join(rule.sweeps)}"
-        raise ValueError(f"--sweep moves {field} and the model {has}: sweep another setting, or leave --sweep out")
+    rule: Any = config.rule_in_force
+    if rule is None:
+        raise ValueError(f"a sweep moves {field} and the model has no rule: no token ever halts or merges")
+    if field not in rule.sweeps:
+        raise ValueError(f"the rule {rule.name} has no setting {field} to sweep: it has {', '.join(rule.sweeps)}")
     whole = not isinstance(getattr(rule, field), float) and value.is_integer()
-    return model.with_config(rule=dataclasses.replace(rule, **{field: int(value) if whole else value}))
+    return dataclasses.replace(rule, **{field: int(value) if whole else value})
 
 
 def unbeaten(gain: Sequence[float], cost: Sequence[float]) -> Bool[np.ndarray, " n"]:

@@ -88,7 +88,7 @@ class CompiledModel:
         self._rows = -(-batch_size // parts) * parts
         shape = (self._rows, *config.image_shape, config.in_channels)
         abstract = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=images)
-        self.abstract_arguments = (params, abstract, *self._arguments(batch_size))
+        self.abstract_arguments = (params, abstract, *map(jnp.asarray, self._arguments(batch_size)))
         self.compiled = jitted.lower(*self.abstract_arguments).compile()
 
     def _arguments(self, count: int) -> tuple[Any, ...]:
@@ -110,9 +110,12 @@ class CompiledModel:
             images = jax.device_put(images, self._images)
         # A compiled program takes no tracers, and does not run where jit is off.
         no_jit = jax.config.jax_disable_jit  # type: ignore[attr-defined]
-        if as_function := no_jit or isinstance(images, jax.core.Tracer):
-            images = jnp.asarray(images)
-        output = (self.jitted if as_function else self.compiled)(self.params, images, *self._arguments(count))
+        as_function = no_jit or isinstance(images, jax.core.Tracer)
+        arguments = images, *self._arguments(count)
+        if as_function:
+            output = self.jitted(self.params, *map(jnp.asarray, arguments))
+        else:
+            output = self.compiled(self.params, *arguments)
         if count < self._rows:
             output = _first_images(output, count)
         if count and not as_function:

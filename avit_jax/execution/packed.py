@@ -5,7 +5,6 @@ of images run through the smallest of a few static capacities that holds them.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -14,198 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Int
 
 from avit_jax.execution.compiled import CompiledModel, split_model
+from avit_jax.execution.packing import forward
 from avit_jax.execution.plan import PackedPlan, default_plan, layer_loads, padded_loads
 from avit_jax.execution.work import Executed, packed_gmacs
-from avit_jax.halting.rule import State, Trace, drop_halted, first_state
-from avit_jax.model.layers import Block
 from avit_jax.model.output import AViTOutput
-from avit_jax.model.seen import WHOLE_LAYER, Facts, of_attention
 from avit_jax.model.vit import AViT
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class _Packed:
-    """The batch between two layers; images sorted by load, each image's tokens that still count first."""
-
-    tokens: Float[Array, "b n d"]  # whatever lies behind the active ones is never read
-    state: State  # in the same order
-    index: Int[Array, "b n"]  # where each slot's token lies in its image
-    image: Int[Array, " b"]  # where each row's image lies in the batch
-
-
-def _load(state: State) -> tuple[Bool[Array, "b n"], Int[Array, " b"]]:
-    """Slots that must be computed, and their number: active tokens, and those with a head while their image has any."""
-    num_tokens, num_outputs = state.active.shape[1], state.output.shape[1]
-    needed = state.active
-    if num_outputs < num_tokens:
-        with_head = jnp.arange(num_tokens)[None] < num_outputs
-        needed = (needed | with_head) & needed.any(1, keepdims=True)
-    return needed, needed.sum(1)
-
-
-def _reordered(state: State, rows: Array, slots: Array) -> State:
-    """The state of the images in `rows`, the slots of each in another order."""
-
-    def by_slot(values: Array) -> Array:
-        return jnp.take_along_axis(values[rows], slots, axis=1)
-
-    # Where only the first tokens have an output, these stay in front.
-    whole = state.output.shape[1] == slots.shape[1]
-    return State(
-        active=by_slot(state.active),
-        token_depth=by_slot(state.token_depth),
-        output=state.output[rows[:, None], slots] if whole else state.output[rows],
-        of_tokens={name: by_slot(values) for name, values in state.of_tokens.items()},
-        of_images={name: values[rows] for name, values in state.of_images.items()},
-    )
-
-
-def _run_layer(
-    packed: _Packed, plan: PackedPlan, compute: Callable[[Array, Array], tuple[Array, Facts]], width: int
-) -> tuple[Array, Facts, _Packed]:
-    """What `compute` gives for [B, width] tokens, and what they belong to: sorted, packed, group by group.
-
-    compute(tokens [g, c, D], active [g, c]) gives the first rows of the group's tokens after the layer, and facts of
-    these rows.
-    """
-    needed, load = _load(packed.state)
-    rows = jnp.argsort(load)
-    # The needed slots first, both in their order: a stable argsort of ~needed, six times as fast on a CPU.
-    places = jnp.arange(needed.shape[1])
-    slots = jnp.sort(jnp.where(needed[rows], places, places + len(places)), axis=1) % len(places)
-    state = _reordered(packed.state, rows, slots)
-    index = jnp.take_along_axis(packed.index[rows], slots, axis=1)
-    capacities = jnp.asarray(plan.capacities)
-
-    def branch(capacity: int) -> Callable[..., tuple[Array, Facts]]:
-        def fitted(values: Array) -> Array:
-            missing = width - min(capacity, width)
-            return jnp.pad(values[:, :width], ((0, 0), (0, missing), *[(0, 0)] * (values.ndim - 2)))
-
-        def run(rows: Array, slots: Array, active: Array) -> tuple[Array, Facts]:
-            # The gather is in here: it moves no more than this capacity's tokens.
-            tokens = packed.tokens[rows[:, None], slots[:, :capacity]]
-            active = active[:, :capacity]
-            return jax.tree.map(fitted, compute(drop_halted(tokens, active), active))
-
-        return run
-
-    def nothing(*inputs: Array) -> tuple[Array, Facts]:
-        shapes = jax.eval_shape(branch(plan.capacities[-1]), *inputs)
-        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-
-    branches = [nothing, *(branch(capacity) for capacity in plan.capacities)]
-
-    def group(inputs: tuple[Array, ...]) -> tuple[Array, Facts]:
-        rows, slots, active, load = inputs
-        most = load.max()
-        choice = jnp.where(most == 0, 0, 1 + jnp.searchsorted(capacities, most))
-        return jax.lax.switch(choice, branches, rows, slots, active)
-
-    grouped = jax.tree.map(
-        lambda x: x.reshape(-1, plan.group_size, *x.shape[1:]), (rows, slots, state.active, load[rows])
-    )
-    tokens, facts = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), jax.lax.map(group, grouped))
-    return tokens, facts, _Packed(packed.tokens, state, index, packed.image[rows])
-
-
-def _forward(
-    model: AViT, images: Float[Array, "b h w c"], count: Int[Array, ""], plan: PackedPlan, image_exit: bool
-) -> AViTOutput:
-    """The model's output for the first `count` images; the rest are empty and cost nothing."""
-    config, rule = model.config, model.config.halting
-    x = model.embed(images)
-    batch, num_tokens, dim = x.shape
-    missing = -batch % plan.group_size
-    x = jnp.pad(x, ((0, missing), (0, 0), (0, 0)))
-    rows = batch + missing
-    state = rule.initial(rows, config) if rule else first_state(rows, num_tokens, config.num_outputs, dim)
-    state = dataclasses.replace(state, active=jnp.broadcast_to((jnp.arange(rows) < count)[:, None], (rows, num_tokens)))
-    index = jnp.broadcast_to(jnp.arange(num_tokens), (rows, num_tokens))
-    packed = _Packed(x, state, index, jnp.arange(rows))
-    blocks, stacked = nnx.split(model.blocks)
-    tokens_read = jnp.array(config.tokens_read)
-    reads = rule.reads if rule else frozenset()
-
-    def computed(block: Block, tokens: Array, active: Array) -> tuple[Array, Facts]:
-        y, facts = block.attend(tokens, active, reads=of_attention(reads))
-        return block.transform(y), facts | ({"before": tokens} if "before" in reads else {})
-
-    def read(block: Block, tokens: Array, active: Array) -> tuple[Array, Facts]:
-        return block.read(tokens, active, config.num_outputs), {}
-
-    def advanced(packed: _Packed, tokens: Array, facts: Facts, layer: Any, last: bool) -> tuple[_Packed, Trace]:
-        state = packed.state
-        if rule is None:
-            output = jnp.where(last, tokens[:, : config.num_outputs], 0)
-            state, trace = (
-                dataclasses.replace(state, token_depth=state.token_depth + state.active, output=output),
-                Trace(),
-            )
-        else:
-            seen = model.seen(rule, tokens, state.active, facts)
-            state, trace = rule.advance(state, seen, layer=layer, is_last=last, module=model.rule_module)
-            if image_exit and not last:  # what is left of the images whose logits are known
-                going = (state.active & tokens_read[packed.index]).any(1, keepdims=True)
-                state = rule.finish(state, ~going)
-        return dataclasses.replace(packed, tokens=tokens, state=state), trace
-
-    def block_at(layer: Any) -> Block:
-        # One layer's slice at a time: stacked[:-1] would copy nearly all weights in every call.
-        return nnx.merge(blocks, jax.tree.map(lambda p: p[layer], stacked))
-
-    def layer(packed: _Packed, index: Array) -> tuple[_Packed, tuple[Trace, Array, Array]]:
-        tokens, facts, packed = _run_layer(packed, plan, functools.partial(computed, block_at(index)), num_tokens)
-        packed, trace = advanced(packed, tokens, facts, index, last=False)
-        return packed, (trace, packed.index, packed.image)
-
-    packed, passed = jax.lax.scan(layer, packed, jnp.arange(config.depth - 1))
-    end = config.depth - 1
-    # A rule that looks into attention needs all of the last layer.
-    short = image_exit and config.pool == "token" and not reads & WHOLE_LAYER
-    width = config.num_outputs if short else num_tokens
-    compute = functools.partial(read if short else computed, block_at(end))
-    tokens, facts, packed = _run_layer(packed, plan, compute, width)
-    tokens = jnp.pad(tokens, ((0, 0), (0, num_tokens - width), (0, 0)))
-    packed, trace = advanced(packed, tokens, facts, end, last=True)
-    # Nothing is known of the other tokens' last layer.
-    known = jnp.arange(num_tokens)[None] < width
-    trace = Trace({name: jnp.where(known, values, 0) for name, values in trace.of_tokens.items()}, trace.of_images)
-    last_layer = trace, packed.index, packed.image
-    trace, order, image = jax.tree.map(lambda a, b: jnp.concatenate([a, b[None]]), passed, last_layer)
-    return _unpacked(model, packed, trace, order, image, batch)
-
-
-def _unpacked(model: AViT, packed: _Packed, trace: Trace, index: Array, image: Array, batch: int) -> AViTOutput:
-    """The output in the order of the images and their tokens; trace, index and image are of all layers."""
-
-    def by_token(values: Array, index: Array, image: Array) -> Array:
-        return jnp.zeros_like(values).at[image[:, None], index].set(values, unique_indices=True)[:batch]
-
-    def by_image(values: Array, image: Array) -> Array:
-        return jnp.zeros_like(values).at[image].set(values, unique_indices=True)[:batch]
-
-    def in_order(tokens: Any) -> Any:
-        return jax.tree.map(lambda values: by_token(values, packed.index, packed.image), tokens)
-
-    state = packed.state
-    whole = state.output.shape[1] == state.active.shape[1]
-    state = State(
-        active=in_order(state.active),
-        token_depth=in_order(state.token_depth),
-        output=in_order(state.output) if whole else by_image(state.output, packed.image),
-        of_tokens=in_order(state.of_tokens),
-        of_images=jax.tree.map(lambda values: by_image(values, packed.image), state.of_images),
-    )
-    trace = Trace(
-        {name: jax.vmap(by_token)(values, index, image) for name, values in trace.of_tokens.items()},
-        {name: jax.vmap(by_image)(values, image) for name, values in trace.of_images.items()},
-    )
-    return model.output(state, trace)
 
 
 class PackedModel(CompiledModel):
@@ -260,7 +75,7 @@ def packed_program(
     """What compile_packed compiles: (params, images, how many of them count) -> output; for lowering elsewhere."""
 
     def local(params: Any, images: Array, count: Array) -> AViTOutput:
-        return _forward(nnx.merge(graphdef, params), images, count, plan, image_exit)
+        return forward(nnx.merge(graphdef, params), images, count, plan, image_exit)
 
     if mesh is None:
         return local

@@ -102,7 +102,7 @@ def shrinking_gmacs(config: AViTConfig, *, short_last_layer: bool) -> float:
     d, m = config.embed_dim, config.mlp_dim
     blocks = [reducing_block_macs(n, left, d, m) for n, left in zip(entering, counts, strict=True)]
     if short_last_layer and config.pool == "token":
-        blocks[-1] = int(last_block_macs(np.array(entering[-1], np.float64), config.num_outputs, d, m))
+        blocks[-1] = int(last_block_macs(np.array([entering[-1]], np.float64), config.num_outputs, d, m)[0])
     return (sum(blocks) + embedding_macs(config) + head_macs(config)) / 1e9
 
 

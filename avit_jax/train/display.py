@@ -8,6 +8,7 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
+from avit_jax.data.sources import Dataset
 from avit_jax.evaluate.figures import Evaluation
 from avit_jax.model.config import AViTConfig
 
@@ -40,12 +41,15 @@ class Display:
             tqdm.write(line, file=sys.stdout)
             sys.stdout.flush()
 
-    def begin(self, model_config: AViTConfig, parameters: int, data: str, workdir: Path) -> None:
+    def begin(self, model_config: AViTConfig, parameters: int, dataset: Dataset, workdir: Path) -> None:
         """Say what is trained on what, and where it is written."""
         gate = "A-ViT" if model_config.halts else "dense ViT"
+        data = dataset.train.settings
+        source = ", ".join(value for value in (data.source, data.name, data.path) if value)
         self.say(
             f"training {gate}: {model_config.depth} layers of width {model_config.embed_dim}, {parameters:,} "
-            f"parameters; {data}; {self._steps} steps of {self._batch_size} images; writes to {workdir}"
+            f"parameters; {len(dataset.train)} images in {len(dataset.class_names)} classes ({source}); "
+            f"{self._steps} steps of {self._batch_size} images; writes to {workdir}"
         )
 
     def start(self, step: int) -> None:

@@ -83,8 +83,7 @@ def train(
     with contextlib.closing(batches), RunCheckpoints(workdir / "checkpoints", *kept) as checkpoints:
         display = Display(setup.steps, settings.batch_size)
         run = _Run(settings, dataset, model, setup.steps, mesh, step, batches, checkpoints, display, state, began)
-        data = f"{len(dataset.train)} images in {len(dataset.class_names)} classes ({_source(dataset)})"
-        display.begin(model.config, sum(leaf.size for leaf in jax.tree.leaves(state.params)), data, workdir)
+        display.begin(model.config, sum(leaf.size for leaf in jax.tree.leaves(state.params)), dataset, workdir)
         run.restore(workdir)
         begun = run.progress
         with (
@@ -94,11 +93,6 @@ def train(
         ):
             run.loop(log, stop, workdir)
     return Trained(model, dataclasses.replace(run.progress, seconds=run.seconds()))
-
-
-def _source(dataset: Dataset) -> str:
-    settings = dataset.train.settings
-    return ", ".join(value for value in (settings.source, settings.name, settings.path) if value)
 
 
 @dataclasses.dataclass

@@ -1,7 +1,6 @@
 """The settings of a training run: what a config holds, typed; each section belongs to the room that reads it."""
 
 import dataclasses
-from typing import TypeVar
 
 from avit_jax.data.settings import AugmentSettings, DataSettings
 from avit_jax.halting.prior import AViTLoss
@@ -11,8 +10,6 @@ from avit_jax.runtime.settings import Settings, part, setting
 from avit_jax.train.gate_start import GateStartSettings
 from avit_jax.train.objective import ClassificationLoss
 from avit_jax.train.optim import OptimSettings
-
-Loss = TypeVar("Loss")
 
 ON_NAN = ("stop", "roll back")
 
@@ -27,10 +24,6 @@ class StepSettings:
     seed: int = 0
     accumulation: int = 1
     ema_decay: float = 0.0
-
-    def of_rule(self, kind: type[Loss]) -> Loss:
-        """The settings of a rule's losses (its `loss_settings`); the defaults of a kind that no key sets."""
-        return next((part for part in vars(self).values() if type(part) is kind), kind())
 
 
 @dataclasses.dataclass(frozen=True)
