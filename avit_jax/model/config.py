@@ -305,9 +305,14 @@ def config_from(preset: str | None, **overrides: Any) -> AViTConfig:
 
 
 def changed(config: AViTConfig, **changes: Any) -> AViTConfig:
-    """The configuration with fields replaced. Raises ValueError for an unknown one, naming the nearest."""
+    """The configuration with fields replaced. Raises ValueError for an unknown one, naming the nearest.
+
+    A change of the gate that names no rule is a change to A-ViT's rule: another rule gives way.
+    """
     fields = {field.name for field in dataclasses.fields(AViTConfig)}
     for name in changes:
         if name not in fields:
             raise ValueError(f"AViTConfig has no field {name!r}: {nearest(name, fields)}")
+    if {"gate_scale", "gate_center"} & changes.keys():
+        changes = {"rule": None} | changes
     return dataclasses.replace(config, **changes)

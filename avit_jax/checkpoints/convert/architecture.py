@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from avit_jax.checkpoints.convert.names import LAYER
-from avit_jax.model.config import AViTConfig, config_from
+from avit_jax.model.config import AViTConfig, changed, config_from
 
 # Width -> heads of published ViTs. Each head has 64 channels, or 80 in ViT-Huge.
 _HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}
@@ -21,7 +21,7 @@ def override(saved: AViTConfig, overrides: dict[str, Any]) -> AViTConfig:
     """A checkpoint's own configuration with fields replaced; without class names if the number of classes changes."""
     if overrides.get("num_classes", saved.num_classes) != saved.num_classes:
         overrides = {"class_names": None} | overrides
-    return config_from(None, **(vars(saved) | overrides))
+    return changed(saved, **overrides)
 
 
 def configuration(
