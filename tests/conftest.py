@@ -1,6 +1,7 @@
 """Shapes and types of every public function are checked at run time while the tests run."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 RUNS = Path(__file__).parents[1] / "runs"
@@ -44,3 +45,11 @@ def compile_each_program_once(tmp_path_factory: pytest.TempPathFactory) -> None:
     jax.config.update("jax_disable_most_optimizations", True)
     jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("xla")))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+@pytest.fixture(scope="module")
+def compiled_as_users_do() -> Iterator[None]:
+    """Every optimisation on, as outside the tests."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)

@@ -10,6 +10,7 @@ import tracemalloc
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -197,11 +198,13 @@ def unmade(model_config: AViTConfig) -> AViT:
 def any_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     """predict_files without the model's computation, which other tests look at: class 0 and depth 1 for every image."""
 
-    def program(model: AViT, *_: object) -> Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]:
+    def program(model: AViT, *_: object, **__: object) -> Callable[[np.ndarray], SimpleNamespace]:
         config = model.config
-        return lambda x: (np.zeros((len(x), config.num_classes)), np.ones((len(x), config.num_tokens), int))
+        return lambda x: SimpleNamespace(
+            logits=np.zeros((len(x), config.num_classes)), token_depth=np.ones((len(x), config.num_tokens), int)
+        )
 
-    monkeypatch.setattr(predict_images, "_program", program)
+    monkeypatch.setattr(predict_images, "compile", program)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow warns of each tag

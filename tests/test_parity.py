@@ -14,6 +14,8 @@ import avit_jax
 from avit_jax.halting.prior import log_depth_prior, ponder_loss, prior_loss
 from avit_jax.train.objective import distillation_loss
 
+pytestmark = pytest.mark.usefixtures("compiled_as_users_do")
+
 DATA = Path(__file__).parent / "data"
 NAMES = ("micro-10-30", "micro-5-50", "micro-distilled-10-75")
 

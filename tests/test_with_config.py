@@ -87,3 +87,21 @@ def test_a_configuration_cannot_be_assigned(model: AViT) -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         model.config.dtype = "bfloat16"
     assert model.config == small_config()
+
+
+def test_a_change_of_the_gate_is_a_change_to_the_gates_rule(model: AViT, tmp_path: Any) -> None:
+    merging = model.with_config(rule=ToMe(1))
+    assert merging.with_config(gate_center=6.0).config == model.with_config(gate_center=6.0).config
+    assert merging.with_config(dtype="bfloat16").config.rule == ToMe(1)
+    avit_jax.save(merging, tmp_path / "merging")
+    assert avit_jax.load(tmp_path / "merging").config.rule == ToMe(1)
+    assert avit_jax.load(tmp_path / "merging", gate_scale=None, gate_center=None).config.rule_in_force is None
+
+
+def test_a_rules_own_parameters_have_no_place_in_pytorch(model: AViT) -> None:
+    exits = model.with_config(rule=ConfidenceExit(0.9, own_heads=True))
+    with pytest.raises(ValueError, match=r"'confidence exit above 0.9, own heads' has parameters of its own"):
+        avit_jax.to_torch_state_dict(exits)
+    assert (
+        avit_jax.to_torch_state_dict(exits.with_config(rule=None)).keys() == avit_jax.to_torch_state_dict(model).keys()
+    )

@@ -278,9 +278,14 @@ NO_RULE: dict[str, Any] = {"rule": None, "gate_scale": None, "gate_center": None
 
 
 def changed(config: AViTConfig, **changes: Any) -> AViTConfig:
-    """The configuration with fields replaced. Raises ValueError for an unknown field, naming the nearest one."""
+    """The configuration with fields replaced. Raises ValueError for an unknown field, naming the nearest one.
+
+    A change of the gate that names no rule is a change to A-ViT's rule, which then replaces any other rule.
+    """
     fields = {field.name for field in dataclasses.fields(AViTConfig)}
     for name in changes:
         if name not in fields:
             raise ValueError(f"AViTConfig has no field {name!r}: {nearest(name, fields)}")
+    if {"gate_scale", "gate_center"} & changes.keys():
+        changes = {"rule": None} | changes
     return dataclasses.replace(config, **changes)

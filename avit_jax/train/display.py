@@ -43,11 +43,12 @@ class Display:
 
     def begin(self, model_config: AViTConfig, parameters: int, dataset: Dataset, workdir: Path) -> None:
         """Print what is trained on what, and where it is written. parameters: how many the model has."""
-        gate = "A-ViT" if model_config.halts else "dense ViT"
+        rule = model_config.rule_in_force
+        kind = "dense ViT" if rule is None else "A-ViT" if rule.name == "avit" else f"ViT, {rule.describe()}"
         data = dataset.train.settings
         source = ", ".join(value for value in (data.source, data.name, data.path) if value)
         self.say(
-            f"training {gate}: {model_config.depth} layers of width {model_config.embed_dim}, {parameters:,} "
+            f"training {kind}: {model_config.depth} layers of width {model_config.embed_dim}, {parameters:,} "
             f"parameters; {len(dataset.train)} images in {len(dataset.class_names)} classes ({source}); "
             f"{self._steps} steps of {self._batch_size} images; writes to {workdir}"
         )

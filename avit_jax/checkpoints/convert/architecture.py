@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from avit_jax.checkpoints.convert.names import LAYER
-from avit_jax.model.config import AViTConfig
+from avit_jax.model.config import AViTConfig, changed
 from avit_jax.model.presets import config_from
 
 # Width -> heads of published ViTs. Each head has 64 channels, or 80 in ViT-Huge.
@@ -22,7 +22,7 @@ def override(saved: AViTConfig, overrides: dict[str, Any]) -> AViTConfig:
     """A checkpoint's own configuration with fields replaced; without class names if the number of classes changes."""
     if overrides.get("num_classes", saved.num_classes) != saved.num_classes:
         overrides = {"class_names": None} | overrides
-    return config_from(None, **(vars(saved) | overrides))
+    return changed(saved, **overrides)
 
 
 def configuration(

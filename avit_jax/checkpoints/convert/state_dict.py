@@ -176,7 +176,16 @@ def _turned(name: str, value: np.ndarray) -> tuple[str, np.ndarray]:
 
 
 def to_torch_state_dict(model: AViT) -> dict[str, np.ndarray]:
-    """The weights under the names and in the shapes of timm, published DeiT and A-ViT; float32."""
+    """The weights under the names and in the shapes of timm, published DeiT and A-ViT; float32.
+
+    Raises ValueError for a model whose rule has parameters of its own: PyTorch's models have no place for them.
+    """
+    rule = model.config.halting
+    if rule is not None and model.rule_module is not None:
+        raise ValueError(
+            f"the rule {rule.describe()!r} has parameters of its own, which PyTorch's models have no "
+            "place for: convert model.with_config(rule=None), and keep this model with avit_jax.save"
+        )
     state: dict[str, np.ndarray] = {}
     patch, channels = model.config.patch_size, model.config.in_channels
     for path, param in nnx.to_flat_state(nnx.state(model, nnx.Param)):
