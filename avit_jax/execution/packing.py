@@ -108,7 +108,10 @@ def _run_layer(
 def forward(
     model: AViT, images: Float[Array, "b h w c"], count: Int[Array, ""], plan: PackedPlan, image_exit: bool
 ) -> AViTOutput:
-    """The model's output for the first `count` images; the rest are empty and cost nothing."""
+    """The model's output for the first `count` images; the rest are empty and cost nothing.
+
+    plan, image_exit: see compile_packed.
+    """
     config, rule = model.config, model.config.halting
     x = model.embed(images)
     batch, num_tokens, dim = x.shape

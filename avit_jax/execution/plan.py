@@ -140,7 +140,7 @@ def padded_loads(loads: Int[np.ndarray, "batches l b"], plan: PackedPlan) -> Int
 def layer_loads(token_depth: Int[np.ndarray, "b n"], config: AViTConfig, image_exit: bool) -> Int[np.ndarray, "l b"]:
     """The number of tokens that packed execution computes in each layer of each image.
 
-    token_depth: layers by the rule, as masked execution returns them.
+    token_depth: layers by the rule, as masked execution returns them. image_exit: see compile_packed.
     """
     end = token_depth[:, np.array(config.tokens_read)].max(1, keepdims=True)
     executed = np.minimum(token_depth, end) if image_exit else token_depth

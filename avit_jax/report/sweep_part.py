@@ -79,7 +79,7 @@ def sweep_numbers(
 
 
 def sweep_charts(report: dict[str, Any]) -> dict[str, Any]:
-    """Accuracy against speed and against work, with the baseline where the report has one."""
+    """Accuracy against speed and against work, with the baseline if the report has one."""
     settings, reference = report["sweep"]["settings"], None
     if "baseline" in report:
         figures = report["baseline"]["summary"]

@@ -36,7 +36,7 @@ class Display:
         self._bar.close()
 
     def say(self, line: str) -> None:
-        """Print a line, above the bar where there is one."""
+        """Print a line, above the bar if there is one."""
         if self._speaks:
             tqdm.write(line, file=sys.stdout)
             sys.stdout.flush()
