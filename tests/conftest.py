@@ -8,6 +8,11 @@ RUNS = Path(__file__).parents[1] / "runs"
 RUNS.mkdir(exist_ok=True)  # pytest's --basetemp lies in it
 os.environ.setdefault("MPLCONFIGDIR", str(RUNS / ".matplotlib"))
 
+from tests.harness.flags import COMPILE_SOONER
+
+# XLA reads it when the first backend starts; processes that tests start inherit it.
+os.environ["XLA_FLAGS"] = " ".join(filter(None, [os.environ.get("XLA_FLAGS"), COMPILE_SOONER]))
+
 from jaxtyping import install_import_hook
 
 install_import_hook("avit_jax", "beartype.beartype")
@@ -40,16 +45,57 @@ def images(config: AViTConfig) -> jax.Array:
 def compile_each_program_once(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Most of the time went into compiling tiny models: less optimised, they compile in half the time.
 
-    Many tests train the same one: XLA's results are shared between them, in the session's own folder.
+    Many tests train the same one: XLA's results are shared between them and between xdist's workers, in a folder of the
+    whole session.
     """
+    base = tmp_path_factory.getbasetemp()
+    programs = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "xla"
+    programs.mkdir(exist_ok=True)
     jax.config.update("jax_disable_most_optimizations", True)
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("xla")))
+    jax.config.update("jax_compilation_cache_dir", str(programs))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 @pytest.fixture(scope="module")
 def compiled_as_users_do() -> Iterator[None]:
-    """Every optimisation on, as outside the tests."""
+    """Every optimisation on, as outside the tests; XLA_FLAGS alone stay as they are."""
     jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", True)
+
+
+@pytest.fixture(scope="module")
+def without_pictures() -> Iterator[None]:
+    """Runs of this process draw nothing at their end: half of a small run's time would go into three pictures."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("avit_jax.commands.run.draw_run", lambda *_: [])
+        yield
+
+
+# Files that take longest, longest first: xdist begins with them, so that no worker is left alone with one at the end.
+LONGEST = (
+    "test_training",
+    "test_packed",
+    "test_report_page",
+    "test_shrinking",
+    "test_confidence",
+    "test_commands",
+    "test_peers",
+    "test_gate_start",
+    "test_model",
+    "test_stopping",
+    "test_faults",
+    "test_program",
+    "test_scaling",
+    "test_docs",
+    "test_work",
+    "test_packed_calls",
+    "test_processes",
+    "test_report_numbers",
+    "test_model_folder",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))

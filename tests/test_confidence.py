@@ -14,7 +14,7 @@ from avit_jax import AViT, compile_packed
 from avit_jax.halting.confidence import ConfidenceExit
 from avit_jax.model.config import NO_RULE, AViTConfig
 from avit_jax.train.objective import distillation_loss, objective_terms
-from tests.harness.builders import small_config, spread_gate
+from tests.harness.builders import answers, small_config, spread_gate
 
 COUNT = 9
 
@@ -76,7 +76,7 @@ def test_agrees_with_a_slow_loop_and_packed_execution_too(own_heads: bool, disti
                 depth.append(layer + 1)
                 break
     assert len(set(depth)) >= 2, "the sample must spread over the layers"
-    output = model(images)
+    output = answers(model, images)
     np.testing.assert_array_equal(output.token_depth, np.repeat(np.array(depth)[:, None], model.config.num_tokens, 1))
     np.testing.assert_allclose(output.logits, expected, atol=1e-5)
     np.testing.assert_array_equal(output.ponder_cost, output.token_depth + 1)
@@ -95,19 +95,19 @@ def test_agrees_with_a_slow_loop_and_packed_execution_too(own_heads: bool, disti
 def test_a_threshold_of_one_is_the_plain_model_and_of_zero_leaves_at_the_first_layer(pool: str) -> None:
     static = exits(pool=pool, class_token=pool == "token").with_config(**NO_RULE)
     images = pictures(static.config)
-    whole = static.with_config(rule=ConfidenceExit(1.0))(images)
+    whole = answers(static.with_config(rule=ConfidenceExit(1.0)), images)
     np.testing.assert_array_equal(whole.token_depth, static.config.depth)
-    np.testing.assert_allclose(whole.logits, static(images).logits, atol=1e-6)
+    np.testing.assert_allclose(whole.logits, answers(static, images).logits, atol=1e-6)
     for first_layer in (0, 2):
         rule = ConfidenceExit(0.0, first_layer=first_layer)
-        np.testing.assert_array_equal(static.with_config(rule=rule)(images).token_depth, first_layer + 1)
+        np.testing.assert_array_equal(answers(static.with_config(rule=rule), images).token_depth, first_layer + 1)
 
 
 def test_own_heads_start_as_the_shared_ones_do() -> None:
     static = exits(distilled=True).with_config(**NO_RULE)
     images = pictures(static.config)
-    shared = static.with_config(rule=ConfidenceExit(0.4))(images)
-    own = static.with_config(rule=ConfidenceExit(0.4, own_heads=True))(images)
+    shared = answers(static.with_config(rule=ConfidenceExit(0.4)), images)
+    own = answers(static.with_config(rule=ConfidenceExit(0.4, own_heads=True)), images)
     np.testing.assert_array_equal(own.token_depth, shared.token_depth)
     np.testing.assert_allclose(own.head_logits, shared.head_logits, atol=1e-6)
 
@@ -115,9 +115,9 @@ def test_own_heads_start_as_the_shared_ones_do() -> None:
 def test_an_images_logits_do_not_depend_on_its_batch() -> None:
     model = exits()
     images = pictures(model.config)
-    together = model(images)
+    together = answers(model, images)
     for image in range(0, COUNT, 4):
-        alone = model(images[image : image + 1])
+        alone = answers(model, images[image : image + 1])
         np.testing.assert_allclose(alone.logits[0], together.logits[image], atol=1e-6)
         np.testing.assert_array_equal(alone.token_depth[0], together.token_depth[image])
 
@@ -135,7 +135,7 @@ def test_training_computes_every_layer_and_takes_the_mean_of_their_losses(own_he
         assert terms.keys() == {"classification"}
         return terms["classification"]
 
-    value, gradient = jax.value_and_grad(loss)(params)
+    value, gradient = jax.jit(jax.value_and_grad(loss))(params)
     said = layer_logits(model, images)
     entropy = -scipy.special.log_softmax(said, axis=-1)[:, np.arange(COUNT), labels]
     np.testing.assert_allclose(value, entropy.mean(), rtol=1e-5)

@@ -25,6 +25,8 @@ from configs import mnist_avit
 from tests.harness.builders import tiny_experiment
 from tests.test_training import leaves, lines_without_times
 
+pytestmark = pytest.mark.usefixtures("without_pictures")
+
 
 @pytest.fixture
 def config(tmp_path: Path) -> ConfigDict:
@@ -32,7 +34,7 @@ def config(tmp_path: Path) -> ConfigDict:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole(without_pictures: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that met no fault."""
     folder = tmp_path_factory.mktemp("whole")
     run(tiny_experiment(folder / "toy.npz"), folder / "run")

@@ -16,7 +16,7 @@ from PIL import Image
 import avit_jax
 from avit_jax import PRESETS, AViT, AViTConfig
 from avit_jax.train.gate_start import free_channel_0, start_gate
-from tests.harness.builders import small_config, spread_gate
+from tests.harness.builders import answers, small_config, spread_gate
 
 
 def static_model(**fields: object) -> AViT:
@@ -37,8 +37,9 @@ def residual_stream(model: AViT, images: np.ndarray) -> list[np.ndarray]:
     x = model.embed(jnp.asarray(images))
     stream = [np.asarray(x)]
     graphdef, stacked = nnx.split(model.blocks)
+    run = jax.jit(lambda params, x: nnx.merge(graphdef, params)(x))
     for layer in range(model.config.depth):
-        x = nnx.merge(graphdef, jax.tree.map(lambda p, layer=layer: p[layer], stacked))(x)
+        x = run(jax.tree.map(lambda p, layer=layer: p[layer], stacked), x)
         stream.append(np.asarray(x))
     return stream
 
@@ -55,9 +56,9 @@ def some_images(model_config: AViTConfig, count: int = 32) -> np.ndarray:
 def test_freeing_channel_0_leaves_the_static_model_as_it_was(distilled: bool) -> None:
     model = static_model(distilled=distilled)
     images = some_images(model.config)
-    before, stream_before = model(images), residual_stream(model, images)
+    before, stream_before = answers(model, images), residual_stream(model, images)
     free_channel_0(model)
-    np.testing.assert_allclose(model(images).head_logits, before.head_logits, atol=5e-5)
+    np.testing.assert_allclose(answers(model, images).head_logits, before.head_logits, atol=5e-5)
     for x, was in zip(residual_stream(model, images), stream_before, strict=True):
         np.testing.assert_array_equal(x[..., 0], 0)
         np.testing.assert_allclose(x, was - was[..., :1], atol=1e-4)
@@ -70,13 +71,13 @@ def test_the_start_changes_who_halts_and_nothing_else(gate: tuple[float, float],
     images = some_images(static.config)
     model = with_gate(static, gate_scale=gate[0], gate_center=gate[1])
     start_gate(model, images, target_depth=3.0, deviation=0.8)
-    output = model(images)
+    output = answers(model, images)
     # 32 * 6 patches on whole layers: the mean can be set in steps of a patch or so.
     assert abs(float(output.token_depth.mean()) - 3.0) < 0.05
     assert len(np.unique(output.token_depth[:, static.config.num_special :])) >= 3
     np.testing.assert_array_equal(output.token_depth[:, : static.config.num_special], static.config.depth)
     ungated = with_gate(model, gate_scale=None, gate_center=None)
-    np.testing.assert_allclose(ungated(images).logits, static(images).logits, atol=2e-4)
+    np.testing.assert_allclose(answers(ungated, images).logits, answers(static, images).logits, atol=2e-4)
 
 
 def test_what_the_class_token_looks_at_goes_deeper() -> None:
@@ -93,7 +94,8 @@ def test_what_the_class_token_looks_at_goes_deeper() -> None:
     attention = np.mean(received, axis=0)
     model = with_gate(static, gate_scale=5.0, gate_center=10.0)
     start_gate(model, images, target_depth=3.0, deviation=1.0)
-    logit = np.log(model(images).halting_scores[0, :, 1:]) - np.log1p(-model(images).halting_scores[0, :, 1:])
+    score = np.asarray(answers(model, images).halting_scores[0, :, 1:])
+    logit = np.log(score) - np.log1p(-score)
     np.testing.assert_allclose(logit.std(), 2.0, rtol=0.01)  # slope * deviation
     # A linear map of pixels and position, so not all of it; position alone would be left with no more than 0.
     within = attention - attention.mean(0)
@@ -134,12 +136,12 @@ def test_every_architecture_can_be_started(fields: dict[str, object]) -> None:
     images = some_images(static.config)
     model = with_gate(static, gate_scale=10.0, gate_center=30.0)
     start_gate(model, images, target_depth=3.0, deviation=0.8)
-    depth = np.asarray(model(images).token_depth)
+    depth = np.asarray(answers(model, images).token_depth)
     assert abs(depth.mean() - 3.0) < 0.05
     assert len(np.unique(depth[:, -6:])) >= 3
     np.testing.assert_array_equal(depth[:, :-6], 4)
     ungated = with_gate(model, gate_scale=None, gate_center=None)
-    np.testing.assert_allclose(ungated(images).logits, static(images).logits, atol=2e-4)
+    np.testing.assert_allclose(answers(ungated, images).logits, answers(static, images).logits, atol=2e-4)
 
 
 def test_without_a_class_token_the_patches_look_at_each_other() -> None:
@@ -156,7 +158,7 @@ def test_without_a_class_token_the_patches_look_at_each_other() -> None:
     by_position = np.mean(received, axis=(0, 1))
     model = with_gate(static, gate_scale=5.0, gate_center=10.0)
     start_gate(model, images, target_depth=3.0, deviation=1.0)
-    score = np.asarray(model(images).halting_scores[0, :, 1:])
+    score = np.asarray(answers(model, images).halting_scores[0, :, 1:])
     logit = (np.log(score) - np.log1p(-score)).mean(0)
     assert np.corrcoef(by_position, logit)[0, 1] < -0.99
 

@@ -18,7 +18,7 @@ from avit_jax.data.preprocessing import normalize
 from avit_jax.data.sources import load_dataset
 from avit_jax.execution.plan import default_plan
 from avit_jax.train.gate_start import start_gate
-from tests.harness.builders import small_config, spread_gate
+from tests.harness.builders import answers, small_config, spread_gate
 from tests.harness.devices import run_on_devices
 
 DATA = Path(__file__).parent / "data"
@@ -81,7 +81,7 @@ def test_random_weights(distilled: bool, plan: tuple[int, tuple[int, ...]]) -> N
     images = np.random.default_rng(3).normal(size=(5, 12, 8, 2)).astype(np.float32)
     capacities = tuple(c + distilled for c in plan[1])
     plan_ = PackedPlan(model.config.num_tokens, plan[0], capacities)
-    masked = model(images)
+    masked = answers(model, images)
     assert len(np.unique(masked.token_depth)) >= 3
     assert_same(masked, compile_packed(model, 5, plan_, image_exit=False)(images))
     assert_exited(masked, compile_packed(model, 5, plan_)(images), model.config.num_special)
@@ -137,7 +137,7 @@ def test_any_pattern_of_halting(
 ) -> None:
     model, (whole, exiting) = drawn[distilled]
     images = drawn_images(np.array(depths))
-    masked = model(images)
+    masked = answers(model, images)
     np.testing.assert_array_equal(masked.token_depth[:, model.config.num_special :], depths)
     assert_same(masked, whole(images))
     assert_exited(masked, exiting(images), model.config.num_special)
@@ -147,7 +147,7 @@ def test_any_pattern_of_halting(
 @pytest.mark.parametrize("image_exit", [False, True])
 def test_all_halt_at_once_or_none_ever(center: float, image_exit: bool, images: jax.Array) -> None:
     model = spread_gate(small_config(gate_center=center))
-    masked, packed = model(images), compile_packed(model, 3, image_exit=image_exit)(images)
+    masked, packed = answers(model, images), compile_packed(model, 3, image_exit=image_exit)(images)
     np.testing.assert_array_equal(masked.token_depth, 1 if center < 0 else 4)
     if image_exit:
         assert_exited(masked, packed, 1)
@@ -157,14 +157,14 @@ def test_all_halt_at_once_or_none_ever(center: float, image_exit: bool, images: 
 
 def test_a_model_without_a_gate(images: jax.Array) -> None:
     model = spread_gate(small_config(gate_scale=None, gate_center=None))
-    assert_same(model(images), compile_packed(model, 3, image_exit=False)(images))
-    assert_same(model(images), compile_packed(model, 3)(images))
+    assert_same(answers(model, images), compile_packed(model, 3, image_exit=False)(images))
+    assert_same(answers(model, images), compile_packed(model, 3)(images))
 
 
 def test_fewer_images_than_the_batch_and_more(model: AViT, images: jax.Array) -> None:
     packed = compile_packed(model, 4, image_exit=False)
     for count in (1, 2, 3):
-        assert_same(model(images[:count]), packed(np.asarray(images[:count])))
+        assert_same(answers(model, images[:count]), packed(np.asarray(images[:count])))
     with pytest.raises(ValueError, match="5 images for a program compiled for 4"):
         packed(jnp.concatenate([images, images[:2]]))
     with pytest.raises(ValueError, match="they are uint8: use avit_jax.preprocess"):
@@ -182,7 +182,7 @@ def test_what_lies_in_padding_does_not_matter(model: AViT, images: jax.Array) ->
 def test_bfloat16_is_close() -> None:
     model = spread_gate(small_config(dtype="bfloat16"))
     images = np.random.default_rng(0).normal(size=(6, 12, 8, 2)).astype(np.float32)
-    masked, packed = model(images), compile_packed(model, 6, image_exit=False)(images)
+    masked, packed = answers(model, images), compile_packed(model, 6, image_exit=False)(images)
     same = (np.asarray(masked.token_depth) == packed.token_depth).all(1)
     assert same.mean() > 0.5
     np.testing.assert_allclose(packed.logits[same], masked.logits[same], atol=0.05 * np.abs(masked.logits).max())
@@ -194,7 +194,7 @@ def test_trained_weights(dtype: str) -> None:
     model = avit_jax.load("checkpoints/mnist_dense", gate_scale=5.0, gate_center=10.0, dtype=dtype)
     images = normalize(load_dataset("mnist").val.images[::8], model.config)
     start_gate(model, images, target_depth=6.8, deviation=2.5)
-    masked, packed = model(images), compile_packed(model, len(images))(images)
+    masked, packed = answers(model, images), compile_packed(model, len(images))(images)
     assert 5 < masked.token_depth.mean() < 9
     np.testing.assert_array_equal(packed.logits.argmax(1), masked.logits.argmax(1))
     rounding = 1e-5 if dtype == "float32" else 2e-2
@@ -206,8 +206,8 @@ def test_one_image_full_and_the_rest_empty() -> None:
     depths = np.ones((6, 6), int)
     depths[4] = 4
     images = drawn_images(depths)
-    assert_same(model(images), compile_packed(model, 6, image_exit=False)(images))
-    assert_exited(model(images), compile_packed(model, 6)(images), 1)
+    assert_same(answers(model, images), compile_packed(model, 6, image_exit=False)(images))
+    assert_exited(answers(model, images), compile_packed(model, 6)(images), 1)
 
 
 def test_weights_are_arguments_of_the_program(model: AViT) -> None:
@@ -248,7 +248,7 @@ def test_a_planned_model_gives_the_same_answers(model: AViT) -> None:
     plan = plan_packed(model, images, 4)
     assert plan.num_tokens == 7
     assert plan.group_size in (1, 2, 4)
-    assert_same(model(images[:4]), compile_packed(model, 4, plan, image_exit=False)(images[:4]))
+    assert_same(answers(model, images[:4]), compile_packed(model, 4, plan, image_exit=False)(images[:4]))
     with pytest.raises(ValueError, match="batch_size is 9 and the sample has 8 images: give at least a batch"):
         plan_packed(model, images, 9)
 

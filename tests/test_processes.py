@@ -18,6 +18,7 @@ from avit_jax.runtime import processes as distributed
 from avit_jax.runtime.processes import LOST, start_distributed
 from avit_jax.train.logs import read_metrics
 from tests.harness.builders import quick_start, toy_data
+from tests.harness.flags import COMPILE_SOONER
 from tests.harness.real_run import Job
 
 
@@ -26,7 +27,7 @@ def job_of(
 ) -> Job:
     own = {"checkpoint_every": 10, "log_every": 10, "eval_every": 30, "model.drop_path_rate": 0.0, "model.remat": False}
     data = toy_data(folder.parent / "toy.npz")
-    environment = quick_start() | {"XLA_FLAGS": ""} | (environment or {})
+    environment = quick_start() | {"XLA_FLAGS": COMPILE_SOONER} | (environment or {})
     return Job(folder, data, steps=60, processes=processes, devices=devices, environment=environment, **own, **settings)
 
 

@@ -25,6 +25,7 @@ from avit_jax.data.settings import AugmentSettings, DataSettings
 from avit_jax.data.sources import load_dataset
 from avit_jax.evaluate.compare import format_summary
 from avit_jax.halting.prior import prior_loss
+from avit_jax.report import draw_run
 from avit_jax.runtime.mesh import MeshSettings, training_mesh
 from avit_jax.train import loop as training
 from avit_jax.train import setup
@@ -37,6 +38,8 @@ from avit_jax.train.state import initial_state, teacher_weights
 from avit_jax.train.step import make_train_step
 from configs import imagenet_avit, imagenet_deit
 from tests.harness.builders import small_config, tiny_experiment, toy_arrays
+
+pytestmark = pytest.mark.usefixtures("without_pictures")
 
 
 @pytest.fixture
@@ -56,7 +59,10 @@ class Killed(Exception):
     """Stands for whatever ends a process."""
 
 
-def test_a_run_learns_and_leaves_everything_behind(config: ConfigDict, tmp_path: Path) -> None:
+def test_a_run_learns_and_leaves_everything_behind(
+    config: ConfigDict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("avit_jax.commands.run.draw_run", draw_run)
     config.epochs *= 12
     config.eval_every = config.checkpoint_every = 48
     config.optim.ema_decay = config.loss.label_smoothing = 0.0
@@ -101,7 +107,7 @@ def test_a_model_is_trained_from_python_and_a_finished_run_is_not_repeated(
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole(without_pictures: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that nobody stopped."""
     folder = tmp_path_factory.mktemp("whole")
     config = tiny_experiment(folder / "toy.npz")
@@ -449,7 +455,7 @@ def test_the_step_minimises_the_total_loss(config: ConfigDict) -> None:
         prior = prior_loss(output.halting_scores.mean((1, 2)), "kl", config.loss.prior_target_depth)
         return classification + ponder + config.loss.prior_weight * prior
 
-    value, gradient = jax.value_and_grad(loss)(params)
+    value, gradient = jax.jit(jax.value_and_grad(loss))(params)
     np.testing.assert_allclose(metrics["loss"], value, rtol=1e-5)
     np.testing.assert_allclose(metrics["gradient_norm"], optax.tree.norm(gradient), rtol=1e-4)
     state, _ = make_train_step(graphdef, optimizer, parse(config).step, mesh, state)(state, batch, None)

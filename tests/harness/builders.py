@@ -1,5 +1,6 @@
 """Small models and data for the tests."""
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from avit_jax import AViT, AViTConfig
+from avit_jax.model.output import AViTOutput
 from configs import npz_avit
 
 
@@ -34,6 +36,16 @@ def spread_gate(model_config: AViTConfig, seed: int = 0, factor: float = 4.0) ->
     state = jax.tree.map(lambda x: factor * x if x.ndim >= 2 else x, nnx.state(model, nnx.Param))
     nnx.update(model, state)
     return model
+
+
+def answers(model: AViT, images: Any) -> AViTOutput:
+    """model(images) as one compiled program: operation by operation, each would be compiled for each shape."""
+    return _answers(*nnx.split(model), images)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _answers(graphdef: nnx.GraphDef, state: nnx.State, images: jax.Array) -> AViTOutput:
+    return nnx.merge(graphdef, state)(images)
 
 
 def toy_arrays(count: int = 120, classes: int = 3, size: int = 8, seed: int = 0) -> dict[str, Any]:
