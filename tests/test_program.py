@@ -23,7 +23,7 @@ CONFIGS = {
     "avit": small_config(**TWO_CHANNELS),
     "dense": small_config(**NO_RULE | TWO_CHANNELS),
     "tome": small_config(**NO_RULE | TWO_CHANNELS | {"rule": ToMe(1)}),
-    "confidence": small_config(**NO_RULE | TWO_CHANNELS | {"rule": ConfidenceExit(0.6)}),
+    "confidence": small_config(**NO_RULE | TWO_CHANNELS | {"rule": ConfidenceExit(0.3)}),
 }
 FITTING = {
     "avit": ("packed", "masked"),
