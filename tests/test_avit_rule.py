@@ -112,7 +112,8 @@ def test_values_of_halted_tokens_change_nothing(values: np.ndarray, poison: floa
     assert not np.array_equal(poisoned, values)
     others, other_scores = run(poisoned)
     np.testing.assert_array_equal(scores, other_scores)
-    jax.tree.map(np.testing.assert_array_equal, states[-1], others[-1])
+    for value, other in zip(jax.tree.leaves(states[-1]), jax.tree.leaves(others[-1]), strict=True):
+        np.testing.assert_array_equal(value, other)
 
 
 def test_gradients_pass_by_halted_nans(values: np.ndarray) -> None:

@@ -118,7 +118,7 @@ def test_an_images_logits_do_not_depend_on_its_batch() -> None:
     together = answers(model, images)
     for image in range(0, COUNT, 4):
         alone = answers(model, images[image : image + 1])
-        np.testing.assert_allclose(alone.logits[0], together.logits[image], atol=1e-6)
+        np.testing.assert_allclose(alone.logits[0], together.logits[image], atol=1e-5)
         np.testing.assert_array_equal(alone.token_depth[0], together.token_depth[image])
 
 

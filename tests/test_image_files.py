@@ -322,7 +322,7 @@ def test_repeated_images_are_augmented_anew(tmp_path: Path) -> None:
     ("section", "change", "reason"),
     [
         (DataSettings, {"wrokers": 2}, "config.data has no key 'wrokers': did you mean 'workers'"),
-        (DataSettings, {"on_bad_image": "ignore"}, "on_bad_image is 'ignore': it must be raise or skip"),
+        (DataSettings, {"on_bad_image": "ignore"}, "on_bad_image 'ignore' is unknown: choose 'raise' or 'skip'"),
         (DataSettings, {"crop_fraction": 0.0}, "crop_fraction is 0.0: it must be at least 0.1"),
         (DataSettings, {"repeated_augmentation": 0}, "repeated_augmentation is 0: it must be at least 1"),
         (AugmentSettings, {"crop_scale": [0.5, 0.1]}, "crop_scale is .* it must be .least, most."),

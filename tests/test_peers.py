@@ -172,4 +172,4 @@ def test_an_argument_chooses_between_raw_and_average(average: str, tmp_path: Pat
     np.testing.assert_array_equal(read_weight_file(tmp_path / "both.pth", ema=True).state["w"], 1)
     alone = read_weight_file(tmp_path / "average.pth")
     np.testing.assert_array_equal(alone.state["w"], 1)
-    assert alone.notes == [f"it has the moving average alone ({average}): that is read"]
+    assert alone.notes == [f"it has only the moving average ({average}), which is used"]

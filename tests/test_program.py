@@ -18,11 +18,12 @@ from avit_jax.reduction.tome import ToMe
 from avit_jax.runtime.mesh import data_mesh
 from tests.harness.builders import answers, small_config, spread_gate
 
+TWO_CHANNELS = {"preprocessing": avit_jax.Preprocessing((0.5, 0.4), (0.2, 0.3))}
 CONFIGS = {
-    "avit": small_config(),
-    "dense": small_config(**NO_RULE),
-    "tome": small_config(**NO_RULE | {"rule": ToMe(1)}),
-    "confidence": small_config(**NO_RULE | {"rule": ConfidenceExit(0.6)}),
+    "avit": small_config(**TWO_CHANNELS),
+    "dense": small_config(**NO_RULE | TWO_CHANNELS),
+    "tome": small_config(**NO_RULE | TWO_CHANNELS | {"rule": ToMe(1)}),
+    "confidence": small_config(**NO_RULE | TWO_CHANNELS | {"rule": ConfidenceExit(0.3)}),
 }
 FITTING = {
     "avit": ("packed", "masked"),

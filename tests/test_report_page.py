@@ -267,9 +267,9 @@ def test_pages_of_what_is_missing(
             ],
         ),
         (
-            ConfidenceExit(0.5),
-            Sweep("threshold", (0.3, 0.5)),
-            ["Rule: confidence exit above 0.5.", "packed: halted tokens are gone", "own is 0.5."],
+            ConfidenceExit(0.3),
+            Sweep("threshold", (0.25, 0.3)),
+            ["Rule: confidence exit above 0.3.", "packed: halted tokens are gone", "own is 0.3."],
         ),
     ],
 )

@@ -41,8 +41,9 @@ class _ModelSettings(Settings):
         names = [field.name for field in dataclasses.fields(self) if field.name != "preset"]
         found = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         size = found.get("image_size")
-        if isinstance(size, tuple) and len(size) == 2 and size[0] == size[1]:
-            found["image_size"] = size[0]  # as it comes from the data
+        if isinstance(size, list | tuple) and len(size) == 2:
+            # One number for a square, as it comes from the data.
+            found["image_size"] = size[0] if size[0] == size[1] else tuple(size)
         if "rule" in found:
             try:
                 found["rule"] = parse_rule(found["rule"])

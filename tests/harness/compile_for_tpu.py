@@ -9,6 +9,7 @@ import jax
 from flax import nnx
 
 from avit_jax import AViT
+from avit_jax.commands.typed_config import parse
 from configs import imagenet_avit
 from tests.harness.collectives import said
 from tests.harness.tpu_programs import (
@@ -24,11 +25,12 @@ config = imagenet_avit.get_config("tiny")
 config.batch_size = 64
 config.augment.update({"mixup": 0.0, "cutmix": 0.0, "erasing": 0.0})  # half of the compile time
 config.model.update({"image_size": 32, "depth": 2, "embed_dim": 64, "num_heads": 2, "num_classes": 10})
-model = model_of(config)
+settings = parse(config)
+model = model_of(settings)
 _, params = nnx.split(nnx.eval_shape(lambda: AViT(model, rngs=nnx.Rngs(0))), nnx.Param)
 state = 4 * 4 * sum(leaf.size for leaf in jax.tree.leaves(params))  # weights, average, two moments, float32
 
-step = compile_train_step(config, topology_mesh("v5e:2x4", fsdp=2))
+step = compile_train_step(settings, topology_mesh("v5e:2x4", fsdp=2))
 crossing = check_crossing(step, model, {"gradients", "parameters", "scalars", "statistics"}, fsdp=2)
 print(said(crossing), f"{bytes_needed(step) / 1e6:.1f} MB, state {state / 1e6:.1f} MB")
 assert crossing["statistics"] == {"count": 1, "bytes": 4 * 2}
