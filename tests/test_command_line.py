@@ -1,5 +1,8 @@
 """What the command line makes of its arguments, without a process: configs, keys, options, --help, and the dry run."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -93,6 +96,24 @@ def test_a_typo_is_told_about_what_was_meant(argument: str, sentence: str) -> No
 def test_values_and_options_that_exist_pass() -> None:
     arguments = ["--config.epochs=3", "--config.model.depth=3", "word", "--v=1", "--nologtostderr", "--"]
     check(["train.py", *arguments], ["config"])
+
+
+@pytest.mark.parametrize("arguments", [["train.py", "--help"], ["eval.py", "--help_config"]])
+def test_help_ends_quietly_when_its_reader_has_left(arguments: list[str], tmp_path: Path) -> None:
+    """As in `python train.py --help | head -1`; also in a folder without a run."""
+    root = SHIPPED.parent
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, str(root / arguments[0]), *arguments[1:]]
+    found = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, cwd=tmp_path, check=False)
+    os.close(writing)
+    assert (found.returncode, found.stderr) == (0, "")
+
+
+def test_choices_are_shown_once() -> None:
+    holder = flags.DEFINE_enum("a_choice_of_this_test", "a", ["a", "b"], "What it does.")
+    line = next(line for line in help_text("About.", [holder]).splitlines() if "a_choice_of_this_test" in line)
+    assert line.split() == ["--a_choice_of_this_test=a|b", "What", "it", "does.", "(by", "default", "a)"]
 
 
 def test_the_help_page_tells_configs_keys_and_options() -> None:

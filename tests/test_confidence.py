@@ -1,6 +1,8 @@
 """Confidence exit: against a slow loop over images and layers, its identities, and every execution of it."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +15,7 @@ import avit_jax
 from avit_jax import AViT, compile_packed
 from avit_jax.halting.confidence import ConfidenceExit
 from avit_jax.model.config import NO_RULE, AViTConfig
+from avit_jax.rules import rule_to_json
 from avit_jax.train.objective import distillation_loss, objective_terms
 from tests.harness.builders import answers, small_config, spread_gate
 
@@ -187,3 +190,33 @@ def test_a_checkpoint_without_own_heads_gets_them(tmp_path: Path, capsys: pytest
 def test_what_cannot_be_is_refused(rule: dict[str, float], fields: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         small_config(rule=ConfidenceExit(**rule), **fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"threshold": "0.9"}, "threshold is '0.9': it must be a number"),
+        ({"threshold": None}, "threshold is None: it must be a number"),
+        ({"threshold": True}, "threshold is True: it must be a number"),
+        ({"own_heads": "no"}, "own_heads is 'no': give True or False"),
+        ({"first_layer": 1.5}, "first_layer is 1.5: it must be a whole number"),
+        ({"first_layer": "1"}, "first_layer is '1': it must be a whole number"),
+    ],
+)
+def test_settings_of_another_type_are_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        checked(**{"threshold": 0.5, "own_heads": False, "first_layer": 0} | fields)
+
+
+def test_numpy_numbers_become_plain_ones() -> None:
+    rule = checked(threshold=np.float32(0.5), own_heads=False, first_layer=np.int64(1))
+    assert json.loads(json.dumps(rule_to_json(rule))) == rule_to_json(ConfidenceExit(0.5, first_layer=1))
+
+
+def checked(**fields: Any) -> ConfidenceExit:
+    """The rule after its own checks; the tests' type check of the constructor would come before them."""
+    rule = object.__new__(ConfidenceExit)
+    for name, value in fields.items():
+        object.__setattr__(rule, name, value)
+    rule.__post_init__()
+    return rule

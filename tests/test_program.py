@@ -11,6 +11,7 @@ from avit_jax import AViTOutput, PackedPlan
 from avit_jax.data.sources import Split
 from avit_jax.evaluate.compare import format_summary, measure
 from avit_jax.evaluate.figures import evaluate
+from avit_jax.execution.compiled import check_batch_size
 from avit_jax.execution.program import checked_execution, fitting_executions, suited_execution
 from avit_jax.halting.confidence import ConfidenceExit
 from avit_jax.model.config import NO_RULE, AViTConfig
@@ -94,11 +95,18 @@ def test_later_changes_of_the_model_do_not_reach_the_program() -> None:
         ("avit", {"execution": "fast"}, "execution 'fast' is unknown: choose one of masked, packed, shrinking, auto"),
         ("dense", {"plan": PackedPlan(7, 1, (7,))}, "a plan is for packed execution and this one is masked"),
         ("avit", {"batch_size": 0}, "batch_size is 0: it must be at least 1"),
+        ("tome", {"batch_size": 0}, "batch_size is 0: it must be at least 1"),
     ],
 )
 def test_what_does_not_fit_is_one_sentence(name: str, arguments: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         avit_jax.compile(spread_gate(CONFIGS[name]), **{"batch_size": 2, **arguments})
+
+
+@pytest.mark.parametrize("batch_size", [2.5, "4", None, True])
+def test_a_batch_size_is_a_whole_number(batch_size: Any) -> None:
+    with pytest.raises(ValueError, match="it must be a whole number"):
+        check_batch_size(batch_size)
 
 
 def test_a_plan_of_auto_is_the_plan_of_packed_execution() -> None:

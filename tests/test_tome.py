@@ -1,6 +1,7 @@
 """ToMe's choice of what merges, and the sum that merges it."""
 
 import dataclasses
+import json
 from typing import Any
 
 import jax
@@ -135,6 +136,15 @@ def test_schedules() -> None:
 def test_r_is_checked(r: Any) -> None:
     with pytest.raises(Exception, match=r"ToMe's r is|Type-check"):  # the tests' type check comes first
         ToMe(r)
+
+
+@pytest.mark.parametrize(("r", "plain"), [(np.int64(2), 2), ([np.int32(4), 1], (4, 1))])
+def test_numpy_numbers_become_plain_ones(r: Any, plain: Any) -> None:
+    rule = object.__new__(ToMe)  # the tests' type check of the constructor would come first
+    object.__setattr__(rule, "r", r)
+    object.__setattr__(rule, "proportional", True)
+    rule.__post_init__()
+    assert json.loads(json.dumps(rule_to_json(rule))) == json.loads(json.dumps(rule_to_json(ToMe(plain))))
 
 
 def test_r_has_one_number_for_each_layer() -> None:

@@ -74,6 +74,7 @@ def test_what_a_rule_learnt_is_kept_for_that_kind_of_rule() -> None:
         ({"num_heads": 4}, "with_config cannot change num_heads"),
         ({"gate_centre": 3}, "AViTConfig has no field 'gate_centre': did you mean 'gate_center'"),
         ({"dtype": "float16"}, "dtype 'float16' is unknown"),
+        ({"rule": ToMe}, "rule is the class ToMe: give its settings, such as ToMe"),
     ],
 )
 def test_other_changes_are_refused(model: AViT, changes: dict[str, Any], message: str) -> None:

@@ -7,7 +7,7 @@ import threading
 import traceback
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 from absl import app, flags, logging
@@ -48,8 +48,7 @@ def run_main(
 
     def parse(argv: list[str]) -> list[str]:
         if any(argument in HELP for argument in argv[1:]):
-            print(help_text(about, options))
-            raise SystemExit(0)
+            _print_and_exit(help_text(about, options))
         try:
             check_options(argv, own)
             argv, config = with_config(argv, default_config)
@@ -59,8 +58,7 @@ def run_main(
         try:
             rest = flags.FLAGS(argv)
             if flags.FLAGS.help_config:
-                print(config_help(flags.FLAGS.config, reads))
-                raise SystemExit(0)
+                _print_and_exit(config_help(flags.FLAGS.config, reads))
             return rest
         except (flags.Error, ValueError, TypeError, AttributeError, KeyError) as error:
             raise SystemExit(_say(" ".join(str(error).split()))) from None
@@ -201,6 +199,15 @@ def _keys_named(name: str, keys: Mapping[str, Any]) -> str:
     """A hint if the config has a key of this name, in any section; otherwise an empty text."""
     found = [f"--config.{key}" for key in keys if key == name or key.endswith(f".{name}")]
     return f"did you mean {' or '.join(found)}?" if found else ""
+
+
+def _print_and_exit(text: str) -> NoReturn:
+    """Print the text and exit with status 0, also if the reader of a pipe, such as head, has left."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes at exit
+    raise SystemExit(0)
 
 
 def _say(message: str) -> int:

@@ -65,5 +65,10 @@ def main() -> None:
 
 
 def _default_config(options: Mapping[str, str]) -> str:
-    """The config of the run that the checkpoint is from; pictures need no data set, so any config will do for them."""
-    return DEFAULT_CONFIG if options.get("images") else config_of_checkpoint(options.get("checkpoint") or DEFAULT_RUN)
+    """The config of the run that the checkpoint is from.
+
+    Pictures need no data set, so any config will do for them. --help_config works before there is a run.
+    """
+    if options.get("images") or ("help_config" in options and not options.get("checkpoint")):
+        return DEFAULT_CONFIG
+    return config_of_checkpoint(options.get("checkpoint") or DEFAULT_RUN)

@@ -45,13 +45,19 @@ def help_text(about: str, options: Sequence[flags.FlagHolder]) -> str:
         flag = flags.FLAGS[option.name]
         value = f"--[no]{flag.name}" if flag.boolean else f"--{flag.name}={_value(flag)}"
         default = "" if flag.default in (None, False) else f" (by default {flag.default})"
-        lines.append(f"  {value:24} {flag.help}{default}")
+        lines.append(f"  {value:24} {_meaning(flag)}{default}")
     return "\n".join(lines)
 
 
 def _value(flag: flags.Flag) -> str:
     values = getattr(flag.parser, "enum_values", None)
     return "|".join(values) if values else flag.flag_type().upper()[:6].replace("STRING", "VALUE").replace("INT", "N")
+
+
+def _meaning(flag: flags.Flag) -> str:
+    """The flag's help without the choices, which absl puts before it and _value shows already."""
+    choices = getattr(flag.parser, "enum_values", None)
+    return flag.help.removeprefix(f"<{'|'.join(choices)}>: ") if choices else flag.help
 
 
 def _nearby(path: Path) -> Path:

@@ -1,6 +1,7 @@
 """What the compiled executions share: images are checked and padded to the batch, outputs cut to their number."""
 
 import functools
+import numbers
 from collections.abc import Callable
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
@@ -60,6 +61,14 @@ def split_model(model: AViT, mesh: Mesh | None) -> tuple[nnx.GraphDef, Any]:
     # Plain dicts can be exported. NumPy arrays are copied, because their owner may change them.
     params = jax.tree.map(lambda p: p if isinstance(p, jax.Array) else jnp.array(p), nnx.to_pure_dict(state))
     return graphdef, jax.device_put(params, replicated(mesh)) if mesh is not None else params
+
+
+def check_batch_size(batch_size: Any) -> None:
+    """Raises ValueError unless batch_size is a whole number from 1."""
+    if isinstance(batch_size, bool) or not isinstance(batch_size, numbers.Integral):
+        raise ValueError(f"batch_size is {batch_size!r}: it must be a whole number")
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}: it must be at least 1")
 
 
 class CompiledModel:

@@ -15,7 +15,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
-from avit_jax.execution.compiled import CompiledModel, split_model
+from avit_jax.execution.compiled import CompiledModel, check_batch_size, split_model
 from avit_jax.execution.packing import forward
 from avit_jax.execution.plan import PackedPlan, default_plan, layer_loads, padded_loads
 from avit_jax.execution.work import Executed, packed_gmacs
@@ -122,8 +122,7 @@ def compile_packed(
     seen). The weights are fixed at this point: later changes to the model have no effect. Raises ValueError for a plan
     of another model, for a reduction rule, and for a batch size below 1.
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}: it must be at least 1")
+    check_batch_size(batch_size)
     if model.config.reduction is not None:
         raise ValueError(f"the rule {model.config.reduction.name} is for shrinking execution: use model(images)")
     devices = 1 if mesh is None else mesh.shape["data"]

@@ -2,7 +2,7 @@
 
 from jax.sharding import Mesh
 
-from avit_jax.execution.compiled import Program
+from avit_jax.execution.compiled import Program, check_batch_size
 from avit_jax.execution.masked import MaskedModel
 from avit_jax.execution.packed import compile_packed
 from avit_jax.execution.plan import PackedPlan
@@ -33,8 +33,7 @@ def compile(
     The weights are fixed at this point: later changes to the model have no effect. Raises ValueError for an unknown
     execution, one that does not fit the model's rule, a plan without packed execution, and a batch size below 1.
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}: it must be at least 1")
+    check_batch_size(batch_size)
     chosen = checked_execution(model.config, execution)
     if plan is not None and chosen != "packed":
         raise ValueError(f"a plan is for packed execution and this one is {chosen}: leave plan out")

@@ -1,6 +1,7 @@
 """Confidence exit: a whole image stops at the first layer that is confident of its class (BranchyNet, DeeBERT)."""
 
 import dataclasses
+import numbers
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
@@ -23,7 +24,7 @@ class ConfidenceExit:
     heads. Training computes every layer of every image. Its loss is the mean over layers of the classification loss of
     e_l (arXiv 1709.01686), and threshold has no effect.
 
-    Raises ValueError for a threshold outside 0..1, and for a first_layer below 0.
+    Raises ValueError for a threshold outside 0..1, for a first_layer below 0, and for values of another type.
     """
 
     threshold: float
@@ -38,6 +39,14 @@ class ConfidenceExit:
     learning_rate_factors: ClassVar[Mapping[str, float]] = {}
 
     def __post_init__(self) -> None:
+        if isinstance(self.threshold, bool) or not isinstance(self.threshold, numbers.Real):
+            raise ValueError(f"threshold is {self.threshold!r}: it must be a number")
+        if not isinstance(self.own_heads, bool):
+            raise ValueError(f"own_heads is {self.own_heads!r}: give True or False")
+        if isinstance(self.first_layer, bool) or not isinstance(self.first_layer, numbers.Integral):
+            raise ValueError(f"first_layer is {self.first_layer!r}: it must be a whole number")
+        object.__setattr__(self, "threshold", float(self.threshold))  # JSON has no NumPy numbers
+        object.__setattr__(self, "first_layer", int(self.first_layer))
         if not 0 <= self.threshold <= 1:
             raise ValueError(f"threshold is {self.threshold}: it must lie between 0 and 1")
         if self.first_layer < 0:

@@ -90,6 +90,8 @@ class AViTConfig:
             for name, value in dataclasses.asdict(self.rule).items():
                 object.__setattr__(self, name, value)
             object.__setattr__(self, "rule", None)
+        if isinstance(self.rule, type):
+            raise ValueError(f"rule is the class {self.rule.__name__}: give its settings, such as ToMe(r=8)")
         if self.rule is not None and not isinstance(self.rule, Halting | Reduction):
             raise ValueError(f"rule is a {type(self.rule).__name__}: give one of the rules {', '.join(RULES)}, or None")
         for name in ("image_size", "class_names"):

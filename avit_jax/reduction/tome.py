@@ -1,6 +1,7 @@
 """ToMe (arXiv 2210.09461): in every layer the most similar tokens are merged, between attention and MLP."""
 
 import dataclasses
+import numbers
 from typing import Any, ClassVar
 
 import jax
@@ -41,8 +42,10 @@ class ToMe:
         if isinstance(self.r, list):  # from JSON; a tuple can be hashed
             object.__setattr__(self, "r", tuple(self.r))
         for r in self.r if isinstance(self.r, tuple) else (self.r,):
-            if isinstance(r, bool) or not isinstance(r, int) or r < 0:
+            if isinstance(r, bool) or not isinstance(r, numbers.Integral) or r < 0:
                 raise ValueError(f"ToMe's r is {self.r!r}: give a whole number from 0, or a tuple with one per layer")
+        plain = tuple(map(int, self.r)) if isinstance(self.r, tuple) else int(self.r)
+        object.__setattr__(self, "r", plain)  # JSON has no NumPy numbers
         if not isinstance(self.proportional, bool):
             raise ValueError(f"ToMe's proportional is {self.proportional!r}: give True or False")
 

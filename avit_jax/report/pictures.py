@@ -130,7 +130,7 @@ def draw_curves(lines: Sequence[dict[str, Any]], path: Path, depth: int) -> Path
         for split, colour, text in (("train", _DENSE, "training"), ("val", _ADAPTIVE, "validation")):
             points = [line for line in lines if line["split"] == split]
             factor = 100 if name == "accuracy" else 1
-            marker = "o" if split == "val" else None
+            marker = "o" if split == "val" or len(points) == 1 else None  # a line of one point is invisible
             axis.plot(
                 [p["step"] for p in points],
                 [p[name] * factor for p in points],
@@ -143,9 +143,9 @@ def draw_curves(lines: Sequence[dict[str, Any]], path: Path, depth: int) -> Path
         axis.grid(alpha=0.3)
     axes[0].legend()
     axes[2].set_ylim(0, depth + 0.5)
-    figure.suptitle(
-        "Training (its loss includes the weighted ponder and prior terms; validation: only cross entropy)", fontsize=10
-    )
+    halting = any(line.get("ponder") or line.get("prior") for line in lines)  # other rules have no such terms
+    terms = "its loss includes the weighted ponder and prior terms; " if halting else ""
+    figure.suptitle(f"Training ({terms}validation: only cross entropy)", fontsize=10)
     return _save(figure, path)
 
 
