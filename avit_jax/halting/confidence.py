@@ -1,7 +1,7 @@
 """Confidence exit: a whole image stops at the first layer that is confident of its class (BranchyNet, DeeBERT)."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import jax
@@ -9,8 +9,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from avit_jax.halting.rule import NoLossSettings, State, Trace, first_state
+from avit_jax.halting.rule import Classify, State, Trace, first_state
 from avit_jax.model.seen import Seen
+from avit_jax.runtime.settings import Settings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +35,7 @@ class ConfidenceExit:
     masks_in_training: ClassVar[bool] = False
     sweeps: ClassVar[tuple[str, ...]] = ("threshold",)
     advice: ClassVar[str] = "a lower threshold lets images leave earlier"
-    loss_settings: ClassVar[type] = NoLossSettings
+    loss_settings: ClassVar[type[Settings] | None] = None
     learning_rate_factors: ClassVar[Mapping[str, float]] = {}
 
     def __post_init__(self) -> None:
@@ -115,8 +116,8 @@ class ConfidenceExit:
         state: State,
         head_logits: Float[Array, "heads b k"],
         *,
-        classify: Callable[[Float[Array, "heads b k"]], Float[Array, ""]],
-        settings: NoLossSettings,
+        classify: Classify,
+        settings: None = None,
         image_weight: Float[Array, " b"] | None = None,
     ) -> dict[str, Float[Array, ""]]:
         """The mean over the layers of the classification loss of their exits."""
