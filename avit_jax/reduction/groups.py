@@ -88,7 +88,7 @@ class Reduction(Protocol):
         ...
 
     def own_macs(self, config: Any) -> tuple[int, ...]:
-        """Multiply-adds that each layer's choice costs for one image (matching, predictors); papers leave them out."""
+        """Multiply-adds of each layer's choice for one image, such as ToMe's matching; papers leave them out."""
         ...
 
 
