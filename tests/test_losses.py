@@ -9,7 +9,7 @@ import pytest
 import scipy.special
 import scipy.stats
 
-from avit_jax.halting import prior as avit
+from avit_jax.halting import avit_losses as avit
 from avit_jax.train import objective
 from tests.harness.builders import small_config, spread_gate
 

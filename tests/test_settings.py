@@ -13,8 +13,8 @@ from avit_jax.commands.config_help import config_help
 from avit_jax.commands.typed_config import config_dict, parse
 from avit_jax.data.settings import AugmentSettings, DataSettings
 from avit_jax.halting.avit import AViTGate
+from avit_jax.halting.avit_losses import AViTLoss
 from avit_jax.halting.confidence import ConfidenceExit
-from avit_jax.halting.prior import AViTLoss
 from avit_jax.reduction.tome import ToMe
 from avit_jax.rules import RuleLosses, losses_of
 from avit_jax.runtime.files import write_json

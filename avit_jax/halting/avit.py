@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from avit_jax.halting.prior import AViTLoss, halting_losses
+from avit_jax.halting.avit_losses import AViTLoss, halting_losses
 from avit_jax.halting.rule import Classify, State, Trace, drop_halted, first_state
 from avit_jax.model.seen import Seen
 from avit_jax.runtime.settings import Settings
@@ -29,6 +29,7 @@ class AViTGate:
     halt_epsilon: float = 0.01
 
     name: ClassVar[str] = "avit"
+    label: ClassVar[str] = "A-ViT"
     reads: ClassVar[frozenset[str]] = frozenset()
     masks_in_training: ClassVar[bool] = True
     sweeps: ClassVar[tuple[str, ...]] = ("gate_center", "gate_scale")

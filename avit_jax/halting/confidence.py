@@ -32,6 +32,7 @@ class ConfidenceExit:
     first_layer: int = 0
 
     name: ClassVar[str] = "confidence"
+    label: ClassVar[str] = "confidence"
     masks_in_training: ClassVar[bool] = False
     sweeps: ClassVar[tuple[str, ...]] = ("threshold",)
     advice: ClassVar[str] = "a lower threshold lets images leave earlier"

@@ -64,6 +64,7 @@ class Halting(Protocol):
     """A rule under which each image keeps its own number of tokens: a frozen dataclass of settings, static in jit."""
 
     name: ClassVar[str]  # in config.json, and in front of the settings in "NAME(setting=value)"
+    label: ClassVar[str]  # in tables
     masks_in_training: ClassVar[bool]  # False: training computes every token in every layer
     sweeps: ClassVar[tuple[str, ...]]  # settings that a sweep can change without training
     advice: ClassVar[str]  # what to do if no token halts
