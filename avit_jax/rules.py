@@ -1,7 +1,9 @@
-"""Every rule by its name, and how a rule is written: as JSON in config.json, and as text on the command line."""
+"""Every rule by its name: how it is written, as JSON and as text, and the keys of config.loss that rules add."""
 
 import ast
 import dataclasses
+import typing
+from collections.abc import Iterable
 from typing import Any
 
 from avit_jax.halting.avit import AViTGate
@@ -11,6 +13,7 @@ from avit_jax.reduction.groups import Reduction
 from avit_jax.reduction.tome import ToMe
 from avit_jax.runtime.files import shown
 from avit_jax.runtime.json_fields import typed_fields
+from avit_jax.runtime.settings import Settings
 
 RULES: dict[str, Any] = {rule.name: rule for rule in (AViTGate, ConfidenceExit, ToMe)}
 _MOST_TEXT = 1000  # characters of a rule on the command line
@@ -71,3 +74,47 @@ def _as_content(text: str) -> dict[str, Any]:
             raise SyntaxError
         content[keyword.arg] = ast.literal_eval(keyword.value)
     return content
+
+
+@dataclasses.dataclass(frozen=True)
+class _RuleLosses(Settings):
+    """The keys of config.loss that rules add: every field of every rule's `loss_settings`.
+
+    Raises ValueError for a value that a rule refuses.
+    """
+
+    section = "loss"
+
+    def of(self, rule: Halting | Reduction | None) -> Any:
+        """The rule's own part, of its type `loss_settings`; None if it has none."""
+        kind = getattr(rule, "loss_settings", None)
+        return None if kind is None else _part(kind, self)
+
+
+def _part(kind: type, losses: Settings) -> Any:
+    return kind(**{field.name: getattr(losses, field.name) for field in dataclasses.fields(kind)})
+
+
+def losses_of(rules: Iterable[Any]) -> type[_RuleLosses]:
+    """The settings dataclass with the keys of these rules; two rules may share a type, but not a key of two types."""
+    # A reduction rule has no loss of its own.
+    kinds = list(dict.fromkeys(kind for rule in rules if (kind := getattr(rule, "loss_settings", None)) is not None))
+    fields = [
+        (field.name, field.type, dataclasses.field(default=field.default, metadata=field.metadata))
+        for kind in kinds
+        for field in dataclasses.fields(kind)
+    ]
+
+    def check(self: Settings) -> None:
+        for kind in kinds:
+            _part(kind, self)
+
+    return dataclasses.make_dataclass(
+        "RuleLosses", fields, bases=(_RuleLosses,), namespace={"__post_init__": check}, frozen=True
+    )
+
+
+if typing.TYPE_CHECKING:
+    RuleLosses = _RuleLosses
+else:
+    RuleLosses = losses_of(RULES.values())

@@ -4,19 +4,17 @@ Channel 0 of the patch embedding is the patch's mean, and each block adds exactl
 of mean 1 - d stops at layer d.
 """
 
-from typing import Any
-
-import jax
 import numpy as np
 from flax import nnx
 
 from avit_jax import AViT, AViTConfig
+from avit_jax.model.config import NO_RULE
 
 
 def drawn_model(model_config: AViTConfig, class_depth: int, seed: int = 0) -> AViT:
     """A model with random weights whose class token stops at class_depth.
 
-    config: its gate_scale and gate_center must be 40 and 20.
+    model_config: its gate_scale and gate_center must be 40 and 20.
     """
     model = AViT(model_config, rngs=nnx.Rngs(seed))
     for path, param in nnx.to_flat_state(nnx.state(model, nnx.Param)):
@@ -70,15 +68,9 @@ def drawn_images(model_config: AViTConfig, depths: np.ndarray, seed: int = 0) ->
 
 def dense_parts(model: AViT) -> AViT:
     """A model with the same weights and without the gate."""
-    return _as(model, gate_scale=None, gate_center=None)
+    return model.with_config(**NO_RULE)
 
 
 def in_bfloat16(model: AViT) -> AViT:
     """A model with the same weights that computes matmuls in bfloat16."""
-    return _as(model, dtype="bfloat16")
-
-
-def _as(model: AViT, **changes: Any) -> AViT:
-    config = AViTConfig(**(vars(model.config) | changes))
-    graphdef = nnx.graphdef(nnx.eval_shape(lambda: AViT(config, rngs=nnx.Rngs(0))))
-    return nnx.merge(graphdef, jax.tree.map(lambda x: x, nnx.state(model, nnx.Param)))
+    return model.with_config(dtype="bfloat16")

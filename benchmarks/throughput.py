@@ -109,7 +109,7 @@ def compiled_variant(name: str, model: AViT, images: np.ndarray, mesh: Mesh, las
         x, _ = jax.lax.scan(lambda x, layer: (block_at(layer)(x), None), model.embed(images), layers)
         last = block_at(model.config.depth - 1)
         special = last.read(x, jnp.ones(x.shape[:2], bool), 1)
-        return model.heads(special, *(jnp.zeros(x.shape[:2]),) * 2, jnp.zeros((1, *x.shape[:2]))).logits
+        return model.head_logits(special).mean(0)
 
     placed = jax.device_put(params, replicated(mesh)), jax.device_put(images, batch_sharding(mesh))
     began = time.perf_counter()

@@ -1,5 +1,7 @@
 """The objective against scipy, torch-free references and finite differences."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,7 @@ import pytest
 import scipy.special
 import scipy.stats
 
-from avit_jax.halting import prior as avit
+from avit_jax.halting import avit_losses as avit
 from avit_jax.train import objective
 from tests.harness.builders import small_config, spread_gate
 
@@ -143,6 +145,24 @@ def test_without_a_teacher_the_mean_of_the_heads_is_judged() -> None:
     np.testing.assert_allclose(
         objective.distillation_loss(heads, labels), objective.classification_loss(heads.mean(0), labels)
     )
+
+
+@pytest.mark.parametrize("kind", objective.DISTILLATIONS)
+def test_a_share_weighs_the_loss_of_each_image(kind: str) -> None:
+    rng = np.random.default_rng(3)
+    heads, teacher = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((2, 6, 5), (6, 5)))
+    labels, share = jnp.arange(6) % 5, jnp.asarray(rng.uniform(size=6), jnp.float32)
+    counts = jnp.array([1.0, 1, 0, 1, 1, 0])
+
+    def loss(images: Any, **more: Any) -> Any:
+        return objective.distillation_loss(
+            heads[:, images], labels[images], teacher[images], kind=kind, weight=0.3, temperature=2.0, **more
+        )
+
+    alone = np.array([loss(slice(i, i + 1)) for i in range(6)])
+    np.testing.assert_allclose(loss(slice(None), share=share), (alone * share).mean(), rtol=1e-6)
+    weighted = loss(slice(None), share=share, image_weight=counts)
+    np.testing.assert_allclose(weighted, (alone * share * counts).sum() / 4, rtol=1e-6)
 
 
 def test_unknown_names_are_refused() -> None:

@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 import avit_jax
-from avit_jax.halting.prior import log_depth_prior, ponder_loss, prior_loss
+from avit_jax.halting.avit_losses import log_depth_prior, ponder_loss, prior_loss
 from avit_jax.train.objective import distillation_loss
 
 pytestmark = pytest.mark.usefixtures("compiled_as_users_do")

@@ -12,7 +12,11 @@ from avit_jax.commands.config_files import load_config
 from avit_jax.commands.config_help import config_help
 from avit_jax.commands.typed_config import config_dict, parse
 from avit_jax.data.settings import AugmentSettings, DataSettings
-from avit_jax.halting.prior import AViTLoss
+from avit_jax.halting.avit import AViTGate
+from avit_jax.halting.avit_losses import AViTLoss
+from avit_jax.halting.confidence import ConfidenceExit
+from avit_jax.reduction.tome import ToMe
+from avit_jax.rules import RuleLosses, losses_of
 from avit_jax.runtime.files import write_json
 from avit_jax.runtime.mesh import MeshSettings
 from avit_jax.runtime.settings import Settings, flat, keys, part, setting
@@ -166,7 +170,8 @@ def test_a_room_checks_its_settings_without_a_config_too() -> None:
 def test_one_section_fills_two_rooms_and_keeps_its_keys() -> None:
     settings = TrainSettings.from_config({"loss": {"label_smoothing": 0.25, "ponder_weight": 2}})
     assert settings.classification == ClassificationLoss(label_smoothing=0.25)
-    assert settings.halting_loss == AViTLoss(ponder_weight=2.0)
+    assert settings.rule_loss.of(AViTGate(10.0, 30.0)) == AViTLoss(ponder_weight=2.0)
+    assert settings.rule_loss.of(ConfidenceExit(0.9)) is None
     assert settings.to_config()["loss"].keys() == RECORDED_LOSS
     assert TrainSettings.from_config(settings.to_config()) == settings
     assert parse(config_dict(settings)) == settings
@@ -184,8 +189,31 @@ def test_values_are_kept_in_their_fields_types() -> None:
 
 
 def test_no_two_rooms_own_one_key() -> None:
-    names = [field.name for kind in (ClassificationLoss, AViTLoss) for field in dataclasses.fields(kind)]
+    names = [field.name for kind in (ClassificationLoss, RuleLosses) for field in dataclasses.fields(kind)]
     assert len(names) == len(set(names))
+
+
+def test_a_rule_brings_its_own_keys_of_the_loss() -> None:
+    @dataclasses.dataclass(frozen=True)
+    class GeometricLoss(Settings):
+        section = "loss"
+        divergence_weight: float = setting(0.01, "Weight of the divergence.", least=0)
+
+        def __post_init__(self) -> None:
+            super().__post_init__()
+            self.check("divergence_weight", self.divergence_weight != 7, "anything but 7")
+
+    class Geometric(ConfidenceExit):
+        loss_settings = GeometricLoss
+
+    losses = losses_of([AViTGate, Geometric, AViTGate, ToMe])
+    found = losses.from_config({"divergence_weight": 2, "prior": "official"})
+    assert found.of(Geometric(0.9)) == GeometricLoss(2.0)
+    assert found.of(AViTGate(10.0, 30.0)) == AViTLoss(prior="official")
+    assert found.of(ToMe(8)) is None and found.of(None) is None
+    for wrong, sentence in ((-1, "must be at least 0"), (7, "must be anything but 7")):
+        with pytest.raises(ValueError, match=rf"config\.loss\.divergence_weight is {wrong}\.0: it {sentence}"):
+            losses.from_config({"divergence_weight": wrong})
 
 
 # Runs that go on

@@ -24,7 +24,7 @@ from avit_jax.commands.typed_config import parse
 from avit_jax.data.settings import AugmentSettings, DataSettings
 from avit_jax.data.sources import load_dataset
 from avit_jax.evaluate.compare import format_summary
-from avit_jax.halting.prior import prior_loss
+from avit_jax.halting.avit_losses import prior_loss
 from avit_jax.report import draw_run
 from avit_jax.runtime.mesh import MeshSettings, training_mesh
 from avit_jax.train import loop as training

@@ -19,6 +19,7 @@ from avit_jax.commands.help import HELP, help_text
 from avit_jax.runtime.hints import nearest
 from avit_jax.runtime.mesh import use_all_cores
 from avit_jax.runtime.processes import LOST, end_now, leave, lost_a_process
+from avit_jax.runtime.settings import flat
 
 _PACKAGE = Path(__file__).parents[1]
 
@@ -147,17 +148,8 @@ def _empty_tuple(argument: str, config: ConfigDict) -> str:
     """Turns --config.data.mean= into --config.data.mean=() if the key holds a tuple; ml_collections reads ("",)."""
     name, _, value = argument.partition("=")
     path = name.lstrip("-").split(".")
-    is_tuple = not value and path[0] == "config" and isinstance(flat_keys(config).get(".".join(path[1:])), tuple)
+    is_tuple = not value and path[0] == "config" and isinstance(flat(config.to_dict()).get(".".join(path[1:])), tuple)
     return f"{name}=()" if is_tuple and "=" in argument else argument
-
-
-def flat_keys(section: ConfigDict, prefix: str = "") -> dict[str, Any]:
-    """Every key of a config with its value, nested keys joined by dots."""
-    found: dict[str, Any] = {}
-    for name in section:
-        value = section[name]
-        found |= flat_keys(value, f"{prefix}{name}.") if isinstance(value, ConfigDict) else {prefix + name: value}
-    return found
 
 
 def check_options(argv: list[str], own: list[str]) -> None:
@@ -165,13 +157,13 @@ def check_options(argv: list[str], own: list[str]) -> None:
     known = flags.FLAGS
     for name in _names(argv):
         if not name.startswith("config.") and name not in known and not (name[:2] == "no" and name[2:] in known):
-            hint = _keys_named(name, flat_keys(load_config(DEFAULT_CONFIG))) or nearest(name, own)
+            hint = _keys_named(name, flat(load_config(DEFAULT_CONFIG).to_dict())) or nearest(name, own)
             raise ValueError(f"there is no option --{name}: {hint}")
 
 
 def check_keys(config: ConfigDict, argv: list[str]) -> None:
     """Raises ValueError, naming the nearest key, for --config.KEY=VALUE with a key that the config lacks."""
-    keys = flat_keys(config)
+    keys = flat(config.to_dict())
     for name in _names(argv):
         if name.startswith("config."):
             _check_key(config, name.split(".")[1:], keys)

@@ -17,9 +17,7 @@ _LEAST_HELP = 30  # characters; in a narrower terminal the help goes below
 def config_help(config: ConfigDict, only: Collection[str] = ()) -> str:
     """A table of keys, section by section; values that are not the default have a star.
 
-    Args: |    config: The config, with the changes of the command line. |    only: The sections, and the keys outside
-    of them, to show; empty: all.
-
+    config: with the changes of the command line. only: the sections, and the keys outside of them, to show; empty: all.
     Raises ValueError for a config with an unknown key.
     """
     given, defaults = flat(config.to_dict()), flat(TrainSettings().to_config())

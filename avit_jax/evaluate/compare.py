@@ -9,15 +9,14 @@ from avit_jax.data.preprocessing import normalize
 from avit_jax.data.sources import Images
 from avit_jax.evaluate.figures import Evaluation, evaluate
 from avit_jax.evaluate.timing import images_per_second
-from avit_jax.execution.program import AUTO, checked_execution, compile
+from avit_jax.execution.program import AUTO, EXECUTIONS, checked_execution, compile
 from avit_jax.model.vit import AViT
+from avit_jax.rules import RULES
 from avit_jax.runtime.mesh import data_mesh
 
 SUMMARY_KEYS = ("top1", "top5", "gmacs")
 DEPTH_KEYS = ("mean_depth", "depth_fraction", "depth_std_tokens", "depth_std_images")
 
-_LABELS = {"avit": "A-ViT"}  # of rows; other rows are named after their rule
-_GONE = {"packed": "halted tokens are gone", "shrinking": "merged and dropped tokens are gone"}
 HARDLY_HALTS = 0.98  # mean depth as a fraction of the layers, from which hardly any work is saved
 
 
@@ -62,6 +61,10 @@ def _row_name(model: AViT) -> str:
     return "dense" if rule is None else rule.name
 
 
+def _label(row: str) -> str:
+    return RULES[row].label if row in RULES else row
+
+
 def format_summary(summary: dict[str, Any]) -> str:
     """The table that train.py ends with."""
     rows = {name: row for name, row in summary.items() if isinstance(row, dict)}
@@ -72,12 +75,12 @@ def format_summary(summary: dict[str, Any]) -> str:
         row = rows[name]
         depth = f"{row['mean_depth']:.2f}" if "mean_depth" in row else "all"
         lines.append(
-            f"{_LABELS.get(name, name):{width}}{row['top1']:>8.2%}{row['top5']:>8.2%}{depth:>12}{row['gmacs']:>13.4f}"
+            f"{_label(name):{width}}{row['top1']:>8.2%}{row['top5']:>8.2%}{depth:>12}{row['gmacs']:>13.4f}"
             f"{row['images_per_second']:>10.0f}"
         )
     notes = ""
     for name in with_rule:
-        row, label = rows[name], _LABELS.get(name, name)
+        row, label = rows[name], _label(name)
         lines.append(
             f"{label} uses {row['depth_fraction']:.0%} of its layers; depth deviates by {row['depth_std_tokens']:.2f} "
             f"layers between the tokens of an image, by {row['depth_std_images']:.2f} between images"
@@ -85,7 +88,7 @@ def format_summary(summary: dict[str, Any]) -> str:
         if name == "avit" and row["depth_fraction"] >= HARDLY_HALTS:
             lines.append(hardly_halts(row["mean_depth"] / row["depth_fraction"]))
         execution = row.get("execution", "packed")
-        notes += f", {label} by {execution} execution ({_GONE[execution]})"
+        notes += f", {label} by {execution} execution ({EXECUTIONS[execution]})"
     lines.append(
         f"{summary['images']} test images; images/s at batch {summary['batch_size']}{notes}; "
         f"{summary['seconds']:.0f} s in all"

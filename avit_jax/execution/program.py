@@ -10,7 +10,12 @@ from avit_jax.execution.shrinking import ShrinkingModel
 from avit_jax.model.config import AViTConfig
 from avit_jax.model.vit import AViT
 
-EXECUTIONS = ("masked", "packed", "shrinking")
+# What each execution does, as tables say it.
+EXECUTIONS = {
+    "masked": "every token is computed",
+    "packed": "halted tokens are gone",
+    "shrinking": "merged and dropped tokens are gone",
+}
 AUTO = "auto"
 
 

@@ -116,7 +116,8 @@ def _program(
 
     scores = jnp.zeros((config.depth, count, num_tokens))
     weight = size if size.shape[1] < num_tokens else None
-    output = model.heads(x[:, : config.num_outputs], token_depth, token_depth + 1.0, scores, weight)
+    logits = model.head_logits(x[:, : config.num_outputs], weight)
+    output = AViTOutput(logits.mean(0), logits, token_depth, token_depth + 1.0, scores)
     return output, Reduced(tuple(slots), tuple(sizes))
 
 

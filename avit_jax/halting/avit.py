@@ -1,16 +1,17 @@
 """The halting rule of A-ViT (arXiv 2112.07658): when a token stops, and the weight of its value in each layer."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from avit_jax.halting.prior import AViTLoss, halting_losses
-from avit_jax.halting.rule import State, Trace, drop_halted, first_state
+from avit_jax.halting.avit_losses import AViTLoss, halting_losses
+from avit_jax.halting.rule import Classify, State, Trace, drop_halted, first_state
 from avit_jax.model.seen import Seen
+from avit_jax.runtime.settings import Settings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,11 +29,12 @@ class AViTGate:
     halt_epsilon: float = 0.01
 
     name: ClassVar[str] = "avit"
+    label: ClassVar[str] = "A-ViT"
     reads: ClassVar[frozenset[str]] = frozenset()
     masks_in_training: ClassVar[bool] = True
     sweeps: ClassVar[tuple[str, ...]] = ("gate_center", "gate_scale")
     advice: ClassVar[str] = "avit_jax.start_gate(model, images, target_depth=...) or fine-tuning makes tokens halt"
-    loss_settings: ClassVar[type] = AViTLoss
+    loss_settings: ClassVar[type[Settings] | None] = AViTLoss
     learning_rate_factors: ClassVar[Mapping[str, float]] = {}
 
     def __post_init__(self) -> None:
@@ -110,7 +112,7 @@ class AViTGate:
         state: State,
         head_logits: Float[Array, "heads b k"],
         *,
-        classify: Callable[[Float[Array, "heads b k"]], Float[Array, ""]],
+        classify: Classify,
         settings: AViTLoss,
         image_weight: Float[Array, " b"] | None = None,
     ) -> dict[str, Float[Array, ""]]:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import numbers
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import jax
@@ -10,8 +10,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from avit_jax.halting.rule import NoLossSettings, State, Trace, first_state
+from avit_jax.halting.rule import Classify, State, Trace, first_state
 from avit_jax.model.seen import Seen
+from avit_jax.runtime.settings import Settings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,10 +33,11 @@ class ConfidenceExit:
     first_layer: int = 0
 
     name: ClassVar[str] = "confidence"
+    label: ClassVar[str] = "confidence"
     masks_in_training: ClassVar[bool] = False
     sweeps: ClassVar[tuple[str, ...]] = ("threshold",)
     advice: ClassVar[str] = "a lower threshold lets images leave earlier"
-    loss_settings: ClassVar[type] = NoLossSettings
+    loss_settings: ClassVar[type[Settings] | None] = None
     learning_rate_factors: ClassVar[Mapping[str, float]] = {}
 
     def __post_init__(self) -> None:
@@ -124,8 +126,8 @@ class ConfidenceExit:
         state: State,
         head_logits: Float[Array, "heads b k"],
         *,
-        classify: Callable[[Float[Array, "heads b k"]], Float[Array, ""]],
-        settings: NoLossSettings,
+        classify: Classify,
+        settings: None = None,
         image_weight: Float[Array, " b"] | None = None,
     ) -> dict[str, Float[Array, ""]]:
         """The mean over the layers of the classification loss of their exits."""

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from avit_jax.model.seen import Seen
+from avit_jax.runtime.settings import Settings
 
 
 @jax.tree_util.register_dataclass
@@ -17,7 +18,7 @@ class State:
     """What is kept between two layers; along N, the special tokens come first.
 
     A rule keeps its own fields in of_tokens and of_images, so that an execution can reorder tokens and images without
-    knowing the rule.
+    knowing the rule. If there is a "ponder_cost" in of_tokens, it becomes AViTOutput.ponder_cost.
     """
 
     active: Bool[Array, "b n"]  # True while the token is computed
@@ -30,15 +31,18 @@ class State:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Trace:
-    """What one layer records for the losses and the output; lax.scan stacks the layers along a first axis."""
+    """What one layer records for the losses and the output; lax.scan stacks the layers along a first axis.
+
+    If there is a "halting_score" in of_tokens, it becomes AViTOutput.halting_scores.
+    """
 
     of_tokens: dict[str, Shaped[Array, "*l b n"]] = dataclasses.field(default_factory=dict)
     of_images: dict[str, Shaped[Array, "..."]] = dataclasses.field(default_factory=dict)  # [b ...], stacked [l b ...]
 
 
-@dataclasses.dataclass(frozen=True)
-class NoLossSettings:
-    """The loss settings of a rule that has none."""
+# classify(head_logits [heads b k], share=None): the mean classification loss of logits against the batch's targets,
+# distillation included. share: [b], a factor for the loss of each image; PonderNet's is the probability of a layer.
+Classify = Callable[..., Float[Array, ""]]
 
 
 def first_state(batch: int, num_tokens: int, num_outputs: int, embed_dim: int) -> State:
@@ -60,10 +64,11 @@ class Halting(Protocol):
     """A rule under which each image keeps its own number of tokens: a frozen dataclass of settings, static in jit."""
 
     name: ClassVar[str]  # in config.json, and in front of the settings in "NAME(setting=value)"
+    label: ClassVar[str]  # in tables
     masks_in_training: ClassVar[bool]  # False: training computes every token in every layer
     sweeps: ClassVar[tuple[str, ...]]  # settings that a sweep can change without training
     advice: ClassVar[str]  # what to do if no token halts
-    loss_settings: ClassVar[type]  # frozen dataclass of the settings that `losses` takes
+    loss_settings: ClassVar[type[Settings] | None]  # the keys of config.loss that the rule adds; None: no keys
     learning_rate_factors: ClassVar[Mapping[str, float]]  # the factor for each part of a parameter's path
 
     @property
@@ -119,15 +124,14 @@ class Halting(Protocol):
         state: State,
         head_logits: Float[Array, "heads b k"],
         *,
-        classify: Callable[[Float[Array, "heads b k"]], Float[Array, ""]],
+        classify: Classify,
         settings: Any,
         image_weight: Float[Array, " b"] | None = None,
     ) -> dict[str, Float[Array, ""]]:
         """Every term of the objective by name, weighted; their sum is minimised.
 
-        trace: of all layers, stacked. state: after the last layer. classify: the mean classification loss of logits
-        against the batch's targets, distillation included. settings: of the type loss_settings. image_weight: 0 for
-        images that do not count.
+        trace: of all layers, stacked. state: after the last layer. classify: see Classify. settings: of the type
+        loss_settings. image_weight: 0 for images that do not count.
         """
         ...
 

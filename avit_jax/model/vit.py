@@ -157,26 +157,13 @@ class AViT(nnx.Module):
             head_logits = self.head_logits(state.output)
         return AViTOutput(head_logits.mean(0), head_logits, token_depth, ponder_cost, scores)
 
-    def heads(
-        self,
-        outputs: Float[Array, "b s d"],
-        token_depth: Array,
-        ponder_cost: Array,
-        scores: Array,
-        size: Float[Array, "b k"] | None = None,
-    ) -> AViTOutput:
-        """The model's output from the final values of its first num_outputs tokens, or of all tokens if fewer are left.
-
-        size: the patches that each token stands for, if tokens were merged; None: 1 each. The others are fields of
-        AViTOutput.
-        """
-        head_logits = self.head_logits(outputs, size)
-        return AViTOutput(head_logits.mean(0), head_logits, token_depth, ponder_cost, scores)
-
     def head_logits(
         self, outputs: Float[Array, "b s d"], size: Float[Array, "b k"] | None = None
     ) -> Float[Array, "heads b c"]:
-        """The logits of each head from the final values of its tokens; arguments as for `heads`."""
+        """The logits of each head from the final values of the first num_outputs tokens, or of all if fewer are left.
+
+        size: the patches that each token stands for, if tokens were merged; None: 1 each.
+        """
         features = self._pooled(outputs, size)
         if self.config.num_classes:
             features[0] = self.head(features[0])

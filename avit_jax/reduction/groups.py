@@ -50,7 +50,8 @@ class Reduction(Protocol):
     It is static under jit, so it must be frozen and hashable. Special tokens (class, distillation, registers) come
     first before and after every reduction, and no rule drops or merges them."""
 
-    name: ClassVar[str]  # in config.json
+    name: ClassVar[str]  # in config.json, and in front of the settings in "NAME(setting=value)"
+    label: ClassVar[str]  # in tables
     sweeps: ClassVar[tuple[str, ...]]  # settings that a sweep can change without training
 
     def describe(self) -> str:
@@ -88,7 +89,7 @@ class Reduction(Protocol):
         ...
 
     def own_macs(self, config: Any) -> tuple[int, ...]:
-        """Multiply-adds that each layer's choice costs for one image (matching, predictors); papers leave them out."""
+        """Multiply-adds of each layer's choice for one image, such as ToMe's matching; papers leave them out."""
         ...
 
 

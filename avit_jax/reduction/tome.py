@@ -34,6 +34,7 @@ class ToMe:
     proportional: bool = True
 
     name: ClassVar[str] = "tome"
+    label: ClassVar[str] = "tome"
     sweeps: ClassVar[tuple[str, ...]] = ("r",)
     reads: ClassVar[frozenset[str]] = frozenset({"key_mean", "size"})
     ahead: ClassVar[bool] = False

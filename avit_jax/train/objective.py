@@ -1,7 +1,6 @@
 """The training objective: classification, with or without distillation, and the terms of the model's rule."""
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,7 +9,7 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from avit_jax.halting.image_mean import image_mean
-from avit_jax.halting.rule import Halting, State, Trace
+from avit_jax.halting.rule import Classify, Halting, State, Trace
 from avit_jax.runtime.settings import Settings, setting
 
 DISTILLATIONS = ("none", "hard", "soft")
@@ -46,10 +45,13 @@ def classification_loss(
 
     image_weight: 0 for images that do not count.
     """
+    return image_mean(_cross_entropy(logits, targets, label_smoothing), image_weight)
+
+
+def _cross_entropy(logits: Array, targets: Array, label_smoothing: float = 0.0) -> Float[Array, " b"]:
     if jnp.issubdtype(targets.dtype, jnp.integer):
         targets = jax.nn.one_hot(targets, logits.shape[-1])
-    entropy = optax.softmax_cross_entropy(logits, optax.smooth_labels(targets, label_smoothing))
-    return image_mean(entropy, image_weight)
+    return optax.softmax_cross_entropy(logits, optax.smooth_labels(targets, label_smoothing))
 
 
 def distillation_loss(
@@ -62,29 +64,34 @@ def distillation_loss(
     temperature: float = 1.0,
     label_smoothing: float = 0.0,
     image_weight: Float[Array, " b"] | None = None,
+    share: Float[Array, " b"] | None = None,
 ) -> Float[Array, ""]:
     """Classification with a teacher (DeiT, arXiv 2012.12877, equations 2 and 3), in nats.
 
     (1 - weight) * CE(class head, targets) + weight * term, where the term is the last head's CE with the teacher's
     decision ("hard") or temperature^2 * KL(teacher || student) ("soft"). "none": the mean logits against the targets.
-    image_weight: 0 for images that do not count. Raises ValueError for an unknown kind, or if the teacher's logits are
-    missing.
+    image_weight: 0 for images that do not count. share: a factor for the loss of each image; None: 1. Raises
+    ValueError for an unknown kind, or if the teacher's logits are missing.
     """
+
+    def mean(of_images: Array) -> Array:
+        return image_mean(of_images if share is None else share * of_images, image_weight)
+
     if kind not in DISTILLATIONS:
         raise ValueError(f"distillation {kind!r} is unknown: choose one of {', '.join(DISTILLATIONS)}")
     if kind == "none":
-        return classification_loss(head_logits.mean(0), targets, label_smoothing, image_weight)
+        return mean(_cross_entropy(head_logits.mean(0), targets, label_smoothing))
     if teacher_logits is None:
         raise ValueError(f"distillation {kind!r} needs the teacher's logits")
     student = head_logits[-1]
     if kind == "hard":
-        term = classification_loss(student, teacher_logits.argmax(-1), image_weight=image_weight)
+        term = mean(_cross_entropy(student, teacher_logits.argmax(-1)))
     else:
         log_student = jax.nn.log_softmax(student / temperature)
         log_teacher = jax.nn.log_softmax(teacher_logits / temperature)
         divergence = optax.losses.kl_divergence_with_log_targets(log_student, log_teacher)
-        term = temperature**2 * image_mean(divergence, image_weight)
-    own = classification_loss(head_logits[0], targets, label_smoothing, image_weight)
+        term = temperature**2 * mean(divergence)
+    own = mean(_cross_entropy(head_logits[0], targets, label_smoothing))
     return (1 - weight) * own + weight * term
 
 
@@ -93,7 +100,7 @@ def objective_terms(
     head_logits: Float[Array, "heads b c"],
     trace: Trace,
     state: State | None,
-    classify: Callable[[Float[Array, "heads b c"]], Float[Array, ""]],
+    classify: Classify,
     settings: Any,
     image_weight: Float[Array, " b"] | None = None,
 ) -> dict[str, Float[Array, ""]]:
@@ -103,11 +110,10 @@ def objective_terms(
         rule: The model's halting rule, which defines the terms; None: only classification.
         head_logits: Logits of each head.
         trace, state: What AViT.forward returns beside its output.
-        classify: The mean classification loss of logits, in nats.
-        settings: Of the rule's type `loss_settings`; for another type, the rule's defaults are used.
+        classify: The mean classification loss of logits, in nats; see halting.rule.Classify.
+        settings: Of the rule's type `loss_settings`, or None if it has none.
         image_weight: 0 for images that do not count.
     """
     if rule is None or state is None:
         return {"classification": classify(head_logits)}
-    settings = settings if isinstance(settings, rule.loss_settings) else rule.loss_settings()
     return rule.losses(trace, state, head_logits, classify=classify, settings=settings, image_weight=image_weight)

@@ -3,8 +3,8 @@
 import dataclasses
 
 from avit_jax.data.settings import AugmentSettings, DataSettings
-from avit_jax.halting.prior import AViTLoss
 from avit_jax.model.settings import ModelSettings
+from avit_jax.rules import RuleLosses
 from avit_jax.runtime.mesh import MeshSettings
 from avit_jax.runtime.settings import Settings, part, setting
 from avit_jax.train.gate_start import GateStartSettings
@@ -19,7 +19,7 @@ class StepSettings:
     """The part of a run's settings that one training step reads; see TrainSettings for each field."""
 
     classification: ClassificationLoss = part(ClassificationLoss)
-    halting_loss: AViTLoss = part(AViTLoss)
+    rule_loss: RuleLosses = part(RuleLosses)
     augment: AugmentSettings = part(AugmentSettings)
     seed: int = 0
     accumulation: int = 1
@@ -39,7 +39,7 @@ class TrainSettings(Settings):
     gate_start: GateStartSettings = part(GateStartSettings)
     teacher: str = setting("", "Checkpoint of the teacher for loss.distillation; empty: none.")
     classification: ClassificationLoss = part(ClassificationLoss)
-    halting_loss: AViTLoss = part(AViTLoss)
+    rule_loss: RuleLosses = part(RuleLosses)
     optim: OptimSettings = part(OptimSettings)
     mesh: MeshSettings = part(MeshSettings)
     accumulation: int = setting(1, "Parts in which a batch is processed, one after the other, to save memory.", least=1)
@@ -86,7 +86,7 @@ class TrainSettings(Settings):
         """The settings that a training step reads."""
         return StepSettings(
             classification=self.classification,
-            halting_loss=self.halting_loss,
+            rule_loss=self.rule_loss,
             augment=self.augment,
             seed=self.seed,
             accumulation=self.accumulation,

@@ -50,7 +50,7 @@ def build_train_step(
     teacher_graphdef: nnx.GraphDef | None,
 ) -> Callable[[TrainState, dict[str, Array], Any], tuple[TrainState, dict[str, Array]]]:
     """The function that make_train_step compiles: (state, batch, the teacher's weights) -> (state, metrics)."""
-    classifying, rule_loss, parts = settings.classification, settings.halting_loss, settings.accumulation
+    classifying, parts = settings.classification, settings.accumulation
 
     def loss_function(params: nnx.State, batch: dict[str, Array], key: Array, teacher_state: Any) -> Any:
         model = nnx.merge(graphdef, params)
@@ -60,7 +60,7 @@ def build_train_step(
             teacher_logits = jax.lax.stop_gradient(nnx.merge(teacher_graphdef, teacher_state)(batch["image"]).logits)
         weight, rule = batch.get("weight"), model.config.halting
 
-        def classify(head_logits: Array) -> Array:
+        def classify(head_logits: Array, share: Array | None = None) -> Array:
             return distillation_loss(
                 head_logits,
                 batch["target"],
@@ -69,9 +69,11 @@ def build_train_step(
                 weight=classifying.distillation_weight,
                 temperature=classifying.distillation_temperature,
                 image_weight=weight,
+                share=share,
             )
 
-        terms = objective_terms(rule, output.head_logits, trace, final, classify, rule_loss, weight)
+        own = settings.rule_loss.of(rule)
+        terms = objective_terms(rule, output.head_logits, trace, final, classify, own, weight)
         total = sum(terms.values(), start=jnp.zeros(()))
         right = (output.logits.argmax(-1) == batch["label"]).astype(jnp.float32)
         # Logs have always had these two, also without a rule.
