@@ -25,6 +25,7 @@ from avit_jax.data.settings import DataSettings
 from avit_jax.evaluate.compare import format_summary
 from avit_jax.evaluate.figures import evaluate
 from avit_jax.model.settings import ModelSettings
+from avit_jax.reduction.tome import ToMe
 from avit_jax.runtime.files import write_json
 from avit_jax.train.start import check_starts, initial_model, resolve_model_config
 from tests.harness.builders import small_config, spread_gate, tiny_experiment
@@ -218,6 +219,16 @@ def test_the_shipped_checkpoints_configs_are_read() -> None:
         assert config.data.source == source
 
 
+def test_the_rule_of_the_command_line_replaces_the_checkpoints(finished: Path) -> None:
+    """ToMe merges one token in each of 3 layers; those of the first two miss 2 and 1 layers."""
+    config = load_config(config_of_checkpoint(finished))
+    tokens = avit_jax.load(finished).config.num_tokens
+    merged = (3 * tokens - 3) / tokens
+    assert f"mean depth         {merged:.2f} of 3 layers" in evaluate_checkpoint(
+        config, finished, model={"rule": "tome(r=1)"}
+    )
+
+
 def test_a_model_without_a_run_keeps_its_architecture_and_asks_for_data(finished: Path, tmp_path: Path) -> None:
     saved = (finished / "model").rename(tmp_path / "converted")
     with pytest.raises(ValueError, match=r"converted does not say which data .*: give --config, .* checkpoint's own"):
@@ -366,6 +377,10 @@ def test_a_folder_of_pictures_needs_no_file_written_by_hand(
         assert model.config.class_names == ("blue", "red")
         avit_jax.save(model, f"runs/{config.name}/model")
         depths[kind] = evaluate(model, dataset.test, 10).mean_depth
+        if kind == "avit":  # its gate is not started under another rule
+            config.model.rule = "tome(r=1)"
+            merging = initial_model(parse(config), dataset)
+            assert merging.config.rule == ToMe(1)
     assert depths["dense"] == 3
     assert depths["avit"] == pytest.approx(2.0, abs=0.4)
     assert "36 images are for training, 4 for validation and 10 for the test" in capsys.readouterr().out

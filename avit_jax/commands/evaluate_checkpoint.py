@@ -18,6 +18,7 @@ from avit_jax.model.config import AViTConfig
 from avit_jax.model.vit import AViT
 from avit_jax.report.numbers import only_layer
 from avit_jax.report.writer import Subject, write_report
+from avit_jax.rules import parse_rule
 from avit_jax.runtime.files import shown, writable_folder
 from avit_jax.runtime.mesh import data_mesh
 from avit_jax.train.settings import TrainSettings
@@ -55,9 +56,10 @@ def evaluate_checkpoint(
     dataset = open_dataset(settings.data)
     mesh = data_mesh(settings.eval_batch_size)
     model_fields = dict(model or {})
+    rule = model_fields.pop("rule", None)  # text; the baseline keeps its own rule
 
-    def loaded(path: str | Path, ema: bool) -> AViT:
-        found = _evaluable(path, settings, dataset, ema, model_fields)
+    def loaded(path: str | Path, ema: bool, **fields: Any) -> AViT:
+        found = _evaluable(path, settings, dataset, ema, model_fields | fields)
         if class_names:
             return found.with_config(class_names=read_class_names(class_names, found.config))
         return found
@@ -66,7 +68,7 @@ def evaluate_checkpoint(
         result = evaluate(found, dataset.test, settings.eval_batch_size, execution, mesh)
         return Subject(Path(path).name, found, result)
 
-    ours = loaded(path, ema)
+    ours = loaded(path, ema, **({} if rule is None else {"rule": parse_rule(rule)}))
     other = loaded(baseline, False) if baseline else None
     doubt = None if class_names else _compare_names(path, ours.config, baseline, other, dataset.class_names)
     ours = _named(ours, dataset.class_names)

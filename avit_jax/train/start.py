@@ -91,7 +91,8 @@ def stated_preprocessing(data: DataSettings) -> dict[str, Any]:
 def initial_model(settings: TrainSettings, dataset: Dataset) -> AViT:
     """A model with random weights from config.seed, or with those of config.init_from and this config's gate.
 
-    If config.gate_start.images is not 0, the gate is started from that many training images (gate_start.start_gate).
+    If config.gate_start.images is not 0, the gate is started from that many training images (gate_start.start_gate). A
+    model with another rule has no gate to start.
     """
     model_config = resolve_model_config(settings.model, settings.data, dataset)
     if not settings.init_from:
@@ -102,7 +103,7 @@ def initial_model(settings: TrainSettings, dataset: Dataset) -> AViT:
     elif not isinstance(dataset.train, Split):
         fields["preprocessing"] = stated_preprocessing(settings.data)  # the checkpoint has the rest
     model, gate = load(settings.init_from, preset, **fields), settings.gate_start
-    if gate.images:
+    if gate.images and model.config.rule is None:
         # Spread evenly over the set, because it may be sorted by class.
         chosen = np.linspace(0, len(dataset.train) - 1, min(gate.images, len(dataset.train))).astype(int)
         images = normalize(evaluation_images(dataset.train, chosen, model.config), model.config)
