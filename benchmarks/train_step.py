@@ -34,7 +34,7 @@ from avit_jax.train.step import make_train_step
 from benchmarks.results import machine, save_results
 from configs import mnist_avit
 
-MNIST = config_from(None, image_size=28, in_channels=1, num_classes=10, **mnist_avit.get_config().model)
+MNIST = config_from(None, image_size=28, in_channels=1, num_classes=10, **parse(mnist_avit.get_config()).model.given)
 MODELS = {"mnist": (MNIST, 100), "tiny224": (PRESETS["avit_tiny_patch16_224"], 16)}
 
 
