@@ -51,7 +51,7 @@ def parse_rule(text: str) -> Halting | Reduction:
 
     Raises ValueError, which shows the form of a rule, for any other text.
     """
-    form = 'write NAME(setting=value, ...), such as "avit(gate_scale=10, gate_center=30)"'
+    form = 'write NAME(setting=value, ...), such as "tome(r=8)", or leave it out'
     if len(text) > _MOST_TEXT:
         raise ValueError(f"a rule of {len(text)} characters is too long: {form}")
     try:
