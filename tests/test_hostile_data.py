@@ -253,7 +253,7 @@ import multiprocessing, sys, time
 from avit_jax import AViTConfig
 from avit_jax.data.open import open_dataset
 from avit_jax.data.pipeline import training_batches
-from avit_jax.data.settings import DataSettings
+from avit_jax.data.settings import AugmentSettings, DataSettings
 
 if __name__ == "__main__":
     split = open_dataset(DataSettings(source="folder", path=sys.argv[1], workers=2)).train
