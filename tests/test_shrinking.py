@@ -65,7 +65,7 @@ def test_against_numpy(fields: dict[str, Any]) -> None:
     output, reduced = shrinking.run(model, IMAGES, rule)
     for image in range(len(IMAGES)):
         expected = tome(model, IMAGES[image], list(np.broadcast_to(rule.r, 2)), rule.proportional)
-        np.testing.assert_allclose(output.logits[image], expected.logits, atol=1e-4)
+        np.testing.assert_allclose(output.logits[image], expected.logits, atol=1e-5)
         np.testing.assert_array_equal(output.token_depth[image], expected.token_depth)
         np.testing.assert_array_equal(output.ponder_cost[image], np.array(expected.token_depth) + 1)
         for slots, sizes, members in zip(reduced.slots, reduced.sizes, expected.members, strict=True):

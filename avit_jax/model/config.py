@@ -93,7 +93,8 @@ class AViTConfig:
         if isinstance(self.rule, type):
             raise ValueError(f"rule is the class {self.rule.__name__}: give its settings, such as ToMe(r=8)")
         if self.rule is not None and not isinstance(self.rule, Halting | Reduction):
-            raise ValueError(f"rule has the type {type(self.rule).__name__}: give one of the rules {', '.join(RULES)}, or None")
+            kind = type(self.rule).__name__
+            raise ValueError(f"rule has the type {kind}: give one of the rules {', '.join(RULES)}, or None")
         for name in ("image_size", "class_names"):
             if isinstance(getattr(self, name), list):  # from JSON or a config file; a tuple can be hashed
                 object.__setattr__(self, name, tuple(getattr(self, name)))
