@@ -87,7 +87,7 @@ class _RuleLosses(Settings):
 
     def of(self, rule: Halting | Reduction | None) -> Any:
         """The rule's own part, of its type `loss_settings`; None if it has none."""
-        kind = getattr(rule, "loss_settings", None)
+        kind = None if rule is None else rule.loss_settings
         return None if kind is None else _part(kind, self)
 
 
@@ -97,8 +97,7 @@ def _part(kind: type, losses: Settings) -> Any:
 
 def losses_of(rules: Iterable[Any]) -> type[_RuleLosses]:
     """The settings dataclass with the keys of these rules; two rules may share a type, but not a key of two types."""
-    # A reduction rule has no loss of its own.
-    kinds = list(dict.fromkeys(kind for rule in rules if (kind := getattr(rule, "loss_settings", None)) is not None))
+    kinds = list(dict.fromkeys(kind for rule in rules if (kind := rule.loss_settings) is not None))
     fields = [
         (field.name, field.type, dataclasses.field(default=field.default, metadata=field.metadata))
         for kind in kinds

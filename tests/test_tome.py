@@ -154,7 +154,7 @@ def test_r_has_one_number_for_each_layer() -> None:
 
 def test_own_work() -> None:
     """17 and 9 tokens are compared, 9 x 8 and 5 x 4 pairs of width 8; then nothing."""
-    assert ToMe((8, 1, 0, 0)).own_macs(small_config(image_size=16)) == (72 * 8, 20 * 8, 0, 0)
+    assert ToMe((8, 1, 0, 0)).matching_macs(small_config(image_size=16)) == (72 * 8, 20 * 8, 0, 0)
 
 
 def test_as_text_and_json() -> None:

@@ -90,7 +90,7 @@ def test_the_products_of_the_traced_program_are_what_is_counted(fields: dict[str
     depth = np.full((2, config.num_tokens), config.depth, np.int32)
     own = 0
     if config.reduction is not None:  # with a class token nothing merges in the last layer
-        own = sum(config.reduction.own_macs(config)[: -1 if config.pool == "token" else None])
+        own = sum(config.reduction.matching_macs(config)[: -1 if config.pool == "token" else None])
     assert program.executed(depth, 2).gmacs == pytest.approx((multiply_adds(traced.jaxpr) / 2 + own) / 1e9, rel=1e-6)
 
 

@@ -118,7 +118,11 @@ def forward(
     missing = -batch % plan.group_size
     x = jnp.pad(x, ((0, missing), (0, 0), (0, 0)))
     rows = batch + missing
-    state = rule.initial(rows, config) if rule else first_state(rows, num_tokens, config.num_outputs, dim)
+    if rule is None:
+        state = first_state(rows, num_tokens, config.num_outputs, dim)
+    else:
+        draw = model.draw(rule, jnp.pad(images, ((0, missing), (0, 0), (0, 0), (0, 0)))) if rule.draws else None
+        state = rule.initial(rows, config, draw)
     state = dataclasses.replace(state, active=jnp.broadcast_to((jnp.arange(rows) < count)[:, None], (rows, num_tokens)))
     index = jnp.broadcast_to(jnp.arange(num_tokens), (rows, num_tokens))
     packed = _Packed(x, state, index, jnp.arange(rows))
@@ -200,4 +204,4 @@ def _unpacked(model: AViT, packed: _Packed, trace: Trace, index: Array, image: A
         {name: jax.vmap(by_token)(values, index, image) for name, values in trace.of_tokens.items()},
         {name: jax.vmap(by_image)(values, image) for name, values in trace.of_images.items()},
     )
-    return model.output(state, trace)
+    return model.output(model.config.halting, state, trace)

@@ -17,9 +17,10 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Shaped
 
 from avit_jax.execution.compiled import CompiledForward
-from avit_jax.execution.work import Executed, executed_shrinking_gmacs
+from avit_jax.execution.work import Executed, executed_shrinking_gmacs, shortens_last_layer
 from avit_jax.model.layers import Block
-from avit_jax.model.seen import Seen, of_attention
+from avit_jax.model.rule import Keys
+from avit_jax.model.seen import Facts, Seen, of_attention
 from avit_jax.model.vit import AViT, AViTOutput
 from avit_jax.reduction.groups import Groups, Reduction, reduce
 
@@ -70,8 +71,6 @@ def run(
     short_last_layer: bool = False,
 ) -> tuple[AViTOutput, Reduced]:
     """The results of `forward` and `follow_tokens` together; arguments as for `forward`."""
-    if rule is not None and rule.ahead:
-        raise ValueError(f"the rule {rule.name!r} reduces tokens ahead of attention: shrinking execution cannot run it")
     graphdef, params = nnx.split(model)
     return _program(graphdef, rule, short_last_layer, params, jnp.asarray(images), key)
 
@@ -88,9 +87,9 @@ def _program(
 ) -> tuple[AViTOutput, Reduced]:
     model = nnx.merge(graphdef, params)
     config, count, num_tokens = model.config, len(images), model.config.num_tokens
-    counts = (num_tokens,) * config.depth if rule is None else rule.counts(config)
-    short = short_last_layer and config.pool == "token" and key is None
-    layers = _Layers(model, rule, key)
+    acts = () if rule is None else rule.acts_in(config)
+    short = short_last_layer and shortens_last_layer(config, rule) and key is None
+    layers = _Layers(model, rule, key, None if rule is None else model.draw(rule, images, key))
 
     x = model.embed(images, key)
     size = jnp.ones((count, num_tokens))
@@ -98,14 +97,18 @@ def _program(
     leads = jnp.ones((count, num_tokens), bool)
     token_depth = jnp.zeros((count, num_tokens), jnp.int32)
     slots, sizes = [], []
-    parts = stretches(counts, num_tokens, short)
+    parts = stretches(config.depth, acts, short)
     for (start, stop), weights in zip(parts, _split(nnx.split(model.blocks)[1], parts), strict=True):
         # While nothing has been reduced, all sizes are 1.
         mass = size if rule is not None and rule.proportional and size.shape[1] < num_tokens else None
+        if rule is not None and rule.place == "before the layer" and start in acts:
+            x, groups = layers.reduced(rule, start, x, size)
+            if groups is not None:
+                size, slot, leads = groups.size, *_followed(groups, slot, leads)
         token_depth += (stop - start) * leads.astype(jnp.int32)
         if short and stop == config.depth:
             x = layers.short_last(x, mass, weights)
-        elif rule is not None and counts[start] < x.shape[1]:
+        elif rule is not None and rule.place != "before the layer" and start in acts:
             x, groups = layers.reducing(rule, start, x, size, mass, weights)
             if groups is not None:
                 size, slot, leads = groups.size, *_followed(groups, slot, leads)
@@ -121,14 +124,12 @@ def _program(
     return output, Reduced(tuple(slots), tuple(sizes))
 
 
-def stretches(counts: tuple[int, ...], num_tokens: int, short_last_layer: bool) -> list[tuple[int, int]]:
+def stretches(depth: int, acts: tuple[int, ...], short_last_layer: bool) -> list[tuple[int, int]]:
     """Layers as (start, stop): a layer that reduces its tokens is alone, those between two such layers are together.
 
-    counts: tokens after each layer. short_last_layer: the last layer is alone too.
+    acts: the layers that reduce. short_last_layer: the last layer is alone too.
     """
-    depth = len(counts)
-    falls = [layer for layer in range(depth) if counts[layer] < (num_tokens, *counts)[layer]]
-    alone = {*falls, depth - 1} if short_last_layer else set(falls)
+    alone = {*acts, depth - 1} if short_last_layer else set(acts)
     ends = sorted({0, depth, *alone, *(layer + 1 for layer in alone)})
     return list(itertools.pairwise(ends))
 
@@ -156,8 +157,10 @@ def _followed(groups: Groups, slot: Array, leads: Array) -> tuple[Int[Array, "b 
 class _Layers:
     """The layers of a model, run as they are, shortened, or with a reduction between attention and MLP."""
 
-    def __init__(self, model: AViT, rule: Reduction | None, key: PRNGKeyArray | None) -> None:
+    def __init__(self, model: AViT, rule: Reduction | None, key: PRNGKeyArray | None, draw: Keys | None) -> None:
         self.config = model.config
+        self.rule_module = model.rule_module
+        self.draw = draw
         self.graphdef = nnx.graphdef(model.blocks)
         self.key = key
         self.rates = jnp.linspace(0, self.config.drop_path_rate, self.config.depth)
@@ -180,23 +183,39 @@ class _Layers:
             layer = jax.checkpoint(layer, prevent_cse=False)
         return jax.lax.scan(layer, x, (weights, jnp.arange(start, stop)))[0]
 
+    def reduced(self, rule: Reduction, index: int, x: Array, size: Array) -> tuple[Array, Groups | None]:
+        """The tokens that enter a layer, reduced before it, and the groups by which they were."""
+        groups = self._groups(rule, index, {"before": x, "size": size})
+        return x if groups is None else reduce(x, groups), groups
+
     def reducing(
         self, rule: Reduction, index: int, x: Array, size: Array, mass: Array | None, weights: Any
     ) -> tuple[Array, Groups | None]:
         """A layer that reduces its tokens, and the groups by which it did."""
+        reads = of_attention(rule.reads)
 
         def layer(x: Array, size: Array, mass: Array | None, params: Any) -> tuple[Array, Groups | None]:
             block: Block = nnx.merge(self.graphdef, params)
-            y, facts = block.attend(x, mass, *self._layer(index), of_attention(rule.reads))
-            known = {"tokens": y, "before": x, "size": size, **facts}
-            seen = Seen(**{name: value for name, value in known.items() if name in rule.reads})
-            groups = rule.groups(seen, layer=index, num_special=self.config.num_special)
-            y = y if groups is None else reduce(y, groups)
+            known = {"before": x, "size": size}
+            if rule.place == "before the values":
+                y, groups = block.attend_reduced(
+                    x, mass, *self._layer(index), reads, lambda facts: self._groups(rule, index, known | facts)
+                )
+            else:
+                y, facts = block.attend(x, mass, *self._layer(index), reads)
+                groups = self._groups(rule, index, {"tokens": y, **known, **facts})
+                y = y if groups is None else reduce(y, groups)
             return block.transform(y, *self._layer(index)), groups
 
         if self.config.remat:
             layer = jax.checkpoint(layer)
         return layer(x, size, mass, jax.tree.map(lambda p: p[0], weights))
+
+    def _groups(self, rule: Reduction, index: int, known: Facts) -> Groups | None:
+        seen = Seen(**{name: value for name, value in known.items() if name in rule.reads})
+        draw = None if self.draw is None else jax.vmap(jax.random.fold_in, (0, None))(self.draw, index)
+        module = self.rule_module
+        return rule.groups(seen, layer=index, num_special=self.config.num_special, draw=draw, module=module)
 
     def short_last(self, x: Array, mass: Array | None, weights: Any) -> Array:
         """The last layer for only the tokens that the logits read; merging the others would change nothing."""

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from avit_jax.model.config import AViTConfig
 from avit_jax.model.seen import WHOLE_LAYER
+from avit_jax.reduction.groups import Place, Reduction
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,10 +39,16 @@ def last_block_macs(
     return keys_and_values + num_read * read * (active > 0)
 
 
-def reducing_block_macs(entering: int, leaving: int, embed_dim: int, mlp_dim: int) -> int:
-    """Multiply-adds of a block that merges or drops tokens before its MLP, which only computes those that leave."""
-    spared = (entering - leaving) * 2 * embed_dim * mlp_dim
-    return entering * (4 * embed_dim**2 + 2 * embed_dim * mlp_dim) + 2 * entering**2 * embed_dim - spared
+def reducing_block_macs(
+    entering: int, leaving: int, embed_dim: int, mlp_dim: int, place: Place = "before the MLP"
+) -> int:
+    """Multiply-adds of a block that merges or drops tokens at a place; what follows only computes those that leave."""
+    if place == "before the layer":
+        entering = leaving
+    mixing = leaving if place == "before the values" else entering  # tokens with a value and an output of attention
+    queries_and_keys = entering * 2 * embed_dim**2 + entering**2 * embed_dim
+    values_and_output = mixing * 2 * embed_dim**2 + mixing**2 * embed_dim
+    return queries_and_keys + values_and_output + leaving * 2 * embed_dim * mlp_dim
 
 
 def embedding_macs(config: AViTConfig) -> int:
@@ -55,15 +62,18 @@ def head_macs(config: AViTConfig) -> int:
     return (1 + config.distilled) * config.head_inputs * config.num_classes
 
 
-def image_gmacs(config: AViTConfig, token_depth: Int[Array, "b n"]) -> Float[Array, " b"]:
-    """10^9 multiply-adds of each image by the model's rule, without padding and with a full last layer.
+def image_gmacs(
+    config: AViTConfig, token_depth: Int[Array, "b n"], *, short_last_layer: bool = False
+) -> Float[Array, " b"]:
+    """10^9 multiply-adds of each image by the model's rule, without padding.
 
     token_depth: layers that computed each token, special tokens first, as in AViTOutput. With a halting rule every
     block counts its active tokens. With a reduction rule all images cost the same, whatever their depths.
+    short_last_layer: the last layer computes only the tokens that the logits read, if these are the first ones.
     """
     if config.reduction is not None:
-        return jnp.full(len(token_depth), shrinking_gmacs(config, short_last_layer=False))
-    macs = _macs_of_depths(config, token_depth)
+        return jnp.full(len(token_depth), shrinking_gmacs(config, short_last_layer=short_last_layer))
+    macs = _macs_of_depths(config, token_depth, short_last_layer and config.pool == "token")
     if config.halting is not None:
         macs = macs + config.halting.extra_macs(config, token_depth)
     return macs / 1e9
@@ -83,35 +93,54 @@ def _full_depth(config: AViTConfig) -> Int[Array, "1 n"]:
     return jnp.full((1, config.num_tokens), config.depth, jnp.int32)
 
 
-def _macs_of_depths(config: AViTConfig, token_depth: Int[Array, "b n"]) -> Float[Array, " b"]:
+def _macs_of_depths(
+    config: AViTConfig, token_depth: Int[Array, "b n"], short_last_layer: bool = False
+) -> Float[Array, " b"]:
     layers = jnp.arange(1, config.depth + 1)
     active = (token_depth[:, :, None] >= layers).sum(1).astype(jnp.float32)
-    blocks = block_macs(active, config.embed_dim, config.mlp_dim).sum(-1)
-    return blocks + embedding_macs(config) + head_macs(config)
+    blocks = block_macs(active, config.embed_dim, config.mlp_dim)
+    if short_last_layer:
+        last = last_block_macs(active[:, -1], config.num_outputs, config.embed_dim, config.mlp_dim)
+        blocks = jnp.concatenate([blocks[:, :-1], last[:, None]], axis=1)
+    return blocks.sum(-1) + embedding_macs(config) + head_macs(config)
+
+
+def shortens_last_layer(config: AViTConfig, rule: Reduction | None) -> bool:
+    """Whether the last layer can compute only the tokens that the logits read.
+
+    It cannot if the heads read a mean over tokens, or if the layer reduces tokens before its values.
+    """
+    if config.pool != "token":
+        return False
+    last = config.depth - 1
+    return rule is None or rule.place != "before the values" or last not in rule.acts_in(config)
 
 
 def shrinking_gmacs(config: AViTConfig, *, short_last_layer: bool) -> float:
-    """10^9 multiply-adds of an image under the model's reduction rule, without the rule's own work, as papers count.
+    """10^9 multiply-adds of an image under the model's reduction rule, as papers count: predictors, but not matching.
 
-    short_last_layer: the last layer computes only the tokens that the logits read, if these are the first ones. Raises
+    short_last_layer: the last layer computes only the tokens that the logits read, if that is possible. Raises
     ValueError if the rule does not fit the model.
     """
     rule = config.reduction
     counts = (config.num_tokens,) * config.depth if rule is None else rule.counts(config)
     entering = (config.num_tokens, *counts[:-1])
-    d, m = config.embed_dim, config.mlp_dim
-    blocks = [reducing_block_macs(n, left, d, m) for n, left in zip(entering, counts, strict=True)]
-    if short_last_layer and config.pool == "token":
-        blocks[-1] = int(last_block_macs(np.array([entering[-1]], np.float64), config.num_outputs, d, m)[0])
-    return (sum(blocks) + embedding_macs(config) + head_macs(config)) / 1e9
+    d, m, place = config.embed_dim, config.mlp_dim, "before the MLP" if rule is None else rule.place
+    blocks = [reducing_block_macs(n, left, d, m, place) for n, left in zip(entering, counts, strict=True)]
+    if short_last_layer and shortens_last_layer(config, rule):
+        keys = counts[-1] if place == "before the layer" else entering[-1]
+        blocks[-1] = int(last_block_macs(np.array([keys], np.float64), config.num_outputs, d, m)[0])
+    own = 0 if rule is None else rule.extra_macs(config)
+    return (sum(blocks) + own + embedding_macs(config) + head_macs(config)) / 1e9
 
 
 def executed_shrinking_gmacs(config: AViTConfig) -> float:
-    """10^9 multiply-adds of an image in shrinking execution: a short last layer, and the rule's own work."""
-    own = () if config.reduction is None else config.reduction.own_macs(config)
-    if config.pool == "token":  # the short last layer reduces nothing
-        own = own[:-1]
-    return shrinking_gmacs(config, short_last_layer=True) + sum(own) / 1e9
+    """10^9 multiply-adds of an image in shrinking execution: a short last layer, and the rule's matching."""
+    rule = config.reduction
+    matching = () if rule is None else rule.matching_macs(config)
+    if shortens_last_layer(config, rule) and rule is not None and rule.place != "before the layer":
+        matching = matching[:-1]  # the short last layer reduces nothing
+    return shrinking_gmacs(config, short_last_layer=True) + sum(matching) / 1e9
 
 
 def packed_gmacs(

@@ -1,7 +1,6 @@
 """The halting rule of A-ViT (arXiv 2112.07658): when a token stops, and the weight of its value in each layer."""
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import jax
@@ -9,13 +8,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from avit_jax.halting.avit_losses import AViTLoss, halting_losses
-from avit_jax.halting.rule import Classify, State, Trace, drop_halted, first_state
+from avit_jax.halting.rule import Classify, Halting, State, Teacher, Trace, drop_halted, first_state
+from avit_jax.model.rule import Keys
 from avit_jax.model.seen import Seen
 from avit_jax.runtime.settings import Settings
 
 
 @dataclasses.dataclass(frozen=True)
-class AViTGate:
+class AViTGate(Halting):
     """A-ViT's rule (arXiv 2112.07658): every token adds up its halting scores and stops once they reach 1.
 
     h = sigmoid(gate_scale * x[..., 0] - gate_center) for active tokens, 0 for halted ones; a token goes on while the
@@ -30,12 +30,9 @@ class AViTGate:
 
     name: ClassVar[str] = "avit"
     label: ClassVar[str] = "A-ViT"
-    reads: ClassVar[frozenset[str]] = frozenset()
-    masks_in_training: ClassVar[bool] = True
     sweeps: ClassVar[tuple[str, ...]] = ("gate_center", "gate_scale")
     advice: ClassVar[str] = "avit_jax.start_gate(model, images, target_depth=...) or fine-tuning makes tokens halt"
     loss_settings: ClassVar[type[Settings] | None] = AViTLoss
-    learning_rate_factors: ClassVar[Mapping[str, float]] = {}
 
     def __post_init__(self) -> None:
         if not 0 < self.halt_epsilon < 1:
@@ -45,13 +42,7 @@ class AViTGate:
         """Scale and center, such as "gate 10 / 30"."""
         return f"gate {self.gate_scale:g} / {self.gate_center:g}"
 
-    def check(self, config: Any) -> None:
-        """Accepts every model: the gate only needs channel 0."""
-
-    def module(self, model: Any) -> None:
-        """None: the gate reads channel 0 of the embedding and has no parameters."""
-
-    def initial(self, batch: int, config: Any, draw: Any = None) -> State:
+    def initial(self, batch: int, config: Any, draw: Keys | None = None) -> State:
         """All tokens active, nothing accumulated."""
         shape = (batch, config.num_tokens)
         state = first_state(batch, config.num_tokens, config.num_outputs, config.embed_dim)
@@ -103,9 +94,6 @@ class AViTGate:
             state, active=state.active & ~images, of_tokens=state.of_tokens | {"ponder_cost": ponder_cost}
         )
 
-    def head_logits(self, state: State) -> None:
-        """None: the model's heads read the weighted sum over layers, state.output."""
-
     def losses(
         self,
         trace: Trace,
@@ -115,13 +103,10 @@ class AViTGate:
         classify: Classify,
         settings: AViTLoss,
         image_weight: Float[Array, " b"] | None = None,
+        teacher: Teacher | None = None,
     ) -> dict[str, Float[Array, ""]]:
         """Classification, ponder_weight * mean ponder cost, and prior_weight * prior."""
         ponder, prior = halting_losses(
             trace.of_tokens["halting_score"], state.of_tokens["ponder_cost"], settings, image_weight
         )
         return {"classification": classify(head_logits), "ponder": ponder, "prior": prior}
-
-    def extra_macs(self, config: Any, token_depth: Int[Array, "b n"]) -> Float[Array, " b"]:
-        """Zero: the sigmoid of each token is not counted, as in the paper."""
-        return jnp.zeros(len(token_depth))

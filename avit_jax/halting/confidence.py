@@ -10,13 +10,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from avit_jax.halting.rule import Classify, State, Trace, first_state
+from avit_jax.halting.rule import Classify, Halting, State, Teacher, Trace, first_state
+from avit_jax.model.rule import Keys
 from avit_jax.model.seen import Seen
-from avit_jax.runtime.settings import Settings
 
 
 @dataclasses.dataclass(frozen=True)
-class ConfidenceExit:
+class ConfidenceExit(Halting):
     """An image leaves after the first layer l >= first_layer with max softmax(e_l(x_l)) > threshold, or after the last.
 
     Layers count from 0. e_l is the exit of layer l, and the image's logits are those of the exit where it leaves. With
@@ -36,9 +36,8 @@ class ConfidenceExit:
     label: ClassVar[str] = "confidence"
     masks_in_training: ClassVar[bool] = False
     sweeps: ClassVar[tuple[str, ...]] = ("threshold",)
+    neutral: ClassVar[Mapping[str, Any] | None] = {"threshold": 1.0}
     advice: ClassVar[str] = "a lower threshold lets images leave earlier"
-    loss_settings: ClassVar[type[Settings] | None] = None
-    learning_rate_factors: ClassVar[Mapping[str, float]] = {}
 
     def __post_init__(self) -> None:
         if isinstance(self.threshold, bool) or not isinstance(self.threshold, numbers.Real):
@@ -80,7 +79,7 @@ class ConfidenceExit:
         heads = [model.head, model.head_dist] if model.config.distilled else [model.head]
         return ExitHeads(model.norm, heads, model.config.depth)
 
-    def initial(self, batch: int, config: Any, draw: Any = None) -> State:
+    def initial(self, batch: int, config: Any, draw: Keys | None = None) -> State:
         """All images active, with logits of 0."""
         state = first_state(batch, config.num_tokens, config.num_outputs, config.embed_dim)
         logits = jnp.zeros((batch, 1 + config.distilled, config.num_classes))
@@ -112,10 +111,6 @@ class ConfidenceExit:
         )
         return new_state, Trace(of_images={"logits": by_image})
 
-    def finish(self, state: State, images: Bool[Array, "b 1"]) -> State:
-        """Stop these images; they keep the logits that they have."""
-        return dataclasses.replace(state, active=state.active & ~images)
-
     def head_logits(self, state: State) -> Float[Array, "heads b k"]:
         """The logits of the exit where each image left."""
         return state.of_images["head_logits"].swapaxes(0, 1)
@@ -129,6 +124,7 @@ class ConfidenceExit:
         classify: Classify,
         settings: None = None,
         image_weight: Float[Array, " b"] | None = None,
+        teacher: Teacher | None = None,
     ) -> dict[str, Float[Array, ""]]:
         """The mean over the layers of the classification loss of their exits."""
         of_layers = trace.of_images["logits"].swapaxes(1, 2)

@@ -1,15 +1,15 @@
 """The protocol of halting rules: after every layer, a rule decides which tokens of each image stop."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
+from avit_jax.model.rule import Keys, Rule
 from avit_jax.model.seen import Seen
-from avit_jax.runtime.settings import Settings
 
 
 @jax.tree_util.register_dataclass
@@ -45,6 +45,15 @@ class Trace:
 Classify = Callable[..., Float[Array, ""]]
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Teacher:
+    """What the teacher of a run makes of a batch, for rules whose loss compares more than logits."""
+
+    logits: Float[Array, "b k"]
+    tokens: Float[Array, "b n d"]  # after its last layer and final LayerNorm
+
+
 def first_state(batch: int, num_tokens: int, num_outputs: int, embed_dim: int) -> State:
     """The state before layer 1, without a rule's own fields: all tokens active, nothing accumulated."""
     return State(
@@ -59,41 +68,41 @@ def drop_halted(tokens: Float[Array, "b n d"], active: Bool[Array, "b n"]) -> Fl
     return jnp.where(active[..., None], tokens, 0)
 
 
+def keep_last(state: State, seen: Seen, goes_on: Bool[Array, "b n"], own: dict[str, Array] | None = None) -> State:
+    """The state after a layer under a rule that reads each token as it is when it stops, without weights over layers.
+
+    goes_on: tokens for the next layer, a part of state.active. own: the rule's fields of images; None: unchanged.
+    """
+    assert seen.tokens is not None
+    outputs = state.output.shape[1]
+    return dataclasses.replace(
+        state,
+        active=goes_on,
+        token_depth=state.token_depth + state.active,
+        output=jnp.where(state.active[:, :outputs, None], seen.tokens[:, :outputs], state.output),
+        of_images=state.of_images if own is None else own,
+    )
+
+
 @runtime_checkable
-class Halting(Protocol):
-    """A rule under which each image keeps its own number of tokens: a frozen dataclass of settings, static in jit."""
+class Halting(Rule, Protocol):
+    """A rule under which each image keeps its own number of tokens: a frozen dataclass of settings, static in jit.
 
-    name: ClassVar[str]  # in config.json, and in front of the settings in "NAME(setting=value)"
-    label: ClassVar[str]  # in tables
-    masks_in_training: ClassVar[bool]  # False: training computes every token in every layer
-    sweeps: ClassVar[tuple[str, ...]]  # settings that a sweep can change without training
-    advice: ClassVar[str]  # what to do if no token halts
-    loss_settings: ClassVar[type[Settings] | None]  # the keys of config.loss that the rule adds; None: no keys
-    learning_rate_factors: ClassVar[Mapping[str, float]]  # the factor for each part of a parameter's path
+    A rule names this class as its base and inherits every member that it does not define.
+    """
 
-    @property
-    def reads(self) -> frozenset[str]:
-        """The fields of Seen that the rule needs in addition to tokens and active."""
-        ...
-
-    def describe(self) -> str:
-        """The rule and its settings in a few words, for messages and tables."""
-        ...
+    masks_in_training: ClassVar[bool] = True  # False: training computes every token in every layer
+    # Whether a key without mass is still visible to its own query: DynamicViT's masked training.
+    self_visible: ClassVar[bool] = False
+    advice: ClassVar[str] = "choose settings under which tokens halt earlier"  # if no token halts
 
     def check(self, config: Any) -> None:
-        """Raises ValueError if the rule does not fit a model of this configuration."""
-        ...
+        """Raises ValueError if the rule does not fit a model of this configuration. Here: it fits every model."""
+        return None
 
-    def module(self, model: Any) -> Any:
-        """The rule's own parameters, an nnx.Module made from an AViT's norm and heads; None if there are none.
-
-        The model keeps it as model.rule_module.
-        """
-        ...
-
-    def initial(self, batch: int, config: Any, draw: Any = None) -> State:
-        """The state before layer 1 of a model with this configuration; draw: a random key for each image, or None."""
-        ...
+    def initial(self, batch: int, config: Any, draw: Keys | None = None) -> State:
+        """The state before layer 1 of a model with this configuration. draw: a random key for each image if `draws`."""
+        return first_state(batch, config.num_tokens, config.num_outputs, config.embed_dim)
 
     def advance(
         self,
@@ -110,13 +119,17 @@ class Halting(Protocol):
         """
         ...
 
+    def mass(self, state: State) -> Bool[Array, "b n"] | Float[Array, "b n"]:
+        """The mass of each key in attention if tokens are masked. Here: active tokens, all the same."""
+        return state.active
+
     def finish(self, state: State, images: Bool[Array, "b 1"]) -> State:
         """The state after these images stop early, because no token that the logits read is active in them."""
-        ...
+        return dataclasses.replace(state, active=state.active & ~images)
 
     def head_logits(self, state: State) -> Float[Array, "heads b k"] | None:
         """The logits of each head if the rule has them already; None if the model's heads read state.output."""
-        ...
+        return None
 
     def losses(
         self,
@@ -127,14 +140,15 @@ class Halting(Protocol):
         classify: Classify,
         settings: Any,
         image_weight: Float[Array, " b"] | None = None,
+        teacher: Teacher | None = None,
     ) -> dict[str, Float[Array, ""]]:
         """Every term of the objective by name, weighted; their sum is minimised.
 
         trace: of all layers, stacked. state: after the last layer. classify: see Classify. settings: of the type
-        loss_settings. image_weight: 0 for images that do not count.
+        loss_settings. image_weight: 0 for images that do not count. teacher: given if `teacher_tokens`.
         """
-        ...
+        return {"classification": classify(head_logits)}
 
     def extra_macs(self, config: Any, token_depth: Int[Array, "b n"]) -> Float[Array, " b"]:
         """Multiply-adds that the rule itself adds to each image."""
-        ...
+        return jnp.zeros(len(token_depth))

@@ -248,6 +248,11 @@ class AViTConfig:
         return AViTConfig(**{**model, **names, "preprocessing": Preprocessing(**preprocessing)})
 
 
+def rule_of_training(config: AViTConfig) -> Halting | None:
+    """The halting rule that runs in training: the model's own, or the one that stands in for its reduction rule."""
+    return config.halting if config.reduction is None else config.reduction.in_training(config)
+
+
 # Fields that a file must have: without one of them it would silently describe another model. Old files may lack others.
 _NEEDED = (
     "image_size",

@@ -1,6 +1,7 @@
 """The layers of a vision transformer: patch embedding, attention with a mass for every key, MLP, block."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,6 +11,7 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from avit_jax.model.config import AViTConfig
 from avit_jax.model.seen import Facts
+from avit_jax.reduction.groups import Groups, reduce, reduce_attention
 
 # Weight of each key in attention: whether the token is there (bool) or how much it counts (float). None: all the same.
 Mass = Bool[Array, "b n"] | Float[Array, "b n"] | None
@@ -147,35 +149,60 @@ class Attention(nnx.Module):
         return query, key, value
 
     def __call__(
-        self, x: Float[Array, "b n d"], mass: Mass = None, reads: frozenset[str] = frozenset()
+        self,
+        x: Float[Array, "b n d"],
+        mass: Mass = None,
+        reads: frozenset[str] = frozenset(),
+        *,
+        self_visible: bool = False,
     ) -> tuple[Float[Array, "b n d"], Facts]:
-        """The attention output of every token, and the facts that `reads` names (fields of Seen). mass None: all 1."""
+        """The attention output of every token, and the facts that `reads` names (fields of Seen).
+
+        mass: None: all 1. self_visible: a query sees its own key with mass 1 (DynamicViT's training).
+        """
         query, key, value = self.query_key_value(x)
-        weights, total = _attention_weights(query, key, mass)
+        if self_visible and mass is not None:
+            weights, total = _self_visible_weights(query, key, mass)
+        else:
+            weights, total = _attention_weights(query, key, mass)
         return self._projected(weights, total, value), self._facts(weights, total, key, value, reads)
 
     def read(self, x: Float[Array, "b n d"], mass: Mass, queries: int) -> Float[Array, "b q d"]:
         """The attention output of the first `queries` tokens; for the others only key and value are computed."""
-        batch, _, dim = x.shape
-        kernel, bias = self.qkv.kernel[...], self.qkv.bias[...] if self.qkv.bias is not None else None
-        x = x.astype(self.qkv.dtype)
-
-        def heads(rows: Array, columns: slice, count: int) -> Array:
-            y = _matmul(rows, kernel[:, columns].astype(x.dtype))
-            y = y if bias is None else y + bias[None, None, columns].astype(x.dtype)
-            shape = (batch, rows.shape[1], count, self.num_heads, dim // self.num_heads)
-            return y.astype(x.dtype).reshape(shape).transpose(2, 0, 3, 1, 4)
-
-        (query,) = heads(x[:, :queries], slice(dim), 1)
-        key, value = heads(x, slice(dim, None), 2)
+        dim = x.shape[-1]
+        (query,) = self._heads(x[:, :queries], 0, dim)
+        key, value = self._heads(x, dim, 3 * dim)
         return self._projected(*_attention_weights(query, key, mass), value)
+
+    def weights(
+        self, x: Float[Array, "b n d"], mass: Mass, reads: frozenset[str]
+    ) -> tuple[Float[Array, "b h n n"], Facts]:
+        """The attention matrix, without values, and the facts that `reads` names; value_norm is not among them."""
+        query, key = self._heads(x, 0, 2 * x.shape[-1])
+        weights, total = _attention_weights(query, key, mass)
+        return weights / total, self._facts(weights, total, key, None, reads)
+
+    def mixed(self, weights: Float[Array, "b h n n"], x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
+        """The attention output of every token by a given attention matrix; only the values are computed here."""
+        (value,) = self._heads(x, 2 * x.shape[-1], 3 * x.shape[-1])
+        return self._projected(weights, jnp.ones(()), value)
+
+    def _heads(self, rows: Float[Array, "b n d"], first: int, last: int) -> Float[Array, "_ b h n c"]:
+        """The columns first..last of query, key and value, cut into heads: one array for each of the three."""
+        kernel, bias = self.qkv.kernel[...], self.qkv.bias[...] if self.qkv.bias is not None else None
+        batch, tokens, dim = rows.shape
+        rows = rows.astype(self.qkv.dtype)
+        y = _matmul(rows, kernel[:, first:last].astype(rows.dtype))
+        y = y if bias is None else y + bias[None, None, first:last].astype(rows.dtype)
+        shape = (batch, tokens, (last - first) // dim, self.num_heads, dim // self.num_heads)
+        return y.astype(rows.dtype).reshape(shape).transpose(2, 0, 3, 1, 4)
 
     def _projected(self, weights: Array, total: Array, value: Array) -> Array:
         mixed = jnp.matmul(weights.astype(value.dtype), value, preferred_element_type=jnp.float32) / total
         batch, heads, queries, width = mixed.shape
         return self.proj(mixed.transpose(0, 2, 1, 3).reshape(batch, queries, heads * width))
 
-    def _facts(self, weights: Array, total: Array, key: Array, value: Array, reads: frozenset[str]) -> Facts:
+    def _facts(self, weights: Array, total: Array, key: Array, value: Array | None, reads: frozenset[str]) -> Facts:
         facts: Facts = {}
         if "class_attention" in reads:
             rows = slice(self.class_rows)
@@ -184,7 +211,7 @@ class Attention(nnx.Module):
             facts["attention_received"] = (weights / total).mean((1, 2))
         if "key_mean" in reads:
             facts["key_mean"] = key.astype(jnp.float32).mean(1)
-        if "value_norm" in reads:
+        if "value_norm" in reads and value is not None:
             facts["value_norm"] = jnp.sqrt(jnp.square(value.astype(jnp.float32)).sum((1, 3)))
         return facts
 
@@ -205,6 +232,19 @@ def _attention_weights(query: Array, key: Array, mass: Mass) -> tuple[Array, Arr
         # If no key has any mass, the weights and their sum are 0.
         return weights, jnp.maximum(weights.sum(-1, keepdims=True), jnp.finfo(jnp.float32).tiny)
     return weights, weights.sum(-1, keepdims=True)
+
+
+def _self_visible_weights(query: Array, key: Array, mass: Float[Array, "b n"]) -> tuple[Array, Array]:
+    """As _attention_weights, but query i gives its own key the mass 1, and every key a trace of attention.
+
+    (exp(score - maximum) * allow + 1e-6 / N) / (its sum + 1e-6), maximum over all keys, as in DynamicViT's published
+    code, so that a token without mass still has a value of its own.
+    """
+    scores = jnp.matmul(query * query.shape[-1] ** -0.5, key.swapaxes(-1, -2), preferred_element_type=jnp.float32)
+    tokens = mass.shape[1]
+    allow = mass[:, None, :] + (1 - mass[:, None, :]) * jnp.eye(tokens)
+    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True))) * allow[:, None]
+    return weights + 1e-6 / tokens, weights.sum(-1, keepdims=True) + 1e-6
 
 
 class Mlp(nnx.Module):
@@ -259,11 +299,34 @@ class Block(nnx.Module):
         drop_path_rate: Float[Array, ""] | None = None,
         key: PRNGKeyArray | None = None,
         reads: frozenset[str] = frozenset(),
+        *,
+        self_visible: bool = False,
     ) -> tuple[Float[Array, "b n d"], Facts]:
         """The attention half of the layer: y = x + attention(LN(x)), and the facts that `reads` names (Seen)."""
         keys = [None] * 5 if key is None else list(jax.random.split(key, 5))
-        branch, facts = self.attn(self.norm1(x), mass, reads)
+        branch, facts = self.attn(self.norm1(x), mass, reads, self_visible=self_visible)
         return x + self._regularised(branch.astype(x.dtype), drop_path_rate, keys[0], keys[1]), facts
+
+    def attend_reduced(
+        self,
+        x: Float[Array, "b n d"],
+        mass: Mass,
+        drop_path_rate: Float[Array, ""] | None,
+        key: PRNGKeyArray | None,
+        reads: frozenset[str],
+        choose: Callable[[Facts], Groups | None],
+    ) -> tuple[Float[Array, "b k d"], Groups | None]:
+        """The attention half of a layer that reduces its tokens before the values, and the groups that `choose` gave.
+
+        The attention of all tokens is reduced with them: queries are averaged, keys are added.
+        """
+        keys = [None] * 5 if key is None else list(jax.random.split(key, 5))
+        weights, facts = self.attn.weights(self.norm1(x), mass, reads)
+        groups = choose(facts)
+        if groups is not None:
+            x, weights = reduce(x, groups), reduce_attention(weights, groups)
+        branch = self.attn.mixed(weights, self.norm1(x)).astype(x.dtype)
+        return x + self._regularised(branch, drop_path_rate, keys[0], keys[1]), groups
 
     def transform(
         self,

@@ -8,13 +8,14 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, PRNGKeyArray, Shaped
 
-from avit_jax.halting.rule import Halting, State, Trace, drop_halted
+from avit_jax.halting.rule import Halting, State, Teacher, Trace, drop_halted
 from avit_jax.model.check_images import check_images
 from avit_jax.model.config import WEIGHTS_DEPEND_ON, AViTConfig, changed
 from avit_jax.model.layers import INIT, Block, PatchEmbed, layer_norm, linear
 from avit_jax.model.output import AViTOutput
 from avit_jax.model.positions import resize_positions
 from avit_jax.model.presets import config_from
+from avit_jax.model.rule import Keys, Rule, image_keys
 from avit_jax.model.seen import Facts, Seen, of_attention
 from avit_jax.runtime.mesh import check_platform
 
@@ -54,7 +55,8 @@ class AViT(nnx.Module):
                 self.head_dist = linear(config.head_inputs, config.num_classes, "float32", rngs)
         self.drop = nnx.Dropout(config.drop_rate)
         # The rule's own parameters, as a submodule that checkpoints and the optimiser include.
-        self.rule_module = config.halting.module(self) if config.halting is not None else None
+        rule = config.rule_in_force
+        self.rule_module = rule.module(self) if rule is not None else None
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "config" and "config" in vars(self):
@@ -85,17 +87,34 @@ class AViT(nnx.Module):
         key: given in training. It draws dropout and stochastic depth, and a rule may then compute every token.
         """
         config, rule = self.config, self.config.halting
+        images = jnp.asarray(images)
         if config.reduction is not None:
-            from avit_jax.execution import shrinking  # imported here, because it imports this module
+            rule = config.reduction.in_training(config) if key is not None else None
+            if rule is None:
+                from avit_jax.execution import shrinking  # imported here, because it imports this module
 
-            return shrinking.forward(self, images, config.reduction, key=key), Trace(), None
-        x = self.embed(jnp.asarray(images), key)
-        x, state, trace = self._layers(x, rule, None if rule is None else rule.initial(len(x), config), key)
-        if state is None:
+                return shrinking.forward(self, images, config.reduction, key=key), Trace(), None
+        x = self.embed(images, key)
+        draw = None if rule is None else self.draw(rule, images, key)
+        x, state, trace = self._layers(x, rule, None if rule is None else rule.initial(len(x), config, draw), key)
+        if rule is None or state is None:
             token_depth = jnp.full(x.shape[:2], config.depth, jnp.int32)
             active = jnp.zeros(x.shape[:2], bool)
-            return self.output(State(active, token_depth, x[:, : config.num_outputs]), trace), trace, None
-        return self.output(state, trace), trace, state
+            return self.output(None, State(active, token_depth, x[:, : config.num_outputs]), trace), trace, None
+        return self.output(rule, state, trace), trace, state
+
+    def draw(self, rule: Rule, images: Float[Array, "b h w c"], key: PRNGKeyArray | None = None) -> Keys | None:
+        """A random key for each image, if the rule draws: from its pixels, or in training from the step's key."""
+        if not rule.draws:
+            return None
+        if key is None:
+            return image_keys(images)
+        return jax.random.split(jax.random.fold_in(key, self.config.depth + 1), len(images))
+
+    def teach(self, images: Float[Array, "b h w c"]) -> Teacher:
+        """What this model says as a teacher that computes every token, whatever its rule."""
+        x, _, _ = self._layers(self.embed(images), None, None, None)
+        return Teacher(self.head_logits(x[:, : self.config.num_outputs]).mean(0), self.norm(x))
 
     def embed(self, images: Float[Array, "b h w c"], key: PRNGKeyArray | None = None) -> Float[Array, "b n d"]:
         """Special tokens, then patches, with their positions added. key: draws dropout; None: no dropout."""
@@ -128,8 +147,9 @@ class AViT(nnx.Module):
                 return (block(x, None, rate, layer_key), None), Trace()
             masked = rule.masks_in_training or key is None
             before = drop_halted(x, state.active) if masked else x
-            mass = state.active if masked else None
-            y, facts = block.attend(before, mass, rate, layer_key, of_attention(rule.reads))
+            mass = rule.mass(state) if masked else None
+            reads = of_attention(rule.reads)
+            y, facts = block.attend(before, mass, rate, layer_key, reads, self_visible=rule.self_visible)
             x = block.transform(y, rate, layer_key)
             seen = self.seen(rule, x, state.active, facts | ({"before": before} if "before" in rule.reads else {}))
             last = index == config.depth - 1
@@ -144,11 +164,12 @@ class AViT(nnx.Module):
     def seen(self, rule: Halting, tokens: Float[Array, "b n d"], active: Bool[Array, "b n"], facts: Facts) -> Seen:
         """What a rule sees after a layer. active: tokens that the layer computed; facts: what only the layer knows."""
         logits = self.head_logits(tokens[:, : self.config.num_outputs]) if "logits" in rule.reads else None
-        return Seen(tokens=tokens, active=active, logits=logits, **facts)
+        normed = self.norm(tokens) if "normed" in rule.reads else None
+        return Seen(tokens=tokens, active=active, logits=logits, normed=normed, **facts)
 
-    def output(self, state: State, trace: Trace) -> AViTOutput:
-        """The model's output from the final state and the stacked traces of all layers."""
-        rule, token_depth = self.config.halting, state.token_depth
+    def output(self, rule: Halting | None, state: State, trace: Trace) -> AViTOutput:
+        """The model's output from the rule's final state and the stacked traces of all layers."""
+        token_depth = state.token_depth
         # Without a rule, and with one that has no scores or ponder cost, these are the values of a plain ViT.
         ponder_cost = state.of_tokens.get("ponder_cost", token_depth + 1.0)
         scores = trace.of_tokens.get("halting_score", jnp.zeros((self.config.depth, *token_depth.shape)))
@@ -213,9 +234,10 @@ class AViT(nnx.Module):
             resized = resize_positions(arrays["pos_embed"], config.num_special, *grids, antialias=antialias)
             arrays["pos_embed"] = jnp.asarray(resized)
         own = arrays.pop("rule_module", None)
-        if config.halting is not None and "rule_module" in nnx.to_pure_dict(abstract):
-            if own is None or type(config.halting) is not type(self.config.halting):
-                own = nnx.to_pure_dict(nnx.state(config.halting.module(self)))
+        rule = config.rule_in_force
+        if rule is not None and "rule_module" in nnx.to_pure_dict(abstract):
+            if own is None or type(rule) is not type(self.config.rule_in_force):
+                own = nnx.to_pure_dict(nnx.state(rule.module(self)))
             arrays["rule_module"] = own
         nnx.replace_by_pure_dict(abstract, arrays)
         return nnx.merge(graphdef, abstract)

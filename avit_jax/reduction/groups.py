@@ -7,21 +7,23 @@ Groups can describe every rule with a fixed number of tokens that we know of:
   class attention; `mean` is False.
 - ToMe, PiToMe: every slot has a leader, r tokens join; weights are sizes, `mean` is True.
 - MCTF: r1 even and r2 odd tokens join. If an odd token that others join itself joins an even one, all of them go into
-  the slot of the even one. Weights are size times received attention. The rule is `ahead`: the same groups also reduce
-  the attention matrix, with weights for the rows (mean) and 1 for the columns (sum).
-- DynamicViT at inference: as top-k, decided `ahead` of the layer.
+  the slot of the even one. Weights are size times received attention. The place is before the values: the same groups
+  also reduce the attention matrix, with weights for the rows (mean) and 1 for the columns (sum).
+- DynamicViT at inference: as top-k, decided before the layer.
 - DiffRate: the first M of the sorted tokens lead, P - M join, the others are dropped; weights are 1, `mean` is True;
   sizes are the rule's own.
 """
 
 import dataclasses
 import functools
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from avit_jax.halting.rule import Halting
+from avit_jax.model.rule import Keys, Rule
 from avit_jax.model.seen import Seen
 
 
@@ -43,35 +45,26 @@ class Groups:
     mean: bool = dataclasses.field(metadata={"static": True})
 
 
+Place = Literal["before the layer", "before the values", "before the MLP"]
+
+
 @runtime_checkable
-class Reduction(Protocol):
+class Reduction(Rule, Protocol):
     """A rule under which all images have the same number of tokens, known for each layer: a dataclass of settings.
 
     It is static under jit, so it must be frozen and hashable. Special tokens (class, distillation, registers) come
-    first before and after every reduction, and no rule drops or merges them."""
+    first before and after every reduction, and no rule drops or merges them. A rule names this class as its base and
+    inherits every member that it does not define.
+    """
 
-    name: ClassVar[str]  # in config.json, and in front of the settings in "NAME(setting=value)"
-    label: ClassVar[str]  # in tables
-    sweeps: ClassVar[tuple[str, ...]]  # settings that a sweep can change without training
-
-    def describe(self) -> str:
-        """The rule and its settings in a few words, for messages and tables."""
-        ...
-
-    @property
-    def reads(self) -> frozenset[str]:
-        """The fields of Seen that the rule needs."""
-        ...
+    # Where in a layer tokens are reduced. Before the values: the queries and keys of all tokens give the attention that
+    # `groups` sees; then tokens and attention are reduced, and the values are those of the shorter sequence (MCTF).
+    place: ClassVar[Place] = "before the MLP"
 
     @property
     def proportional(self) -> bool:
         """Whether attention weights each key by its size."""
-        ...
-
-    @property
-    def ahead(self) -> bool:
-        """Whether tokens are reduced before the block computes values (MCTF), instead of between attention and MLP."""
-        ...
+        return False
 
     def counts(self, config: Any) -> tuple[int, ...]:
         """Tokens after each layer of a model with this configuration, special ones included.
@@ -80,17 +73,32 @@ class Reduction(Protocol):
         """
         ...
 
-    def groups(self, seen: Seen, *, layer: int, num_special: int, draw: Any = None) -> Groups | None:
-        """How the tokens of a layer are reduced; None: not at all. Called only for layers where `counts` falls.
+    def acts_in(self, config: Any) -> tuple[int, ...]:
+        """The layers that reduce tokens, from 0. Here: those after which there are fewer than before."""
+        counts = self.counts(config)
+        return tuple(layer for layer, before in enumerate((config.num_tokens, *counts[:-1])) if counts[layer] < before)
 
-        layer: counted from 0. num_special: the first tokens, which are never dropped or merged. draw: a random key, or
-        None.
+    def groups(
+        self, seen: Seen, *, layer: int, num_special: int, draw: Keys | None = None, module: Any = None
+    ) -> Groups | None:
+        """How the tokens of a layer are reduced; None: not at all. Called only for the layers that `acts_in` names.
+
+        layer: counted from 0. num_special: the first tokens, which are never dropped or merged. draw: a random key for
+        each image if `draws`, another one in every layer. module: the rule's own parameters.
         """
         ...
 
-    def own_macs(self, config: Any) -> tuple[int, ...]:
+    def in_training(self, config: Any) -> Halting | None:
+        """The halting rule that training runs instead, with masks; None: training drops and merges tokens too."""
+        return None
+
+    def extra_macs(self, config: Any) -> int:
+        """Multiply-adds for one image that the rule adds and that papers count, such as predictors."""
+        return 0
+
+    def matching_macs(self, config: Any) -> tuple[int, ...]:
         """Multiply-adds of each layer's choice for one image, such as ToMe's matching; papers leave them out."""
-        ...
+        return (0,) * config.depth
 
 
 def reduce(x: Float[Array, "b n d"], groups: Groups) -> Float[Array, "b k d"]:
@@ -101,6 +109,17 @@ def reduce(x: Float[Array, "b n d"], groups: Groups) -> Float[Array, "b k d"]:
     scatter, which is slow everywhere.)
     """
     return _segment_sum(groups.mean, x, groups.weight, groups.into, groups.leader, groups.joins)
+
+
+def reduce_attention(attention: Float[Array, "b h n n"], groups: Groups) -> Float[Array, "b h k k"]:
+    """The attention of the shorter sequence: the rows of a slot are averaged with groups.weight, its columns added."""
+    batch, heads, tokens, _ = attention.shape
+    count = groups.leader.shape[1]
+    rows = attention.transpose(0, 2, 1, 3).reshape(batch, tokens, heads * tokens)
+    rows = reduce(rows, dataclasses.replace(groups, mean=True)).reshape(batch, count, heads, tokens)
+    columns = rows.transpose(0, 3, 2, 1).reshape(batch, tokens, heads * count)
+    added = dataclasses.replace(groups, weight=jnp.ones_like(groups.weight), mean=False)
+    return reduce(columns, added).reshape(batch, count, heads, count).transpose(0, 2, 3, 1)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import numbers
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import jax
@@ -9,12 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from avit_jax.model.rule import Keys
 from avit_jax.model.seen import Seen
-from avit_jax.reduction.groups import Groups, group_sums
+from avit_jax.reduction.groups import Groups, Reduction, group_sums
 
 
 @dataclasses.dataclass(frozen=True)
-class ToMe:
+class ToMe(Reduction):
     """Merge r tokens in every layer; r is one number, or one for each layer. No parameters.
 
     Tokens at even positions form set A, those at odd positions set B. u is the mean of a token's keys over the heads,
@@ -37,7 +39,7 @@ class ToMe:
     label: ClassVar[str] = "tome"
     sweeps: ClassVar[tuple[str, ...]] = ("r",)
     reads: ClassVar[frozenset[str]] = frozenset({"key_mean", "size"})
-    ahead: ClassVar[bool] = False
+    neutral: ClassVar[Mapping[str, Any] | None] = {"r": 0}
 
     def __post_init__(self) -> None:
         if isinstance(self.r, list):  # from JSON; a tuple can be hashed
@@ -68,7 +70,20 @@ class ToMe:
             counts.append(tokens)
         return tuple(counts)
 
-    def groups(self, seen: Seen, *, layer: int, num_special: int, draw: Any = None) -> Groups | None:
+    def levels(self, model: Any, images: Float[Array | np.ndarray, "b h w c"]) -> Callable[[float], "ToMe"]:
+        """Level 0 merges half of the patches in every layer; in between, layers merge one token more or less."""
+        config = model.config
+        most = (config.num_tokens - config.num_special) / 2
+
+        def at(level: float) -> ToMe:
+            ends = np.floor((1 - level) * most * np.arange(config.depth + 1)).astype(int)
+            return dataclasses.replace(self, r=tuple(np.diff(ends).tolist()))
+
+        return at
+
+    def groups(
+        self, seen: Seen, *, layer: int, num_special: int, draw: Keys | None = None, module: Any = None
+    ) -> Groups | None:
         """The groups of tokens that merge in a layer (from 0); None if none do."""
         metric, size = seen.key_mean, seen.size
         if metric is None or size is None:
@@ -76,7 +91,7 @@ class ToMe:
         merges = self._merges(layer, size.shape[1], num_special)
         return merged_pairs(metric, size, merges, num_special) if merges else None
 
-    def own_macs(self, config: Any) -> tuple[int, ...]:
+    def matching_macs(self, config: Any) -> tuple[int, ...]:
         """Multiply-adds of u_A . u_B in each layer where tokens merge, for one image."""
         counts = self.counts(config)
         width = config.embed_dim // config.num_heads

@@ -9,7 +9,7 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from avit_jax.halting.image_mean import image_mean
-from avit_jax.halting.rule import Classify, Halting, State, Trace
+from avit_jax.halting.rule import Classify, Halting, State, Teacher, Trace
 from avit_jax.runtime.settings import Settings, setting
 
 DISTILLATIONS = ("none", "hard", "soft")
@@ -103,17 +103,21 @@ def objective_terms(
     classify: Classify,
     settings: Any,
     image_weight: Float[Array, " b"] | None = None,
+    teacher: Teacher | None = None,
 ) -> dict[str, Float[Array, ""]]:
     """The terms of the objective by name, weighted; their sum is minimised.
 
     Args:
-        rule: The model's halting rule, which defines the terms; None: only classification.
+        rule: The halting rule of training, which defines the terms; None: only classification.
         head_logits: Logits of each head.
         trace, state: What AViT.forward returns beside its output.
         classify: The mean classification loss of logits, in nats; see halting.rule.Classify.
         settings: Of the rule's type `loss_settings`, or None if it has none.
         image_weight: 0 for images that do not count.
+        teacher: For a rule whose `teacher_tokens` asks for it.
     """
     if rule is None or state is None:
         return {"classification": classify(head_logits)}
-    return rule.losses(trace, state, head_logits, classify=classify, settings=settings, image_weight=image_weight)
+    return rule.losses(
+        trace, state, head_logits, classify=classify, settings=settings, image_weight=image_weight, teacher=teacher
+    )

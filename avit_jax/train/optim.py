@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -45,6 +44,7 @@ class OptimSettings(Settings):
         least=0,
         below=1,
     )
+    rule_factor: float = setting(1.0, "Factor of the learning rate for the parameters that a rule brings.", least=0)
     compare_ema: bool = setting(
         False, "Also evaluate the raw weights, and keep those that are better on the validation images."
     )
@@ -103,26 +103,20 @@ def weight_decay_mask(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(lambda path, _: "kernel" in jax.tree_util.keystr(path), params)
 
 
-def make_optimizer(
-    settings: OptimSettings, schedule: optax.Schedule, factors: Mapping[str, float] | None = None
-) -> optax.GradientTransformation:
-    """AdamW (config.optim), after gradient clipping by global norm if clip_norm is not 0.
-
-    factors: learning-rate factor for each part of a parameter's path, such as "rule_module".
-    """
+def make_optimizer(settings: OptimSettings, schedule: optax.Schedule) -> optax.GradientTransformation:
+    """AdamW (config.optim), after gradient clipping by global norm if clip_norm is not 0."""
     adamw = optax.adamw(
         schedule, b1=settings.beta1, b2=settings.beta2, weight_decay=settings.weight_decay, mask=weight_decay_mask
     )
     clip = optax.clip_by_global_norm(settings.clip_norm) if settings.clip_norm else optax.identity()
-    return optax.chain(clip, adamw, *([_scaled(factors)] if factors else []))
+    return optax.chain(clip, adamw, *([_rule_scaled(settings.rule_factor)] if settings.rule_factor != 1 else []))
 
 
-def _scaled(factors: Mapping[str, float]) -> optax.GradientTransformation:
-    """Multiplies each update by the factors of all parts that its path contains."""
+def _rule_scaled(factor: float) -> optax.GradientTransformation:
+    """Multiplies the updates of the rule's own parameters."""
 
     def scale(path: Any, update: Array) -> Array:
-        name = jax.tree_util.keystr(path)
-        return update * math.prod(factor for part, factor in factors.items() if part in name)
+        return update * factor if "rule_module" in jax.tree_util.keystr(path) else update
 
     return optax.stateless(lambda updates, _: jax.tree_util.tree_map_with_path(scale, updates))
 

@@ -33,8 +33,7 @@ def prepare(settings: TrainSettings, model: AViT, mesh: Mesh, images: int, teach
     """
     steps = settings.steps(images)
     schedule = learning_rate_schedule(settings.optim, steps, epochs=settings.epochs, batch_size=settings.batch_size)
-    rule = model.config.halting
-    optimizer = make_optimizer(settings.optim, schedule, rule.learning_rate_factors if rule is not None else None)
+    optimizer = make_optimizer(settings.optim, schedule)
     state = state_shapes(model, optimizer, settings.optim.ema_decay)
     teacher_graphdef = None if teacher is None else nnx.graphdef(teacher)
     step = make_train_step(nnx.graphdef(model), optimizer, settings.step, mesh, state, teacher_graphdef)

@@ -12,6 +12,7 @@ from jaxtyping import Array
 
 from avit_jax.data.mix import augment_on_device
 from avit_jax.halting.image_mean import image_mean
+from avit_jax.model.config import rule_of_training
 from avit_jax.runtime.mesh import batch_sharding, replicated, state_shardings
 from avit_jax.train.objective import distillation_loss, objective_terms
 from avit_jax.train.optim import update_average
@@ -55,10 +56,15 @@ def build_train_step(
     def loss_function(params: nnx.State, batch: dict[str, Array], key: Array, teacher_state: Any) -> Any:
         model = nnx.merge(graphdef, params)
         output, trace, final = model.forward(batch["image"], nnx.Rngs(dropout=key).dropout())
-        teacher_logits = None
+        weight, rule = batch.get("weight"), rule_of_training(model.config)
+        teacher, teacher_logits = None, None
         if teacher_graphdef is not None:
-            teacher_logits = jax.lax.stop_gradient(nnx.merge(teacher_graphdef, teacher_state)(batch["image"]).logits)
-        weight, rule = batch.get("weight"), model.config.halting
+            instructor = nnx.merge(teacher_graphdef, teacher_state)
+            if rule is not None and rule.teacher_tokens:
+                teacher = jax.lax.stop_gradient(instructor.teach(batch["image"]))
+                teacher_logits = teacher.logits
+            else:
+                teacher_logits = jax.lax.stop_gradient(instructor(batch["image"]).logits)
 
         def classify(head_logits: Array, share: Array | None = None) -> Array:
             return distillation_loss(
@@ -73,7 +79,7 @@ def build_train_step(
             )
 
         own = settings.rule_loss.of(rule)
-        terms = objective_terms(rule, output.head_logits, trace, final, classify, own, weight)
+        terms = objective_terms(rule, output.head_logits, trace, final, classify, own, weight, teacher)
         total = sum(terms.values(), start=jnp.zeros(()))
         right = (output.logits.argmax(-1) == batch["label"]).astype(jnp.float32)
         # Logs have always had these two, also without a rule.
