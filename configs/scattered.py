@@ -1,4 +1,4 @@
-"""Scattered Fashion-MNIST, 56x56, patch 4, 197 tokens, 12 layers: each picture has one to three items among small pieces.
+"""Scattered Fashion-MNIST, 56x56, patch 4, 197 tokens, 12 layers: one to three items among small pieces.
 
     python train.py --config=configs/scattered.py:dense                the static model, from Fashion-MNIST's
 

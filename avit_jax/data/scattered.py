@@ -18,7 +18,7 @@ from avit_jax.runtime.files import expanded, shown
 FOLDER = "/usr/share/datasets/fashion-mnist"
 SIDE = 2  # a picture's height and width, in those of an item's image
 SCALES = (0.5, 1.5)  # least and most scale of an item
-OTHERS = 0.7  # the most scale of another item, as a part of the largest one's
+OTHERS = 0.7  # the most scale of another item, as a fraction of the largest one's
 MOST_ITEMS = 3
 PIECES = (4, 8)  # least and most pieces in a picture
 PIECE_SIDES = (3 / 14, 5 / 14)  # least and most side of a piece: 6 to 10 pixels of an item's 28
@@ -66,7 +66,7 @@ class ScatteredSplit:
         return len(self.items)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return {"image": self._painted(self.scene(index)), "label": self.labels[index]}
+        return {"image": self.paint(self.scene(index)), "label": self.labels[index]}
 
     def name(self, index: int) -> str:
         """The split and the number of the picture."""
@@ -108,7 +108,8 @@ class ScatteredSplit:
         left, top = draw.whole(0, SIDE * columns - width), draw.whole(0, SIDE * rows - height)
         return Placement(item, box, scale, left, top, width, height)
 
-    def _painted(self, scene: Scene) -> UInt8[np.ndarray, "h w 1"]:
+    def paint(self, scene: Scene) -> UInt8[np.ndarray, "h w 1"]:
+        """The picture of a scene, which may be another than those of the split."""
         rows, columns = self.items.images.shape[1:3]
         picture = np.zeros((SIDE * rows, SIDE * columns), np.uint8)
         for placed in (*scene.pieces, *scene.items):
@@ -139,9 +140,9 @@ class _Draw:
 
 
 def load_scattered(settings: DataSettings) -> Dataset[ScatteredSplit]:
-    """Pictures of the items of the idx folder settings.path (empty: Debian's Fashion-MNIST), as many as there are items.
+    """As many pictures as the idx folder settings.path has images; an empty path is that of Debian's Fashion-MNIST.
 
-    Training, validation and test pictures are made of training, validation and test items alone. Raises ValueError for
+    Each split of the folder's images makes a split of pictures, so no item is in two. Raises ValueError for
     a folder that is missing or does not hold what it should, and for images too small or too few.
     """
     path = str(expanded(settings.path or FOLDER))

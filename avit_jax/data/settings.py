@@ -17,14 +17,14 @@ class DataSettings(Settings):
 
     source: str = setting(
         "mnist",
-        "mnist, npz or idx: arrays in memory; folder or tfds: images that are read when they are needed; "
-        "scattered: pictures of several items of an idx folder, made when they are needed.",
+        "mnist, npz or idx: arrays in memory; folder or tfds: images read when they are needed; "
+        "scattered: pictures of several images of an idx folder.",
         choices=SOURCES,
     )
     path: str = setting(
         "",
-        "npz: the file; idx, folder: the folder; tfds: its data_dir, ~/tensorflow_datasets where it is empty; "
-        "scattered: the idx folder, /usr/share/datasets/fashion-mnist where it is empty.",
+        "npz: the file; idx, folder, scattered: the folder; tfds: its data_dir. Where it is empty: scattered: "
+        "Debian's Fashion-MNIST; tfds: ~/tensorflow_datasets.",
         resume="free",
     )
     name: str = setting("", "tfds: the data set, as imagenet2012 or cifar10:3.0.2.")
@@ -34,7 +34,8 @@ class DataSettings(Settings):
     )
     std: tuple[float, ...] = setting((), "Standard deviation by channel, of 0..1 pixels; () as for mean.")
     crop_fraction: float = setting(
-        0.875, "folder, tfds, scattered: the part of the resized image that evaluation sees; 0.875 is 224 of 256 pixels."
+        0.875,
+        "folder, tfds, scattered: the part of the resized image that evaluation sees; 0.875 is 224 of 256 pixels.",
     )
     interpolation: str = setting("bicubic", "How images are resized.", choices=INTERPOLATIONS)
     workers: int = setting(0, "Processes that read and augment images; 0: threads of this one.", resume="free")
