@@ -145,10 +145,10 @@ class MCTF(Reduction):
 
 
 def _is_count(value: Any) -> bool:
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and value >= 0
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and int(value) >= 0
 
 
-def _merges(r: float, tokens: int, num_special: int) -> int:
+def _merges(r: int | float, tokens: int, num_special: int) -> int:
     """How many tokens a layer merges; r: their number, or as a float their share of the patches."""
     patches = tokens - num_special
     number = int(r * patches) if isinstance(r, float) else r
