@@ -273,33 +273,29 @@ def test_gradients(sharpness: float) -> None:
 
 
 def test_the_gradient_of_the_reduced_attention_reaches_queries_and_keys() -> None:
-    """One layer that merges: the slope along queries and keys, with the groups and weights held fixed."""
-    block = Block(small_config(**NO_RULE), rngs=nnx.Rngs(0))
+    """One layer that merges: the slope along queries and keys, with the groups and their weights held fixed."""
+    graphdef, params = nnx.split(Block(small_config(**NO_RULE), rngs=nnx.Rngs(0)))
+    params["attn"]["qkv"]["kernel"][...] *= 10
+    step = jax.tree.map(jnp.zeros_like, params)
+    step["attn"]["qkv"]["kernel"][...] += jnp.asarray(RNG.normal(size=(16, 48)), jnp.float32).at[:, 32:].set(0)
     x = jnp.asarray(RNG.normal(size=(2, 14, 16)), jnp.float32)
-    direction, step = (jnp.asarray(RNG.normal(size=shape), jnp.float32) for shape in ((2, 10, 16), (16, 48)))
-    step = step.at[:, 32:].set(0)
+    direction = jnp.asarray(RNG.normal(size=(2, 10, 16)), jnp.float32)
+    size, reads = jnp.ones((2, 14)), frozenset({"attention_received"})
     rule = MCTF(4, (0,))
-    kernel = 10 * block.attn.qkv.kernel[...]
-    fixed: list[Groups] = []
 
-    def value(kernel: jax.Array, groups: Groups | None) -> jax.Array:
-        block.attn.qkv.kernel[...] = kernel
+    def chosen(facts: Any) -> Groups | None:
+        return rule.groups(Seen(before=x, size=size, **facts), layer=0, num_special=1)
 
-        def choose(facts: Any) -> Groups | None:
-            known = Seen(before=x, size=jnp.ones((2, 14)), **facts)
-            if groups is not None:
-                return groups
-            chosen = rule.groups(known, layer=0, num_special=1)
-            fixed.append(jax.lax.stop_gradient(chosen))
-            return chosen
+    def value(params: Any, choose: Any) -> jax.Array:
+        return (nnx.merge(graphdef, params).attend_reduced(x, None, None, None, reads, choose)[0] * direction).sum()
 
-        return (block.attend_reduced(x, None, None, None, rule.reads - {"before", "size"}, choose)[0] * direction).sum()
-
-    value(kernel, None)
-    found = jax.grad(lambda k: value(k, None))(kernel)
-    high, low = (value(kernel + s * step, fixed[0]) for s in (1e-2, -1e-2))
-    np.testing.assert_allclose((found * step).sum(), (high - low) / 2e-2, rtol=1e-2)
-    assert abs(float((high - low) / 2e-2)) > 0.1
+    _, groups = nnx.merge(graphdef, params).attend_reduced(x, None, None, None, reads, chosen)
+    found = jax.grad(value)(params, chosen)
+    slope = sum(jax.tree.leaves(jax.tree.map(lambda g, d: float((g * d).sum()), found, step)))
+    ends = (jax.tree.map(lambda p, d, s=s: p + s * d, params, step) for s in (1e-2, -1e-2))
+    high, low = (float(value(end, lambda facts: groups)) for end in ends)
+    np.testing.assert_allclose(slope, (high - low) / 2e-2, rtol=1e-2)
+    assert abs(slope) > 0.1
 
 
 def test_levels_are_monotone_and_fine() -> None:

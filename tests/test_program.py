@@ -86,7 +86,7 @@ def test_shrinking_without_a_rule_shortens_the_last_layer() -> None:
         found, expected = short(images), whole(images)
         np.testing.assert_allclose(found.logits, expected.logits, atol=1e-6 * float(np.abs(expected.logits).max()))
         np.testing.assert_array_equal(found.token_depth, expected.token_depth)
-        assert (short.executed(depth, 3).gmacs < whole.executed(depth, 3).gmacs) == saves
+        assert (short.executed(depth, 3).gmacs < 0.99 * whole.executed(depth, 3).gmacs) == saves
 
 
 def test_later_changes_of_the_model_do_not_reach_the_program() -> None:

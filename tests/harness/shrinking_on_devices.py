@@ -1,4 +1,4 @@
-"""Run by test_shrinking.py with eight devices: logits and gradients of merging models over a mesh against one device."""
+"""Run by test_shrinking.py with eight devices: logits and gradients over a mesh against one device."""
 
 import sys
 from pathlib import Path
