@@ -12,6 +12,7 @@ from avit_jax.halting.confidence import ConfidenceExit
 from avit_jax.model.config import AViTConfig, Preprocessing
 from avit_jax.model.presets import PRESETS
 from avit_jax.model.vit import AViT, AViTOutput, create
+from avit_jax.reduction.mctf import MCTF
 from avit_jax.reduction.tome import ToMe
 from avit_jax.train.gate_start import start_gate
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"  # pyproject.toml reads it here
 
 __all__ = [
+    "MCTF",
     "PRESETS",
     "AViT",
     "AViTConfig",

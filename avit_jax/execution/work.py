@@ -135,12 +135,17 @@ def shrinking_gmacs(config: AViTConfig, *, short_last_layer: bool) -> float:
 
 
 def executed_shrinking_gmacs(config: AViTConfig) -> float:
-    """10^9 multiply-adds of an image in shrinking execution: a short last layer, and the rule's matching."""
+    """10^9 multiply-adds of an image in shrinking execution: a short last layer, and what papers leave out."""
     rule = config.reduction
     matching = () if rule is None else rule.matching_macs(config)
     if shortens_last_layer(config, rule) and rule is not None and rule.place != "before the layer":
         matching = matching[:-1]  # the short last layer reduces nothing
-    return shrinking_gmacs(config, short_last_layer=True) + sum(matching) / 1e9
+    mixing = 0
+    if rule is not None and rule.place == "before the values":
+        # Attention.mixed weights the values of all tokens that enter, papers those that leave.
+        counts = rule.counts(config)
+        mixing = config.embed_dim * sum(n**2 - k**2 for n, k in zip((config.num_tokens, *counts), counts, strict=False))
+    return shrinking_gmacs(config, short_last_layer=True) + (sum(matching) + mixing) / 1e9
 
 
 def packed_gmacs(
