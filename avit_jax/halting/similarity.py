@@ -44,14 +44,14 @@ class Similarity(Halting):
     advice: ClassVar[str] = "lower thresholds let tokens stop earlier"
 
     def __post_init__(self) -> None:
-        several = isinstance(self.thresholds, tuple | list)
-        for value in self.thresholds if isinstance(self.thresholds, tuple | list) else (self.thresholds,):
-            if isinstance(value, bool) or not isinstance(value, numbers.Real) or not -2 <= value <= 2:
-                raise ValueError(
-                    f"thresholds is {self.thresholds!r}: give a number from -2 to 2, or a tuple with one per layer"
-                )
-        plain = tuple(map(float, self.thresholds)) if several else float(self.thresholds)  # type: ignore[arg-type]
-        object.__setattr__(self, "thresholds", plain)  # JSON has no NumPy numbers
+        given = self.thresholds if isinstance(self.thresholds, tuple | list) else (self.thresholds,)
+        numeric = all(isinstance(value, numbers.Real) and not isinstance(value, bool) for value in given)
+        if not given or not numeric or not all(-2 <= value <= 2 for value in given):
+            raise ValueError(
+                f"thresholds is {self.thresholds!r}: give a number from -2 to 2, or a tuple with one per layer"
+            )
+        plain = tuple(map(float, given))  # JSON has no NumPy numbers
+        object.__setattr__(self, "thresholds", plain if given is self.thresholds else plain[0])
         if self.form not in FORMS:
             raise ValueError(f"form is {self.form!r}: choose one of {', '.join(FORMS)}")
 
