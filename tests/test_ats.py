@@ -15,6 +15,7 @@ from avit_jax.halting.ats import sampled
 from avit_jax.model.config import NO_RULE
 from avit_jax.rules import parse_rule, rule_from_json, rule_to_json
 from tests.harness.builders import answers, small_config, spread_gate
+from tests.harness.stopping_rules import untyped
 
 DATA = Path(__file__).parent / "data" / "methods"
 ARCHITECTURE = ("image_size", "patch_size", "embed_dim", "depth", "num_heads", "num_classes")
@@ -104,8 +105,8 @@ def test_text_json_and_plain_numbers() -> None:
     assert parse_rule("ats") == ATS() and parse_rule("ats(samples=8, layers=[6, 3])") == ATS(8, (3, 6))
     for rule in (ATS(), ATS(8, ()), ATS(layers=(3, 9))):
         assert rule_from_json(json.loads(json.dumps(rule_to_json(rule)))) == rule
-    numpy: Any = (np.int64(8), (np.int64(3),))
-    assert json.dumps(rule_to_json(ATS(*numpy))) == json.dumps(rule_to_json(ATS(8, (3,))))
+    numpy = untyped(ATS, samples=np.int64(8), layers=(np.int64(3),))
+    assert json.dumps(rule_to_json(numpy)) == json.dumps(rule_to_json(ATS(8, (3,))))
     assert ATS(8, (3, 6)).describe() == "ATS, 8 samples in layers (3, 6)"
 
 

@@ -12,6 +12,7 @@ from avit_jax.halting.mass import largest
 from avit_jax.model.config import NO_RULE
 from avit_jax.rules import parse_rule, rule_from_json, rule_to_json
 from tests.harness.builders import answers, small_config, spread_gate
+from tests.harness.stopping_rules import untyped
 
 
 @pytest.mark.parametrize(
@@ -62,8 +63,8 @@ def test_text_json_and_plain_numbers() -> None:
     assert parse_rule("mass(share=0.9, layers=[6, 3])") == AttentionMass(0.9, (3, 6))
     for rule in (AttentionMass(0.5), AttentionMass(1.0, ())):
         assert rule_from_json(json.loads(json.dumps(rule_to_json(rule)))) == rule
-    numpy: Any = (np.float32(0.5), (np.int64(3),))
-    assert json.dumps(rule_to_json(AttentionMass(*numpy))) == json.dumps(rule_to_json(AttentionMass(0.5, (3,))))
+    numpy = untyped(AttentionMass, share=np.float32(0.5), layers=(np.int64(3),))
+    assert json.dumps(rule_to_json(numpy)) == json.dumps(rule_to_json(AttentionMass(0.5, (3,))))
     assert AttentionMass(0.9).describe() == "attention mass 0.9 in layers (3, 6, 9)"
 
 

@@ -16,6 +16,7 @@ from avit_jax.model.seen import Seen
 from avit_jax.rules import parse_rule, rule_from_json, rule_to_json
 from tests.harness.builders import answers, small_config, spread_gate
 from tests.harness.numpy_removal import Layer, remove_tokens
+from tests.harness.stopping_rules import untyped
 
 IMAGES = np.random.default_rng(0).normal(size=(7, 16, 16, 2)).astype(np.float32)
 
@@ -88,8 +89,8 @@ def test_text_json_and_plain_numbers() -> None:
     assert parse_rule("similarity(thresholds=[0.5, 1], form='image')") == Similarity((0.5, 1.0), "image")
     for rule in (Similarity(0.9), Similarity((0.5, 0.75), "image")):
         assert rule_from_json(json.loads(json.dumps(rule_to_json(rule)))) == rule
-    numpy: Any = (np.float32(0.5), np.float64(1))
-    assert json.dumps(rule_to_json(Similarity(numpy))) == json.dumps(rule_to_json(Similarity((0.5, 1.0))))
+    numpy = untyped(Similarity, thresholds=(np.float32(0.5), np.float64(1)), form="token")
+    assert json.dumps(rule_to_json(numpy)) == json.dumps(rule_to_json(Similarity((0.5, 1.0))))
     assert dataclasses.replace(Similarity(0.9), form="image").describe() == "similarity of each image above 0.9"
 
 
