@@ -61,7 +61,7 @@ class AttentionMass(Halting):
 
     def levels(self, model: Any, images: Float[Array | np.ndarray, "b h w c"]) -> Callable[[float], "AttentionMass"]:
         """Share 1 - (1 - level)^4: small steps near 1, where a few patches have nearly all the attention."""
-        return lambda level: dataclasses.replace(self, share=1 - (1 - level) ** 4)
+        return lambda level: dataclasses.replace(self, share=1.0 - (1 - level) ** 4)
 
     def initial(self, batch: int, config: Any, draw: Keys | None = None) -> State:
         """All tokens active, the special ones marked."""
