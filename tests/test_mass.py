@@ -52,7 +52,7 @@ def test_levels_go_from_one_patch_to_the_static_model() -> None:
     assert rule_at(0.0) == AttentionMass(0.0, (0, 2)) and rule_at(1.0) == AttentionMass(1.0, (0, 2))
     depth = [
         np.asarray(answers(model.with_config(rule=rule_at(level)), images).token_depth)
-        for level in (0, 0.1, 0.3, 0.5, 0.7, 1)
+        for level in (0.0, 0.1, 0.3, 0.5, 0.7, 1.0)
     ]
     np.testing.assert_array_equal((depth[0] == 4).sum(1), 2)  # the class token and one patch
     means = [float(values.mean()) for values in depth]

@@ -70,6 +70,14 @@ def test_neutral_settings_are_the_static_model(name: str) -> None:
 
 
 @every_rule
+def test_the_last_layer_of_packed_execution_is_as_short_as_without_a_rule(name: str) -> None:
+    neutral = dataclasses.replace(RULES[name], **RULES[name].neutral)
+    depth = np.full((5, 17), DEPTH)
+    work = [compile_packed(made(rule), 5).executed(depth, 5).gmacs for rule in (neutral, None)]
+    assert work[0] == pytest.approx(work[1])
+
+
+@every_rule
 def test_an_image_does_not_depend_on_its_batch(name: str) -> None:
     model = made(RULES[name])
     together = answers(model, IMAGES)

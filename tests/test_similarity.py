@@ -79,7 +79,7 @@ def test_work_rises_with_the_level_of_tokens() -> None:
     model = static()
     rule_at = Similarity(0.5).levels(model, IMAGES)
     depth = [
-        float(np.mean(answers(model.with_config(rule=rule_at(level)), IMAGES).token_depth))
+        np.asarray(answers(model.with_config(rule=rule_at(level)), IMAGES).token_depth).mean()
         for level in (0.0, 0.3, 0.6, 0.9, 1.0)
     ]
     assert depth == sorted(set(depth)) and depth[-1] == 5

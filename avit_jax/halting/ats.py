@@ -16,6 +16,7 @@ from avit_jax.halting.patches import (
     check_class_attention,
     marked_state,
     plain_layers,
+    stop_all,
     stop_patches,
 )
 from avit_jax.halting.rule import Halting, State, Trace
@@ -50,6 +51,7 @@ class ATS(Halting):
     sweeps: ClassVar[tuple[str, ...]] = ("samples",)
     neutral: ClassVar[Mapping[str, Any] | None] = {"layers": ()}
     reads: ClassVar[frozenset[str]] = frozenset({"class_attention", "value_norm"})
+    reads_last_layer: ClassVar[bool] = False
     advice: ClassVar[str] = "fewer samples let more patches stop"
 
     def __post_init__(self) -> None:
@@ -100,6 +102,8 @@ class ATS(Halting):
         module: Any = None,
     ) -> tuple[State, Trace]:
         """The state after a layer; nothing is recorded."""
+        if is_last is True:  # packed execution may compute only the tokens of the heads there
+            return stop_all(state, seen), Trace()
         assert seen.class_attention is not None
         assert seen.value_norm is not None
         acts = layer >= 3 if self.layers is None else acts_in(self.layers, layer)

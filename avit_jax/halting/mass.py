@@ -16,6 +16,7 @@ from avit_jax.halting.patches import (
     check_class_attention,
     marked_state,
     plain_layers,
+    stop_all,
     stop_patches,
 )
 from avit_jax.halting.rule import Halting, State, Trace
@@ -43,6 +44,7 @@ class AttentionMass(Halting):
     sweeps: ClassVar[tuple[str, ...]] = ("share",)
     neutral: ClassVar[Mapping[str, Any] | None] = {"share": 1.0}
     reads: ClassVar[frozenset[str]] = frozenset({"class_attention"})
+    reads_last_layer: ClassVar[bool] = False
     advice: ClassVar[str] = "a lower share lets more patches stop"
 
     def __post_init__(self) -> None:
@@ -77,6 +79,8 @@ class AttentionMass(Halting):
         module: Any = None,
     ) -> tuple[State, Trace]:
         """The state after a layer; nothing is recorded."""
+        if is_last is True:  # packed execution may compute only the tokens of the heads there
+            return stop_all(state, seen), Trace()
         assert seen.class_attention is not None
         stops = jnp.zeros_like(state.active)
         if self.share < 1:  # at 1, rounding must not decide

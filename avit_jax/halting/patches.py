@@ -29,6 +29,11 @@ def stop_patches(state: State, seen: Seen, stops: Bool[Array, "b n"], is_last: B
     return keep_last(state, seen, goes_on)
 
 
+def stop_all(state: State, seen: Seen) -> State:
+    """The state after the last layer, of which a rule that stops patches needs no facts."""
+    return keep_last(state, seen, jnp.zeros_like(state.active))
+
+
 def plain_layers(rule: str, layers: Any) -> tuple[int, ...]:
     """Layers, from 0, as a sorted tuple of plain integers. Raises ValueError, naming the rule, for anything else."""
     wrong = ValueError(f"{rule}'s layers are {layers!r}: give different whole numbers from 0, such as (3, 6, 9)")

@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from avit_jax.halting.patches import active_patches, marked_state, stop_patches
+from avit_jax.halting.patches import active_patches, marked_state, stop_all, stop_patches
 from avit_jax.halting.rule import Halting, State, Trace, keep_last
 from avit_jax.model.rule import Keys
 from avit_jax.model.seen import Seen
@@ -41,6 +41,7 @@ class Similarity(Halting):
     sweeps: ClassVar[tuple[str, ...]] = ("thresholds",)
     neutral: ClassVar[Mapping[str, Any] | None] = {"thresholds": 2.0}
     reads: ClassVar[frozenset[str]] = frozenset({"before"})
+    reads_last_layer: ClassVar[bool] = False
     advice: ClassVar[str] = "lower thresholds let tokens stop earlier"
 
     def __post_init__(self) -> None:
@@ -113,6 +114,8 @@ class Similarity(Halting):
         module: Any = None,
     ) -> tuple[State, Trace]:
         """The state after a layer; "similarity" is recorded for every token."""
+        if is_last is True:  # packed execution may compute only the tokens of the heads there
+            return stop_all(state, seen), Trace(of_tokens={"similarity": jnp.zeros(state.active.shape)})
         assert seen.tokens is not None
         assert seen.before is not None
         similarity = jax.lax.stop_gradient(centred_cosine(seen.tokens, seen.before))
