@@ -8,7 +8,10 @@ from avit_jax.data.preprocessing import preprocess
 from avit_jax.execution.packed import PackedModel, compile_packed
 from avit_jax.execution.plan import PackedPlan, plan_packed
 from avit_jax.execution.program import compile
+from avit_jax.halting.ats import ATS
 from avit_jax.halting.confidence import ConfidenceExit
+from avit_jax.halting.mass import AttentionMass
+from avit_jax.halting.similarity import Similarity
 from avit_jax.model.config import AViTConfig, Preprocessing
 from avit_jax.model.presets import PRESETS
 from avit_jax.model.vit import AViT, AViTOutput, create
@@ -23,14 +26,17 @@ __version__ = "0.1.0"  # pyproject.toml reads it here
 
 __all__ = [
     "MCTF",
+    "ATS",
     "PRESETS",
     "AViT",
     "AViTConfig",
     "AViTOutput",
+    "AttentionMass",
     "ConfidenceExit",
     "PackedModel",
     "PackedPlan",
     "Preprocessing",
+    "Similarity",
     "ToMe",
     "__version__",
     "compile",

@@ -6,9 +6,12 @@ import typing
 from collections.abc import Iterable
 from typing import Any
 
+from avit_jax.halting.ats import ATS
 from avit_jax.halting.avit import AViTGate
 from avit_jax.halting.confidence import ConfidenceExit
+from avit_jax.halting.mass import AttentionMass
 from avit_jax.halting.rule import Halting
+from avit_jax.halting.similarity import Similarity
 from avit_jax.reduction.groups import Reduction
 from avit_jax.reduction.mctf import MCTF
 from avit_jax.reduction.tome import ToMe
@@ -17,6 +20,7 @@ from avit_jax.runtime.json_fields import typed_fields
 from avit_jax.runtime.settings import Settings
 
 RULES: dict[str, Any] = {rule.name: rule for rule in (AViTGate, ConfidenceExit, MCTF, ToMe)}
+RULES: dict[str, Any] = {rule.name: rule for rule in (ATS, AViTGate, AttentionMass, ConfidenceExit, Similarity, ToMe)}
 _MOST_TEXT = 1000  # characters of a rule on the command line
 
 

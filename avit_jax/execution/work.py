@@ -11,7 +11,6 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from avit_jax.model.config import AViTConfig
-from avit_jax.model.seen import WHOLE_LAYER
 from avit_jax.reduction.groups import Place, Reduction
 
 
@@ -157,7 +156,7 @@ def packed_gmacs(
     """
     rule, padded = config.halting, tokens.astype(np.float64)
     first = np.asarray(block_macs(padded[:, :-1], config.embed_dim, config.mlp_dim)).sum()
-    if config.pool != "token" or (rule is not None and rule.reads & WHOLE_LAYER):
+    if config.pool != "token" or (rule is not None and rule.reads_last_layer):
         last = block_macs(padded[:, -1], config.embed_dim, config.mlp_dim)
     else:
         last = last_block_macs(padded[:, -1], config.num_outputs, config.embed_dim, config.mlp_dim)
