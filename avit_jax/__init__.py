@@ -12,7 +12,9 @@ from avit_jax.halting.confidence import ConfidenceExit
 from avit_jax.model.config import AViTConfig, Preprocessing
 from avit_jax.model.presets import PRESETS
 from avit_jax.model.vit import AViT, AViTOutput, create
+from avit_jax.reduction.positions import PositionDepths, position_depths
 from avit_jax.reduction.tome import ToMe
+from avit_jax.reduction.topk import EViT, RandomDrop, TopK
 from avit_jax.train.gate_start import start_gate
 
 if TYPE_CHECKING:
@@ -26,10 +28,14 @@ __all__ = [
     "AViTConfig",
     "AViTOutput",
     "ConfidenceExit",
+    "EViT",
     "PackedModel",
     "PackedPlan",
+    "PositionDepths",
     "Preprocessing",
+    "RandomDrop",
     "ToMe",
+    "TopK",
     "__version__",
     "compile",
     "compile_packed",
@@ -37,6 +43,7 @@ __all__ = [
     "from_torch_state_dict",
     "load",
     "plan_packed",
+    "position_depths",
     "preprocess",
     "save",
     "save_torch",
