@@ -13,8 +13,9 @@ from avit_jax.model.config import AViTConfig, Preprocessing
 from avit_jax.model.presets import PRESETS
 from avit_jax.model.vit import AViT, AViTOutput, create
 from avit_jax.reduction.positions import PositionDepths, position_depths
+from avit_jax.reduction.random_drop import RandomDrop
 from avit_jax.reduction.tome import ToMe
-from avit_jax.reduction.topk import EViT, RandomDrop, TopK
+from avit_jax.reduction.topk import EViT, TopK
 from avit_jax.train.gate_start import start_gate
 
 if TYPE_CHECKING:

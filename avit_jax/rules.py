@@ -11,8 +11,9 @@ from avit_jax.halting.confidence import ConfidenceExit
 from avit_jax.halting.rule import Halting
 from avit_jax.reduction.groups import Reduction
 from avit_jax.reduction.positions import PositionDepths
+from avit_jax.reduction.random_drop import RandomDrop
 from avit_jax.reduction.tome import ToMe
-from avit_jax.reduction.topk import EViT, RandomDrop, TopK
+from avit_jax.reduction.topk import EViT, TopK
 from avit_jax.runtime.files import shown
 from avit_jax.runtime.json_fields import typed_fields
 from avit_jax.runtime.settings import Settings

@@ -60,7 +60,7 @@ def in_numpy(model: AViT, image: np.ndarray, rule: Any) -> Result:
         patches = tokens[special:]
         if isinstance(rule, RandomDrop):
             key = jax.random.fold_in(image_keys(jnp.asarray(image[None]))[0], layer)
-            scores = np.asarray(jax.random.uniform(jax.random.fold_in(key, rule.seed), (len(patches),)))
+            scores = np.asarray(jax.random.uniform(jax.random.fold_in(key, rule.seed), (len(tokens),)))[special:]
         else:
             scores = class_attention[special:]
         kept = math.ceil(round(rates[layer] * len(patches), 6))
@@ -200,10 +200,10 @@ def test_permuted_patches(kind: Any) -> None:
 
 
 def test_gradients() -> None:
-    """Finite where one patch is left, and along a random direction the slope of a loss."""
-    model = dense(pool="norm_mean")
+    """Finite where one patch is left, and along a direction the slope of a loss, by steps that change no choice."""
+    model, rng = dense(pool="norm_mean"), np.random.default_rng(5)
     graphdef, params = nnx.split(model)
-    direction = jax.tree.map(lambda p: jnp.asarray(RNG.normal(size=p.shape), jnp.float32), params)
+    direction = jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape), jnp.float32), params)
     for rule in (EViT(0.4, (0,)), EViT(1e-9, (0, 1, 2)), TopK(1e-9, (0, 1))):
 
         @jax.jit
@@ -219,7 +219,7 @@ def test_gradients() -> None:
         _, found = function(params)
         assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(found))
         slope = sum(jax.tree.leaves(jax.tree.map(lambda g, d: float((g * d).sum()), found, direction)))
-        np.testing.assert_allclose(slope, (value_at(1e-4) - value_at(-1e-4)) / 2e-4, rtol=2e-2)
+        np.testing.assert_allclose(slope, (value_at(2e-5) - value_at(-2e-5)) / 4e-5, rtol=1e-2)
 
 
 def test_gradients_go_through_the_weights_and_not_through_the_choice() -> None:

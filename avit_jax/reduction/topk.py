@@ -1,4 +1,4 @@
-"""Rules that keep a fixed share of the patches: top-k, EViT (arXiv 2202.07800), and random drop as their control."""
+"""Rules that keep the patches with the highest class attention: top-k, and EViT (arXiv 2202.07800)."""
 
 import dataclasses
 import math
@@ -23,8 +23,7 @@ class TopK(Reduction):
     The other patches are dropped between attention and MLP. The class attention of a patch is the weight that the class
     token's query gives its key, as a mean over the heads; in a distilled model also over the distillation token's.
     Ties go to the patch that comes first. keep_rate may also be a tuple with one number for each of `layers`, which
-    count from 0. The rule has no parameters, and no gradient goes through the choice. arXiv 2308.04657 compares it
-    with others.
+    count from 0. No parameters, and no gradient through the choice. It is EViT without its fused token.
 
     Raises ValueError unless every keep_rate is above 0 and at most 1, and layers are whole numbers in ascending order.
     """
@@ -40,32 +39,28 @@ class TopK(Reduction):
     fuses: ClassVar[bool] = False  # whether the dropped tokens become one more token
 
     def __post_init__(self) -> None:
-        kind = type(self).__name__
-        for name in ("keep_rate", "layers"):
-            if isinstance(getattr(self, name), list):  # from JSON; a tuple can be hashed
-                object.__setattr__(self, name, tuple(getattr(self, name)))
-        rates, layers = self.keep_rate if isinstance(self.keep_rate, tuple) else (self.keep_rate,), self.layers
-        if not all(_is_a(numbers.Real, rate) and 0 < rate <= 1 for rate in rates):
+        kind, rates, layers = type(self).__name__, self.keep_rate, self.layers
+        single = not isinstance(rates, tuple | list)
+        rates = (rates,) if single else rates
+        if not all(is_a(numbers.Real, rate) and 0 < rate <= 1 for rate in rates):
             raise ValueError(
-                f"{kind}'s keep_rate is {self.keep_rate!r}: give a number above 0 and at most 1, or a tuple with one "
-                "for each of its layers"
+                f"{kind}'s keep_rate is {self.keep_rate!r}: give a number above 0 and at most 1, or one for each layer"
             )
-        whole = isinstance(layers, tuple) and all(_is_a(numbers.Integral, layer) for layer in layers)
+        whole = isinstance(layers, tuple | list) and all(is_a(numbers.Integral, layer) for layer in layers)
         if not whole or not layers or min(layers) < 0 or list(layers) != sorted(set(layers)):
             raise ValueError(f"{kind}'s layers are {layers!r}: give whole numbers from 0, in ascending order")
-        if isinstance(self.keep_rate, tuple) and len(rates) != len(layers):
+        if not single and len(rates) != len(layers):
             raise ValueError(
                 f"{kind}'s keep_rate has {len(rates)} numbers and layers has {len(layers)}: give one for each layer, "
                 "or a single number"
             )
-        plain = tuple(map(float, rates)) if isinstance(self.keep_rate, tuple) else float(self.keep_rate)
-        object.__setattr__(self, "keep_rate", plain)  # JSON has no NumPy numbers
+        # JSON has lists, which cannot be hashed, and no NumPy numbers.
+        object.__setattr__(self, "keep_rate", float(rates[0]) if single else tuple(map(float, rates)))
         object.__setattr__(self, "layers", tuple(map(int, layers)))
 
     def describe(self) -> str:
         """The settings, such as "top-k, keep_rate 0.7 in layers 3, 6, 9"."""
-        rates = self.keep_rate if isinstance(self.keep_rate, tuple) else (self.keep_rate,)
-        said = ", ".join(f"{rate:g}" for rate in rates)
+        said = ", ".join(f"{rate:g}" for rate in np.atleast_1d(self.keep_rate))
         return f"{self.label}, keep_rate {said} in layers {', '.join(map(str, self.layers))}"
 
     def counts(self, config: Any) -> tuple[int, ...]:
@@ -85,17 +80,18 @@ class TopK(Reduction):
                 f"{kind} reads the class token's attention and the model has no class token: choose another rule, "
                 "such as RandomDrop or ToMe"
             )
-        counts, tokens, found = [], config.num_tokens, self._numbers(config.num_tokens - config.num_special)
+        steps = self._steps(config.num_tokens - config.num_special)
+        counts, tokens = [], config.num_tokens
         for layer in range(config.depth):
-            there, kept = found.get(layer, (0, 0))
-            tokens -= there - self._with_fused(kept, there)
+            if layer in steps:
+                tokens = config.num_special + self._with_fused(*steps[layer])
             counts.append(tokens)
         return tuple(counts)
 
     def acts_in(self, config: Any) -> tuple[int, ...]:
-        """The layers that drop tokens, from 0. One dropped token that is fused leaves the count as it is."""
-        found = self._numbers(config.num_tokens - config.num_special)
-        return tuple(layer for layer, (there, kept) in found.items() if kept < there)
+        """The layers that drop tokens, from 0. If only one is dropped, and fused, the count stays as it is."""
+        steps = self._steps(config.num_tokens - config.num_special)
+        return tuple(layer for layer, (kept, there) in steps.items() if kept < there)
 
     def levels(self, model: Any, images: Float[Array | np.ndarray, "b h w c"]) -> Callable[[float], "TopK"]:
         """Level is the keep_rate, with patches counted so that two layers seldom lose one at the same level.
@@ -118,35 +114,33 @@ class TopK(Reduction):
         self, seen: Seen, *, layer: int, num_special: int, draw: Keys | None = None, module: Any = None
     ) -> Groups | None:
         """The tokens that stay after a layer (from 0), in their order, and the fused one; None if all stay."""
-        size = seen.size
-        if size is None:
-            raise ValueError(f"{type(self).__name__} needs size of a layer: compute what its `reads` names")
-        there = size.shape[1] - num_special
+        if missing := sorted(name for name in self.reads if getattr(seen, name) is None):
+            raise ValueError(f"{type(self).__name__} needs {missing[0]} of a layer: compute what its `reads` names")
+        assert seen.size is not None
+        there = seen.size.shape[1] - num_special
         kept = _kept(self._rates()[layer], there)
         if kept == there:
             return None
-        scores = self._scores(seen, num_special, draw)
-        return _groups(scores, kept, size, seen.class_attention if self.fuses else None)
+        scores = self._scores(seen, draw)[:, num_special:]
+        return _groups(scores, kept, seen.size, seen.class_attention if self.fuses else None)
 
-    def _scores(self, seen: Seen, num_special: int, draw: Keys | None) -> Float[Array, "b p"]:
-        """A score for each patch; the highest ones stay."""
-        if seen.class_attention is None:
-            raise ValueError(f"{type(self).__name__} needs class_attention of a layer: compute what its `reads` names")
-        return seen.class_attention[:, num_special:]
+    def _scores(self, seen: Seen, draw: Keys | None) -> Float[Array, "b n"]:
+        """A score for each token; of the patches, those with the highest ones stay."""
+        assert seen.class_attention is not None
+        return seen.class_attention
 
     def _rates(self) -> dict[int, float]:
-        """The keep_rate of each layer that has one."""
+        """The keep_rate of each of `layers`."""
         rates = self.keep_rate if isinstance(self.keep_rate, tuple) else (self.keep_rate,) * len(self.layers)
         return dict(zip(self.layers, rates, strict=True))
 
-    def _numbers(self, patches: int) -> dict[int, tuple[int, int]]:
-        """For each of `layers`: how many tokens besides the special ones are there, and how many of them are kept."""
-        found, there = {}, patches
+    def _steps(self, patches: int) -> dict[int, tuple[int, int]]:
+        """For each of `layers`, how many tokens are kept of how many that are there, without the special ones."""
+        steps, there = {}, patches
         for layer, rate in self._rates().items():
-            kept = _kept(rate, there)
-            found[layer] = there, kept
-            there = self._with_fused(kept, there)
-        return found
+            steps[layer] = _kept(rate, there), there
+            there = self._with_fused(*steps[layer])
+        return steps
 
     def _with_fused(self, kept: int, there: int) -> int:
         return kept + (self.fuses and kept < there)
@@ -168,38 +162,8 @@ class EViT(TopK):
     fuses: ClassVar[bool] = True
 
 
-@dataclasses.dataclass(frozen=True)
-class RandomDrop(TopK):
-    """TopK with uniform random numbers for class attention: what it is worth to choose.
-
-    At inference the numbers follow from the image's pixels, the layer and `seed`, so an image has the same draw in
-    every batch. The mean over several seeds is the mean over draws.
-
-    Raises ValueError unless seed is a whole number from 0 and below 2^31, and as TopK does.
-    """
-
-    seed: int = 0
-
-    name: ClassVar[str] = "random"
-    label: ClassVar[str] = "random drop"
-    reads: ClassVar[frozenset[str]] = frozenset({"size"})
-    draws: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not _is_a(numbers.Integral, self.seed) or not 0 <= self.seed < 2**31:
-            raise ValueError(f"RandomDrop's seed is {self.seed!r}: give a whole number from 0 and below 2^31")
-        object.__setattr__(self, "seed", int(self.seed))
-
-    def _scores(self, seen: Seen, num_special: int, draw: Keys | None) -> Float[Array, "b p"]:
-        if draw is None:
-            raise ValueError("RandomDrop needs a random key for each image: pass draw")
-        assert seen.size is not None
-        patches = seen.size.shape[1] - num_special
-        return jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, self.seed), (patches,)))(draw)
-
-
-def _is_a(kind: type, value: Any) -> bool:
+def is_a(kind: type, value: Any) -> bool:
+    """Whether a value is a number of this kind; True and False are none."""
     return isinstance(value, kind) and not isinstance(value, bool)
 
 
