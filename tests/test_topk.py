@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import math
+import types
 from pathlib import Path
 from typing import Any
 
@@ -257,7 +258,7 @@ def test_levels(kind: Any) -> None:
     config = small_config(
         image_size=28, in_channels=1, embed_dim=64, depth=12, num_heads=4, num_classes=10, rule=kind(0.7)
     )
-    rule = config.rule.levels(AViT(config, rngs=nnx.Rngs(0)), IMAGES)
+    rule = config.rule.levels(types.SimpleNamespace(config=config), IMAGES)
     fused = kind.fuses
     assert rule(0.0).counts(config) == (50,) * 3 + (2 + fused,) * 9
     assert rule(1.0).counts(config) == (50,) * 12 and rule(1.0).acts_in(config) == ()

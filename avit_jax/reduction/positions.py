@@ -79,12 +79,14 @@ class PositionDepths(Reduction):
         return tuple(config.num_special + count for count in left)
 
     def levels(self, model: Any, images: Float[Array | np.ndarray, "b h w c"]) -> Callable[[float], "PositionDepths"]:
-        """Level changes shift. At level 0 all patches stop after layer 1, if no head reads them, and at 1 none stops.
+        """Level changes shift. At level 0 all patches stop after layer 1, and at level 1 none stops before the last.
 
-        Patches of equal depth stop together.
+        If the head reads patches, the deepest ones run through all layers at level 0 too. Patches of equal depth stop
+        together.
         """
         config = model.config
-        least = (1 if config.pool == "token" else config.depth) - float(np.max(self.depths))
+        lowest = 1 if config.pool == "token" else config.depth - 0.499  # the latter is rounded up
+        least = lowest - float(np.max(self.depths))
         most = config.depth - float(np.min(self.depths))
 
         def at(level: float) -> PositionDepths:
