@@ -16,7 +16,10 @@ from avit_jax.model.config import AViTConfig, Preprocessing
 from avit_jax.model.presets import PRESETS
 from avit_jax.model.vit import AViT, AViTOutput, create
 from avit_jax.reduction.mctf import MCTF
+from avit_jax.reduction.positions import PositionDepths, position_depths
+from avit_jax.reduction.random_drop import RandomDrop
 from avit_jax.reduction.tome import ToMe
+from avit_jax.reduction.topk import EViT, TopK
 from avit_jax.train.gate_start import start_gate
 
 if TYPE_CHECKING:
@@ -33,11 +36,15 @@ __all__ = [
     "AViTOutput",
     "AttentionMass",
     "ConfidenceExit",
+    "EViT",
     "PackedModel",
     "PackedPlan",
+    "PositionDepths",
     "Preprocessing",
     "Similarity",
+    "RandomDrop",
     "ToMe",
+    "TopK",
     "__version__",
     "compile",
     "compile_packed",
@@ -45,6 +52,7 @@ __all__ = [
     "from_torch_state_dict",
     "load",
     "plan_packed",
+    "position_depths",
     "preprocess",
     "save",
     "save_torch",
