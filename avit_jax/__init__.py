@@ -8,7 +8,9 @@ from avit_jax.data.preprocessing import preprocess
 from avit_jax.execution.packed import PackedModel, compile_packed
 from avit_jax.execution.plan import PackedPlan, plan_packed
 from avit_jax.execution.program import compile
+from avit_jax.halting.act import ACT
 from avit_jax.halting.confidence import ConfidenceExit
+from avit_jax.halting.pondernet import PonderNet
 from avit_jax.model.config import AViTConfig, Preprocessing
 from avit_jax.model.presets import PRESETS
 from avit_jax.model.vit import AViT, AViTOutput, create
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"  # pyproject.toml reads it here
 
 __all__ = [
+    "ACT",
     "PRESETS",
     "AViT",
     "AViTConfig",
@@ -28,6 +31,7 @@ __all__ = [
     "ConfidenceExit",
     "PackedModel",
     "PackedPlan",
+    "PonderNet",
     "Preprocessing",
     "ToMe",
     "__version__",

@@ -6,8 +6,10 @@ import typing
 from collections.abc import Iterable
 from typing import Any
 
+from avit_jax.halting.act import ACT
 from avit_jax.halting.avit import AViTGate
 from avit_jax.halting.confidence import ConfidenceExit
+from avit_jax.halting.pondernet import PonderNet
 from avit_jax.halting.rule import Halting
 from avit_jax.reduction.groups import Reduction
 from avit_jax.reduction.tome import ToMe
@@ -15,7 +17,7 @@ from avit_jax.runtime.files import shown
 from avit_jax.runtime.json_fields import typed_fields
 from avit_jax.runtime.settings import Settings
 
-RULES: dict[str, Any] = {rule.name: rule for rule in (AViTGate, ConfidenceExit, ToMe)}
+RULES: dict[str, Any] = {rule.name: rule for rule in (ACT, AViTGate, ConfidenceExit, PonderNet, ToMe)}
 _MOST_TEXT = 1000  # characters of a rule on the command line
 
 
