@@ -5,7 +5,7 @@ import dataclasses
 import math
 import numbers
 from collections.abc import Callable
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -55,10 +55,10 @@ class Accumulation(Halting):
     def gate_input(self, channel: Float[Array, "b n"]) -> Float[Array, "b n"]:
         """The input of each token's score. channel: channel 0 of the tokens, 0 for halted ones."""
 
-    def levels(self, model: Any, images: Float[Array | np.ndarray, "b h w c"]) -> Callable[[float], Self]:
+    def levels(self, model: Any, images: Float[Array | np.ndarray, "b h w c"]) -> Callable[[float], "Accumulation"]:
         """gate_center + 4 * logit(level): level 0.5 is the rule as it is, 0 stops everything after the first layer."""
 
-        def at(level: float) -> Self:
+        def at(level: float) -> Accumulation:
             shift = 4 * (math.log(level) - math.log1p(-level)) if 0 < level < 1 else _FAR * (1 if level > 0 else -1)
             return dataclasses.replace(self, gate_center=self.gate_center + shift)
 

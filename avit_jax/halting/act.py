@@ -60,5 +60,5 @@ class ACT(Accumulation):
         return new_state, Trace({"halting_score": jnp.where(is_last, 0, score)}, {"score": score[:, 0]})
 
     def scores(self, trace: Trace) -> Float[Array, "l b n"]:
-        """The scores of the images, with one place for all their tokens."""
-        return trace.of_images["score"][..., None]
+        """The scores of the images, the same for all tokens of an image."""
+        return jnp.broadcast_to(trace.of_images["score"][..., None], trace.of_tokens["halting_score"].shape)
