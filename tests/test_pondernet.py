@@ -26,6 +26,7 @@ from tests.harness.two_steps import two_steps
 
 RECORDED = dict(np.load(Path(__file__).parent / "data/methods/ponder-leftover.npz"))
 COUNT = 9
+RULE = PonderNet(0.3)
 
 
 def pictures(model: AViT, count: int = COUNT) -> np.ndarray:
@@ -33,7 +34,7 @@ def pictures(model: AViT, count: int = COUNT) -> np.ndarray:
     return 2 * np.random.default_rng(0).normal(size=shape).astype(np.float32)
 
 
-def pondering(rule: PonderNet = PonderNet(0.3), **fields: Any) -> AViT:
+def pondering(rule: Any = RULE, **fields: Any) -> AViT:
     """A model whose images leave at different layers; its unit reads all channels."""
     model = spread_gate(small_config(**NO_RULE | {"depth": 5, "rule": rule} | fields))
     model.rule_module.kernel[...] = 0.5 * jax.random.normal(jax.random.key(3), model.rule_module.kernel.shape)
@@ -253,9 +254,12 @@ def test_levels_are_thresholds_from_one_layer_to_all_of_them() -> None:
     model = pondering()
     images = pictures(model)
     at = model.config.halting.levels(model, images)
-    found = [float(answers(model.with_config(rule=at(level)), images).token_depth.mean()) for level in (0, 0.3, 0.6, 1)]
+    found = [answers(model.with_config(rule=at(level)), images).token_depth for level in (0.0, 0.3, 0.6, 1.0)]
+    found = [float(np.mean(depth)) for depth in found]
     assert found[0] == 1 and found == sorted(set(found)) and found[-1] == 5
-    np.testing.assert_array_equal(model.with_config(rule=at(0.3)).rule_module.kernel[...], model.rule_module.kernel[...])
+    np.testing.assert_array_equal(
+        model.with_config(rule=at(0.3)).rule_module.kernel[...], model.rule_module.kernel[...]
+    )
     with pytest.raises(ValueError, match=r"sampled exits have no threshold to choose: give PonderNet\(sampled=False\)"):
         PonderNet(sampled=True).levels(model, images)
 

@@ -90,7 +90,7 @@ class PonderNet(Halting):
         """The level is the threshold. Raises ValueError for sampled exits, whose work only training changes."""
         if self.sampled:
             raise ValueError("sampled exits have no threshold to choose: give PonderNet(sampled=False)")
-        return lambda level: dataclasses.replace(self, threshold=level)
+        return lambda level: dataclasses.replace(self, threshold=float(level))
 
     def initial(self, batch: int, config: Any, draw: Keys | None = None) -> State:
         """All images there for certain, and the probability of still being there at which each one leaves."""

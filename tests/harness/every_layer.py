@@ -22,10 +22,8 @@ def tokens_of_layers(model: AViT, images: np.ndarray) -> np.ndarray:
 def head_logits(model: AViT, tokens: np.ndarray) -> np.ndarray:
     """[heads, classes] for the tokens of one image [tokens, width], with pool "token" or "mean_norm"."""
     config = model.config
-    if config.pool == "mean_norm":
-        read = tokens[config.num_special :].mean(0)[None]
-    else:
-        read = tokens[: 1 + config.distilled]
+    patches = tokens[config.num_special :]
+    read = patches.mean(0)[None] if config.pool == "mean_norm" else tokens[: 1 + config.distilled]
     heads = [model.head, model.head_dist] if config.distilled else [model.head]
     said = []
     for value, head in zip(read, heads, strict=True):
