@@ -12,6 +12,9 @@ from avit_jax.halting.ats import ATS
 from avit_jax.halting.confidence import ConfidenceExit
 from avit_jax.halting.mass import AttentionMass
 from avit_jax.halting.similarity import Similarity
+from avit_jax.halting.act import ACT
+from avit_jax.halting.confidence import ConfidenceExit
+from avit_jax.halting.pondernet import PonderNet
 from avit_jax.model.config import AViTConfig, Preprocessing
 from avit_jax.model.presets import PRESETS
 from avit_jax.model.vit import AViT, AViTOutput, create
@@ -30,6 +33,7 @@ __version__ = "0.1.0"  # pyproject.toml reads it here
 __all__ = [
     "MCTF",
     "ATS",
+    "ACT",
     "PRESETS",
     "AViT",
     "AViTConfig",
@@ -40,6 +44,7 @@ __all__ = [
     "PackedModel",
     "PackedPlan",
     "PositionDepths",
+    "PonderNet",
     "Preprocessing",
     "Similarity",
     "RandomDrop",

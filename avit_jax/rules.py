@@ -10,6 +10,10 @@ from avit_jax.halting.ats import ATS
 from avit_jax.halting.avit import AViTGate
 from avit_jax.halting.confidence import ConfidenceExit
 from avit_jax.halting.mass import AttentionMass
+from avit_jax.halting.act import ACT
+from avit_jax.halting.avit import AViTGate
+from avit_jax.halting.confidence import ConfidenceExit
+from avit_jax.halting.pondernet import PonderNet
 from avit_jax.halting.rule import Halting
 from avit_jax.halting.similarity import Similarity
 from avit_jax.reduction.groups import Reduction
@@ -24,6 +28,7 @@ from avit_jax.runtime.settings import Settings
 
 RULES: dict[str, Any] = {rule.name: rule for rule in (AViTGate, ConfidenceExit, MCTF, ToMe)}
 RULES: dict[str, Any] = {rule.name: rule for rule in (ATS, AViTGate, AttentionMass, ConfidenceExit, Similarity, ToMe)}
+RULES: dict[str, Any] = {rule.name: rule for rule in (ACT, AViTGate, ConfidenceExit, PonderNet, ToMe)}
 _MOST_TEXT = 1000  # characters of a rule on the command line
 _KINDS = (AViTGate, ConfidenceExit, EViT, PositionDepths, RandomDrop, ToMe, TopK)
 RULES: dict[str, Any] = {rule.name: rule for rule in _KINDS}

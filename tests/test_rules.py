@@ -56,6 +56,7 @@ def test_files_from_before_there_were_several_rules(fields: dict[str, Any]) -> N
         ({}, "there is no rule None: known are avit, confidence, mctf, tome"),
         ({}, "there is no rule None: known are ats, avit, confidence, mass, similarity, tome"),
         ({}, "there is no rule None: known are "),
+        ({}, f"there is no rule None: known are {', '.join(sorted(RULES))}"),
         ({"name": ["avit"]}, "there is no rule a list"),
         ({"name": "\x1b[2Jevil"}, r"there is no rule '\\x1b\[2Jevil'"),
         ({"name": "__class__"}, "there is no rule '__class__'"),
@@ -110,6 +111,7 @@ def test_a_rule_as_text() -> None:
         (f"tome(r={'1+' * 4900}1)", "is not a rule"),
         ("a" * 10_001, "a rule of 10001 characters is too long"),
         ("halt(x=1)", "there is no rule 'halt': known are "),
+        ("halt(x=1)", f"there is no rule 'halt': known are {', '.join(sorted(RULES))}"),
         ("avit(gate_scale=1, gate_center=2, gate=3)", "the rule avit has no field 'gate'"),
     ],
 )
