@@ -12,6 +12,7 @@ from avit_jax.halting.confidence import ConfidenceExit
 from avit_jax.model.config import AViTConfig, Preprocessing
 from avit_jax.model.presets import PRESETS
 from avit_jax.model.vit import AViT, AViTOutput, create
+from avit_jax.reduction.dynamicvit import DynamicViT
 from avit_jax.reduction.tome import ToMe
 from avit_jax.train.gate_start import start_gate
 
@@ -26,6 +27,7 @@ __all__ = [
     "AViTConfig",
     "AViTOutput",
     "ConfidenceExit",
+    "DynamicViT",
     "PackedModel",
     "PackedPlan",
     "Preprocessing",

@@ -9,13 +9,14 @@ from typing import Any
 from avit_jax.halting.avit import AViTGate
 from avit_jax.halting.confidence import ConfidenceExit
 from avit_jax.halting.rule import Halting
+from avit_jax.reduction.dynamicvit import DynamicViT
 from avit_jax.reduction.groups import Reduction
 from avit_jax.reduction.tome import ToMe
 from avit_jax.runtime.files import shown
 from avit_jax.runtime.json_fields import typed_fields
 from avit_jax.runtime.settings import Settings
 
-RULES: dict[str, Any] = {rule.name: rule for rule in (AViTGate, ConfidenceExit, ToMe)}
+RULES: dict[str, Any] = {rule.name: rule for rule in (AViTGate, ConfidenceExit, DynamicViT, ToMe)}
 _MOST_TEXT = 1000  # characters of a rule on the command line
 
 
