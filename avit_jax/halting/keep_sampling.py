@@ -147,7 +147,7 @@ class KeepSampling(Halting):
     def _token_distance(
         self, teacher_tokens: Array, state: State, image_weight: Float[Array, " b"] | None
     ) -> Float[Array, ""]:
-        """The mean squared difference to the teacher's tokens over all kept patches of the batch; 0 if there are none."""
+        """The mean squared difference to the teacher's tokens over all patches that are kept; 0 if there are none."""
         own = state.of_tokens["normed"][:, self.num_special :]
         theirs = teacher_tokens[:, -own.shape[1] :]
         if theirs.shape != own.shape:

@@ -240,6 +240,11 @@ class AViT(nnx.Module):
         if rule is not None and "rule_module" in nnx.to_pure_dict(abstract):
             if own is None or type(rule) is not type(self.config.rule_in_force):
                 own = nnx.to_pure_dict(nnx.state(rule.module(self)))
+            if jax.tree.map(jnp.shape, own) != jax.tree.map(jnp.shape, nnx.to_pure_dict(abstract)["rule_module"]):
+                raise ValueError(
+                    f"this model's parameters of the rule {self.config.rule_in_force.describe()!r} do not fit "
+                    f"{rule.describe()!r}: go through with_config(rule=None), which makes new ones"
+                )
             arrays["rule_module"] = own
         nnx.replace_by_pure_dict(abstract, arrays)
         return nnx.merge(graphdef, abstract)

@@ -88,9 +88,7 @@ class DynamicViT(Reduction):
     def module(self, model: Any) -> KeepPredictors:
         """A predictor for each stage, with small random weights."""
         config = model.config
-        return KeepPredictors(
-            config.embed_dim, len(self.layers), config.num_tokens - config.num_special, config.dtype
-        )
+        return KeepPredictors(config.embed_dim, len(self.layers), config.num_tokens - config.num_special, config.dtype)
 
     def groups(
         self, seen: Seen, *, layer: int, num_special: int, draw: Keys | None = None, module: Any = None
@@ -99,7 +97,9 @@ class DynamicViT(Reduction):
         assert seen.before is not None
         patches = seen.before[:, num_special:]
         stage = self.layers.index(layer)
-        score = jax.lax.stop_gradient(module(patches, jnp.ones(patches.shape[:2]), stage)[..., 0])
+        keep, drop = jnp.moveaxis(module(patches, jnp.ones(patches.shape[:2]), stage), -1, 0)
+        # In the order of `keep`, but it goes on to tell patches apart whose `keep` rounds to 0.
+        score = jax.lax.stop_gradient(keep - drop)
         return keep_highest(score, self._patches(module.patches)[stage + 1], num_special)
 
     def in_training(self, config: Any) -> Halting:
