@@ -236,14 +236,15 @@ class AViT(nnx.Module):
             resized = resize_positions(arrays["pos_embed"], config.num_special, *grids, antialias=antialias)
             arrays["pos_embed"] = jnp.asarray(resized)
         own = arrays.pop("rule_module", None)
-        rule = config.rule_in_force
+        rule, before = config.rule_in_force, self.config.rule_in_force
         if rule is not None and "rule_module" in nnx.to_pure_dict(abstract):
-            if own is None or type(rule) is not type(self.config.rule_in_force):
+            needed = nnx.to_pure_dict(abstract)["rule_module"]
+            if own is None or before is None or type(rule) is not type(before):
                 own = nnx.to_pure_dict(nnx.state(rule.module(self)))
-            if jax.tree.map(jnp.shape, own) != jax.tree.map(jnp.shape, nnx.to_pure_dict(abstract)["rule_module"]):
+            elif jax.tree.map(jnp.shape, own) != jax.tree.map(jnp.shape, needed):
                 raise ValueError(
-                    f"this model's parameters of the rule {self.config.rule_in_force.describe()!r} do not fit "
-                    f"{rule.describe()!r}: go through with_config(rule=None), which makes new ones"
+                    f"this model's parameters of the rule {before.describe()!r} do not fit {rule.describe()!r}: "
+                    "with_config(rule=None) leaves them out, and the new rule then makes its own"
                 )
             arrays["rule_module"] = own
         nnx.replace_by_pure_dict(abstract, arrays)
