@@ -73,7 +73,7 @@ class ATS(Halting):
         check_class_attention(self.name, self.layers, config)
 
     def levels(self, model: Any, images: Float[Array | np.ndarray, "b h w c"]) -> Callable[[float], "ATS"]:
-        """From 2 samples to 1024 for each patch, evenly in the logarithm; above level 0.9 then in fewer and fewer layers.
+        """From 2 samples to 1024 for each patch, evenly in the logarithm; above level 0.9 in fewer and fewer layers.
 
         Even many samples drop the lowest patch of each layer, so that only without any layer nothing stops.
         """
