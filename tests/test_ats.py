@@ -91,7 +91,7 @@ def test_levels_go_from_two_patches_to_the_static_model() -> None:
     images = RNG.normal(size=(8, 32, 32, 2)).astype(np.float32)
     rule_at = ATS().levels(model, images)
     assert rule_at(0.0) == ATS(2, (3, 4)) and rule_at(0.9) == ATS(2**16, (3, 4)) and rule_at(1.0) == ATS(2**16, ())
-    rules = [rule_at(level) for level in np.linspace(0, 1, 201)]
+    rules: list[Any] = [rule_at(level) for level in np.linspace(0, 1, 201).tolist()]
     assert all(a.samples <= b.samples and len(a.layers) >= len(b.layers) for a, b in itertools.pairwise(rules))
     depths = [
         np.asarray(answers(model.with_config(rule=rule_at(level)), images).token_depth).mean()
