@@ -1,10 +1,13 @@
 """The halting rule of A-ViT (arXiv 2112.07658): when a token stops, and the weight of its value in each layer."""
 
 import dataclasses
+import math
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from avit_jax.halting.avit_losses import AViTLoss, halting_losses
@@ -41,6 +44,19 @@ class AViTGate(Halting):
     def describe(self) -> str:
         """Scale and center, such as "gate 10 / 30"."""
         return f"gate {self.gate_scale:g} / {self.gate_center:g}"
+
+    def levels(self, model: Any, images: Float[Array | np.ndarray, "b h w c"]) -> Callable[[float], "AViTGate"]:
+        """Another gate_center, as if channel 0 of every token were lower by log(level / (1 - level)).
+
+        Level 0.5 is this gate itself. At the ends every token stops at the first layer, and at the last.
+        """
+
+        def at(level: float) -> AViTGate:
+            level = min(max(level, 1e-6), 1 - 1e-6)
+            lower = abs(self.gate_scale) * math.log(level / (1 - level))
+            return dataclasses.replace(self, gate_center=self.gate_center + lower)
+
+        return at
 
     def initial(self, batch: int, config: Any, draw: Keys | None = None) -> State:
         """All tokens active, nothing accumulated."""
