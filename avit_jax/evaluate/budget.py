@@ -1,7 +1,6 @@
 """Budgets: the setting of a rule that leaves a given share of the static model's work."""
 
 import itertools
-import numbers
 from collections.abc import Callable
 from typing import Any
 
@@ -62,13 +61,17 @@ class WorkByLevel:
 
     def setting(self, work: float) -> Any:
         """The rule at the level whose work is nearest to `work`. Raises ValueError if it is not within 1 %."""
-        if isinstance(work, bool) or not isinstance(work, numbers.Real) or not 0 < work <= 1:
+        rule, found = self.nearest(work)
+        if abs(found - work) > TOLERANCE * work:
+            raise ValueError(self._near(work))
+        return rule
+
+    def nearest(self, work: float) -> tuple[Any, float]:
+        """The rule at the level whose work is nearest to `work`, and that work."""
+        if not 0 < work <= 1:
             raise ValueError(f"work is {work!r}: give a number above 0 and at most 1, such as 0.6")
-        wanted = float(work)
-        level = self._search(wanted)
-        if abs(self._works[level] - wanted) > TOLERANCE * wanted:
-            raise ValueError(self._nearest(wanted))
-        return self._at(level)
+        level = self._search(float(work))
+        return self._at(level), self._works[level]
 
     def work(self, level: float) -> float:
         """The share of the static model's work at a level."""
@@ -111,7 +114,7 @@ class WorkByLevel:
     def _error(self, level: float, wanted: float) -> float:
         return abs(self._works[level] - wanted) / wanted
 
-    def _nearest(self, wanted: float) -> str:
+    def _near(self, wanted: float) -> str:
         works = sorted(set(self._works.values()))
         below = [work for work in works if work < wanted][-1:]
         above = [work for work in works if work > wanted][:1]
