@@ -15,11 +15,11 @@ from jaxtyping import Array, Float, Int
 from avit_jax.data.pipeline import evaluation_batches, evaluation_images
 from avit_jax.data.preprocessing import normalize
 from avit_jax.data.sources import Images
+from avit_jax.evaluate.position_share import explained_by_position
 from avit_jax.evaluate.rows import STATIC, Row, as_bits
 from avit_jax.evaluate.timing import Timed, sample_in_turn
 from avit_jax.execution.compiled import CompiledModel
-from avit_jax.execution.program import compile
-from avit_jax.execution.shrinking import ShrinkingModel
+from avit_jax.execution.program import AUTO, compile
 from avit_jax.execution.work import image_gmacs
 from avit_jax.model.config import NO_RULE, AViTConfig
 from avit_jax.model.vit import AViT
@@ -168,10 +168,8 @@ class Bench:
 
 def removing(model: AViT, batch: int) -> Any:
     """The program of the model that computes nothing in vain: tokens are removed and the last layer is short."""
-    mesh = data_mesh(batch)
-    return (
-        ShrinkingModel(model, batch, mesh) if model.config.rule_in_force is None else compile(model, batch, mesh=mesh)
-    )
+    execution = "shrinking" if model.config.rule_in_force is None else AUTO
+    return compile(model, batch, execution=execution, mesh=data_mesh(batch))
 
 
 def answers(program: Any, images: Images) -> Answers:
@@ -212,12 +210,9 @@ def _work(
             for part in np.array_split(depth, -(-len(depth) // 1000))
         ]
     )
-    if config.reduction is not None:
-        tokens = [config.num_tokens, *config.reduction.counts(config)[:-1]]
-    else:
-        tokens = [float((depth > layer).sum(1).mean()) for layer in range(config.depth)]
-    row: dict[str, Any] = {"gmacs": float(gmacs.mean()), "tokens": tokens}
-    row |= {"explained_by_position": None, "deciles": [], "histogram": None}
+    share = explained_by_position(depth[:, config.num_special :])
+    row: dict[str, Any] = {"gmacs": float(gmacs.mean()), "tokens": _tokens(config, depth)}
+    row |= {"explained_by_position": None if math.isnan(share) else share, "deciles": [], "histogram": None}
     if config.halting is None:
         return row
     right = found.outputs.argmax(1) == found.label
@@ -236,6 +231,15 @@ def _work(
     counts, edges = np.histogram(gmacs, _BINS)
     row["histogram"] = {"edges": edges.tolist(), "counts": counts.tolist()}
     return row
+
+
+def _tokens(config: AViTConfig, depth: Int[np.ndarray, "n t"]) -> list[float]:
+    """The mean number of tokens that each layer computes by the rule."""
+    rule = config.reduction
+    if rule is None:
+        return [float((depth > layer).sum(1).mean()) for layer in range(config.depth)]
+    counts = rule.counts(config)
+    return list(map(float, counts if rule.place == "before the layer" else (config.num_tokens, *counts[:-1])))
 
 
 def _timed(program: Any, images: Images) -> Timed:

@@ -97,9 +97,15 @@ def _mark_static(axes: Axes, rows: Sequence[Row], cost: str) -> None:
                 at_left = cost != "gmacs"
                 place = (0.0 if at_left else 1.0, 100 * gain(row))
                 axes.annotate(
-                    name, place, xycoords=axes.get_yaxis_transform(), xytext=(2 if at_left else -2, 5), textcoords="offset points",
-                    ha="left" if at_left else "right", fontsize=8, color=INK,
-                )  # fmt: skip
+                    name,
+                    place,
+                    xycoords=axes.get_yaxis_transform(),
+                    xytext=(2 if at_left else -2, 5),
+                    textcoords="offset points",
+                    ha="left" if at_left else "right",
+                    fontsize=8,
+                    color=INK,
+                )
 
 
 def _has(rows: Sequence[Row], method: str) -> bool:
