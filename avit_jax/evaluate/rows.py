@@ -32,7 +32,7 @@ _MOST_BYTES = 2**24  # of a row's file: the answers to a hundred million images
 def row_file(folder: Path, group: str, method: str, budget: float | None = None, seed: int | None = None) -> Path:
     """Where a row is kept: its group, method, budget and seed make the file's name."""
     parts = [group, method, *([] if budget is None else [f"{budget:g}"]), *([] if seed is None else [f"seed{seed}"])]
-    return folder / "rows" / (re.sub(r"[^\w.]+", "_", "-".join(parts).replace("-", "__")) + ".json")
+    return folder / "rows" / (re.sub(r"[^\w.-]+", "_", "-".join(parts)) + ".json")
 
 
 def save_row(folder: Path, row: Row) -> Path:
