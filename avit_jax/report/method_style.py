@@ -39,6 +39,7 @@ _STEPS: tuple[Sequence[float], ...] = (
     [0, 20, 40, 60, 70, 80, 85, 90, 95, 98, 100],
     [0, 50, 75, 90, 95, 99],
 )
+_LEADER, _CHARACTER = 0.35, 0.07  # inches: of the line before a label, and of a letter
 _GAP = 0.052  # between two labels, as a share of the panel's height
 
 
@@ -67,7 +68,9 @@ def direct_labels(axes: Axes, ends: Sequence[tuple[float, float, str, str]], *, 
         return
     low, high = axes.get_xlim()
     longest = max(len(text) for *_, text, _ in ends)
-    room = (high - low) * min(0.6, 0.06 + 0.024 * longest)
+    inches = axes.get_position().width * axes.figure.get_size_inches()[0]
+    width = min(0.5, (_LEADER + _CHARACTER * longest) / inches)  # of the labels, as a share of the panel
+    room = (high - low) * width / (1 - width)
     ticks = [tick for tick in axes.get_xticks() if low <= tick <= high]
     axes.set_xlim((low, high + room) if right else (low - room, high))
     axes.set_xticks(ticks)
@@ -84,8 +87,8 @@ def direct_labels(axes: Axes, ends: Sequence[tuple[float, float, str, str]], *, 
     # Names that are close together are centred on their curves.
     shift = sum(place - heights[i] for i, place in zip(wanted, places, strict=True)) / len(places)
     shift = max(min(shift, places[0] - 0.02), places[-1] - 0.98)
-    width = room / (high - low + room)
-    edge = 1 - 0.84 * width if right else 0.84 * width
+    edge = width - 0.8 * _LEADER / inches
+    edge = 1 - edge if right else edge
     for i, place in zip(wanted, places, strict=True):
         x, y, text, colour = ends[i]
         axes.annotate(
