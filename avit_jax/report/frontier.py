@@ -147,7 +147,7 @@ def _speed_by_saved_work(rows: Sequence[Row], found: list[Curve]) -> Figure | No
 def _beside(found: list[Curve]) -> list[tuple[Curve, Row]]:
     """Every method once, with its row at the same budget: a fine-tuned one, of its first seed, if there is no other."""
     chosen: dict[str, tuple[Curve, Row]] = {}
-    for curve in found:
+    for curve in sorted(found, key=lambda curve: GROUPS.index(curve.group)):
         if curve.method not in chosen:
             chosen[curve.method] = curve, curve.nearest(SAME_BUDGET).rows[0]
     return list(chosen.values())

@@ -39,7 +39,7 @@ _STEPS: tuple[Sequence[float], ...] = (
     [0, 20, 40, 60, 70, 80, 85, 90, 95, 98, 100],
     [0, 50, 75, 90, 95, 99],
 )
-_LEADER, _CHARACTER = 0.35, 0.07  # inches: of the line before a label, and of a letter
+_LEADER, _CHARACTER = 0.3, 0.06  # inches: of the line before a label, and of a letter
 _GAP = 0.052  # between two labels, as a share of the panel's height
 
 
@@ -68,7 +68,9 @@ def direct_labels(axes: Axes, ends: Sequence[tuple[float, float, str, str]], *, 
         return
     low, high = axes.get_xlim()
     longest = max(len(text) for *_, text, _ in ends)
-    inches = axes.get_position().width * axes.figure.get_size_inches()[0]
+    place = axes.get_subplotspec()
+    panels = 1 if place is None else place.get_gridspec().ncols
+    inches = 0.88 * axes.figure.get_size_inches()[0] / panels  # about; the layout is made later
     width = min(0.5, (_LEADER + _CHARACTER * longest) / inches)  # of the labels, as a share of the panel
     room = (high - low) * width / (1 - width)
     ticks = [tick for tick in axes.get_xticks() if low <= tick <= high]
@@ -100,7 +102,15 @@ def direct_labels(axes: Axes, ends: Sequence[tuple[float, float, str, str]], *, 
             ha="left" if right else "right",
             va="center",
             fontsize=8,
-            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.6, "alpha": 0.6, "shrinkA": 1, "shrinkB": 3},
+            arrowprops={
+                "arrowstyle": "-",
+                "relpos": (0.0 if right else 1.0, 0.5),
+                "color": colour,
+                "linewidth": 0.6,
+                "alpha": 0.6,
+                "shrinkA": 1,
+                "shrinkB": 3,
+            },
         )
 
 
