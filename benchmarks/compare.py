@@ -25,7 +25,7 @@ OUT = Path("runs/benchmarks/compare")
 def main() -> None:
     """Measure what is missing, draw, print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rules", type=lambda text: text.split(","))
+    parser.add_argument("--rules")
     parser.add_argument("--budgets", type=lambda text: text.split(","))
     parser.add_argument("--batches", type=lambda text: text.split(","))
     parser.add_argument("--rounds", type=int, default=11)

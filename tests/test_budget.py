@@ -159,6 +159,11 @@ def test_what_cannot_be_is_refused(rule: Any, work: Any, message: str) -> None:
         budget.WorkByLevel(model, pictures(model.config, 1), rule).setting(work)
 
 
+def test_a_rule_by_name_keeps_its_default_layers() -> None:
+    assert budget.instance_of("topk").layers == (3, 6, 9) and budget.instance_of("topk").keep_rate == 1
+    assert budget.instance_of(avit_jax.ATS) == avit_jax.ATS()
+
+
 def test_images_that_cannot_be_are_refused() -> None:
     model = model_of()
     with pytest.raises(ValueError, match="there is no image to calibrate with"):

@@ -13,7 +13,7 @@ from PIL import Image
 
 import avit_jax
 from avit_jax import AViT, ConfidenceExit, ToMe
-from avit_jax.commands.compare_checkpoint import photographs, write_pictures
+from avit_jax.commands.compare_checkpoint import comparison_from, photographs, write_pictures
 from avit_jax.data.preprocessing import normalize
 from avit_jax.data.sources import Part, Split, spread
 from avit_jax.evaluate import bench, curves, rows, training_free
@@ -279,6 +279,15 @@ def test_a_part_of_the_data_is_spread_and_keeps_its_labels(test_images: Split) -
 def test_what_cannot_be_compared_is_refused(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Comparison(**fields)
+
+
+def test_rules_on_the_command_line_have_names_or_settings() -> None:
+    found = comparison_from("tome(r=0, proportional=False), mctf(r=0,layers=[3,6]),confidence", ["0.5"], None, 2)
+    assert found.rules == (ToMe(0, proportional=False), avit_jax.MCTF(r=0, layers=(3, 6)), "confidence")
+    assert found.names == ("tome", "mctf", "confidence") and found.budgets == (0.5,) and found.rounds == 2
+    assert comparison_from(None, None, None, 11) == Comparison()
+    with pytest.raises(ValueError, match="'tome' is there twice"):
+        comparison_from("tome,tome(r=1)", None, None, 1)
 
 
 def test_photographs_without_labels(tmp_path: Path, model: AViT) -> None:

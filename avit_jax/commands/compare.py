@@ -19,7 +19,9 @@ def main() -> None:
     checkpoint = flags.DEFINE_string("checkpoint", None, "The static checkpoint; a rule that it has is left out.")
     images = flags.DEFINE_string("images", None, "A folder of photographs, without labels, instead of a data set.")
     out = flags.DEFINE_string("out", None, "Folder of rows, pictures and table; runs/compare/NAME by default.")
-    rules = flags.DEFINE_list("rules", None, "Rules to compare, such as tome,confidence; all by default.")
+    rules = flags.DEFINE_string(
+        "rules", None, "Rules to compare, such as tome,confidence(threshold=1.0,first_layer=3); all by default."
+    )
     budgets = flags.DEFINE_list("budgets", None, "Shares of the static model's work, such as 0.82,0.6; ten by default.")
     most = flags.DEFINE_integer("most", 50_000, "Images to evaluate, at most; they are spread over the data.")
     batches = flags.DEFINE_list("batches", None, "Batches of which each rule is timed at its best; 50,200 by default.")

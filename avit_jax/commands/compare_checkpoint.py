@@ -1,5 +1,6 @@
 """What python -m avit_jax.compare does: rows of measurements, pictures and a table, for a checkpoint and its data."""
 
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -18,21 +19,26 @@ from avit_jax.data.pipeline import evaluation_images
 from avit_jax.data.preprocessing import denormalize, normalize
 from avit_jax.data.sources import Images, Split, spread
 from avit_jax.evaluate.rows import read_rows
-from avit_jax.evaluate.training_free import TRAINING_FREE, Comparison, compare_rules
+from avit_jax.evaluate.training_free import Comparison, compare_rules
 from avit_jax.model.config import AViTConfig
 from avit_jax.model.vit import AViT
 from avit_jax.report.frontier import draw_comparison
 from avit_jax.report.frontier_table import comparison_table
 from avit_jax.report.kept import draw_kept
+from avit_jax.rules import parse_rule
 from avit_jax.runtime.files import replace_text, shown, writable_folder
 
 CALIBRATION_IMAGES = 2000
 
 
 def comparison_from(
-    rules: Sequence[str] | None, budgets: Sequence[str] | None, batches: Sequence[str] | None, rounds: int
+    rules: str | None, budgets: Sequence[str] | None, batches: Sequence[str] | None, rounds: int
 ) -> Comparison:
-    """The comparison that options describe; None: the default. Raises ValueError for text that is not a number."""
+    """The comparison that options describe; None: the default.
+
+    rules: separated by commas, each a name or, with settings to keep, such as "tome(r=0, proportional=False)". Raises
+    ValueError for text that is not a rule or not a number.
+    """
 
     def numbers(name: str, texts: Sequence[str], kind: type) -> tuple:
         try:
@@ -41,8 +47,9 @@ def comparison_from(
             raise ValueError(f"--{name}={','.join(texts)}: give numbers separated by commas") from None
 
     default = Comparison()
+    named = re.findall(r"[^,()\s]+(?:\([^()]*(?:\([^()]*\)[^()]*)*\))?", rules or "")
     return Comparison(
-        tuple(rules) if rules else TRAINING_FREE,
+        tuple(parse_rule(rule) if "(" in rule else rule for rule in named) or default.rules,
         numbers("budgets", budgets, float) if budgets else default.budgets,
         numbers("batches", batches, int) if batches else default.batches,
         rounds,

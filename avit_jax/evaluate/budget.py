@@ -1,5 +1,6 @@
 """Budgets: the setting of a rule that leaves a given share of the static model's work."""
 
+import dataclasses
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -51,7 +52,7 @@ class WorkByLevel:
         check_images(images, model.config)
         if not len(images):
             raise ValueError("there is no image to calibrate with: give a few hundred")
-        self.rule = neutral_instance(rule)
+        self.rule = instance_of(rule)
         self._model, self._images = model, np.asarray(images)
         self._halts = model.with_config(rule=self.rule).config.halts
         # A trained rule's levels start from the model's own setting.
@@ -142,8 +143,10 @@ class WorkByLevel:
         return total / len(images) / whole
 
 
-def neutral_instance(rule: Any) -> Any:
-    """An instance of a rule given as a class, as a name or as an instance; other settings have their defaults.
+def instance_of(rule: Any) -> Any:
+    """An instance of a rule given as a class, as a name or as an instance.
+
+    Settings have their defaults; one that has none gets the value with which nothing is saved (Rule.neutral).
 
     Raises ValueError for a name that is unknown, and for a class that needs training.
     """
@@ -161,4 +164,5 @@ def neutral_instance(rule: Any) -> Any:
         raise ValueError(
             f"the rule {rule.name} needs training: give the instance of a trained model, model.config.rule_in_force"
         )
-    return rule(**rule.neutral)
+    needed = [field.name for field in dataclasses.fields(rule) if field.default is dataclasses.MISSING]
+    return rule(**{name: rule.neutral[name] for name in needed})

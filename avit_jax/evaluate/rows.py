@@ -14,6 +14,7 @@ A row is a dict of plain JSON:
 """
 
 import base64
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool
 
+from avit_jax.rules import rule_to_json
 from avit_jax.runtime.files import read_json, write_json
 
 Row = dict[str, Any]
@@ -43,12 +45,13 @@ def save_row(folder: Path, row: Row) -> Path:
     return path
 
 
-def saved_row(path: Path, settings: dict[str, Any]) -> Row | None:
-    """The row in a file if it was measured with these settings; None if it has to be measured."""
+def saved_row(path: Path, rule: Any, settings: dict[str, Any]) -> Row | None:
+    """The row in a file if it is of this rule (None: static) and these settings; None if it has to be measured."""
     if not path.is_file():
         return None
     row = read_json(path, _MOST_BYTES)
-    return row if isinstance(row, dict) and row.get("settings") == settings else None
+    wanted = json.loads(json.dumps({"rule": None if rule is None else rule_to_json(rule), "settings": settings}))
+    return row if isinstance(row, dict) and row | wanted == row else None
 
 
 def read_rows(folder: Path) -> list[Row]:

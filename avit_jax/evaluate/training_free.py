@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -29,15 +30,27 @@ _GUESSES = {"settings": 30.0, "row": 30.0}  # seconds of each kind of step, unti
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """What is compared, and how it is measured. Raises ValueError for an unknown rule and for a budget out of range."""
+    """What is compared, and how it is measured.
 
-    rules: tuple[str, ...] = TRAINING_FREE
+    rules: names, or instances whose settings are kept apart from the one that sets the budget; one of each kind.
+    budgets: shares of the static model's work. batches: candidates for each rule's best batch. rounds: of timing.
+    Raises ValueError for an unknown rule, for the same one twice and for a number out of range.
+    """
+
+    rules: tuple[Any, ...] = TRAINING_FREE
     budgets: tuple[float, ...] = BUDGETS
     batches: tuple[int, ...] = BATCHES
     rounds: int = ROUNDS
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the rules, which are the methods of the rows."""
+        return tuple(rule if isinstance(rule, str) else rule.name for rule in self.rules)
+
     def __post_init__(self) -> None:
-        for name in self.rules:
+        for name in self.names:
+            if self.names.count(name) > 1:
+                raise ValueError(f"the rule {name!r} is there twice: compare one of them in another folder")
             if name not in TRAINING_FREE:
                 trained = "needs training" if name in RULES else "does not exist"
                 raise ValueError(f"the rule {name!r} {trained}: {nearest(name, TRAINING_FREE)}")
@@ -78,16 +91,16 @@ def compare_rules(
     with contextlib.closing(Steps("comparison", counts, _GUESSES)) as steps:
         for method in (STATIC, STATIC_SHORT):
             with steps.step("row", method):
-                row = saved_row(row_file(folder, GROUPS[0], method), settings)
+                row = saved_row(row_file(folder, GROUPS[0], method), None, settings)
                 rows.append(row or _measured(bench(), folder, static, method, None, bench().batch, settings))
-        for name in comparison.rules:
+        for name, start in zip(comparison.names, comparison.rules, strict=True):
             with steps.step("settings", f"settings of {name}"):
-                found, missing = _settings_of(name, static, calibration, comparison.budgets, folder, settings)
+                found, missing = _settings_of(start, static, calibration, comparison.budgets, folder, settings)
             left_out += missing
             batch = None
             for budget, rule in found.items():
                 with steps.step("row", f"{name} at {budget:g}"):
-                    row = saved_row(row_file(folder, GROUPS[0], name, budget), settings)
+                    row = saved_row(row_file(folder, GROUPS[0], name, budget), rule, settings)
                     if row is None:
                         if batch is None:  # chosen once, at the middle of the budgets
                             batch = bench().best_batch(static.with_config(rule=list(found.values())[len(found) // 2]))
@@ -112,7 +125,7 @@ def _measured(
 
 
 def _settings_of(
-    name: str,
+    start: Any,
     model: AViT,
     images: Float[np.ndarray, "b h w c"],
     budgets: Sequence[float],
@@ -120,14 +133,15 @@ def _settings_of(
     settings: dict[str, Any],
 ) -> tuple[dict[float, Any], list[str]]:
     """The rule at each budget, and a sentence for each budget that it cannot meet; both are kept in the folder."""
+    name, own = (start, None) if isinstance(start, str) else (start.name, rule_to_json(start))
     path = folder / "settings" / f"{name}.json"
-    wanted = settings | {"budgets": list(budgets)}
+    wanted = json.loads(json.dumps(settings | {"budgets": budgets, "start": own}))
     if path.is_file() and (kept := read_json(path)).get("settings") == wanted:
         return {float(budget): rule_from_json(rule) for budget, rule in kept["rules"].items()}, kept["left_out"]
     found: dict[float, Any] = {}
     left_out = []
     try:
-        works = WorkByLevel(model, images, name)
+        works = WorkByLevel(model, images, start)
         for budget in budgets:
             rule, work = works.nearest(budget)
             if abs(work - budget) <= _NEAR * budget:
