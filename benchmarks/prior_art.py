@@ -1,0 +1,251 @@
+"""The fine-tuned rows of the comparison of rules on Fashion-MNIST: one training and one result a row.
+
+    apt-get install dataset-fashion-mnist && python benchmarks/prior_art.py      hours on 2 cores; it may be stopped
+    python benchmarks/prior_art.py --list                                        the rows, and which of them are there
+    python benchmarks/prior_art.py --only tome_0.71_s0                           one row
+
+Each row trains configs/prior_art.py in runs/prior_art/NAME, sets what its rule leaves open on the validation images,
+reads the test images once, keeps the model in runs/prior_art/models/NAME and writes benchmarks/prior_art/rows/NAME.json.
+The search for learning rates trains for half an epoch, reads no test image, and writes benchmarks/prior_art/rates. A row
+whose JSON is there is skipped. A row that fails is reported, and the next one starts.
+"""
+
+import argparse
+import base64
+import dataclasses
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+import numpy as np
+import optax
+
+import avit_jax
+from avit_jax.commands.typed_config import parse
+from avit_jax.data.open import open_dataset
+from avit_jax.data.pipeline import evaluation_images
+from avit_jax.data.preprocessing import normalize
+from avit_jax.data.sources import Dataset, Split
+from avit_jax.execution.program import compile, fitting_executions
+from avit_jax.execution.work import executed_shrinking_gmacs, image_gmacs, whole_gmacs
+from avit_jax.model.vit import AViT
+from avit_jax.rules import rule_to_json
+from avit_jax.runtime.files import read_json, write_json
+from avit_jax.runtime.mesh import use_all_cores
+from avit_jax.runtime.signals import FolderLock
+from avit_jax.train.loop import train
+from avit_jax.train.run_folder import check_folder
+from avit_jax.train.start import initial_model, load_teacher
+from benchmarks.results import machine
+from configs import fashion_mnist, prior_art
+
+RESULTS = ROOT / "benchmarks/prior_art"
+RUNS = ROOT / "runs/prior_art"
+BUDGETS = (0.71, 0.49)
+MAIN = ("avit", "tome", "layers")  # at both budgets with three seeds
+BATCH = 200
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One result. With `rate` it belongs to the search for learning rates."""
+
+    method: str
+    budget: float | None = None
+    seed: int = 0
+    rate: float | None = None
+
+    @property
+    def name(self) -> str:
+        """Of its files."""
+        budget = "" if self.budget is None else f"_{self.budget:g}"
+        return f"{self.method}{budget}" + (f"_s{self.seed}" if self.rate is None else f"_rate_{self.rate:g}")
+
+    @property
+    def result(self) -> Path:
+        """Its JSON file."""
+        return RESULTS / ("rows" if self.rate is None else "rates") / f"{self.name}.json"
+
+    def config(self) -> Any:
+        """The config of its training."""
+        config = prior_art.get_config(self.method + ("" if self.budget is None else f",{self.budget}"))
+        config.seed = self.seed
+        if self.rate is not None:
+            config.optim.learning_rate = self.rate
+            config.epochs = 0.5
+        return config
+
+
+def rows() -> list[Row]:
+    """Every row, the most important ones first."""
+    search = [Row(m, None if m == "static" else 0.6, rate=r) for m in ("static", *MAIN) for r in prior_art.RATES_TRIED]
+    seeds = [[Row("static", seed=s), *(Row(m, b, s) for b in BUDGETS for m in MAIN)] for s in range(3)]
+    return search + seeds[0] + seeds[1] + seeds[2]
+
+
+def run(row: Row) -> None:
+    """Train, evaluate, write the result and the model."""
+    model, dataset, seconds = trained(row)
+    config = row.config()
+    if row.method == "avit":
+        assert row.budget is not None
+        model = with_gate_at(model, dataset.val, row.budget)
+    checked = figures(model, dataset.val)
+    result = {"data": "fashion_mnist", "group": "fine-tuned", "method": row.method, "rule": rule_of(model)}
+    result |= {"budget": row.budget, "seed": row.seed}
+    if row.rate is None:
+        result |= figures(model, dataset.test, execution=fitting_executions(model.config)[0])
+        folder = RUNS / "models" / row.name
+        if not folder.exists():
+            avit_jax.save(model, folder)
+    result |= {"seconds": round(seconds, 1), "machine": machine(), "commit": commit()}
+    result |= {"settings": {"learning_rate": config.optim.learning_rate, "epochs": config.epochs}}
+    result |= {"validation_top1": checked["top1"], "validation_gmacs": checked["gmacs"]}
+    row.result.parent.mkdir(parents=True, exist_ok=True)
+    write_json(row.result, result)
+    print(f"{row.name}: validation top-1 {checked['top1']:.4f} at {checked['gmacs'] / STATIC_GMACS:.4f} of the work")
+
+
+STATIC_GMACS = whole_gmacs(prior_art.STATIC)
+
+
+def trained(row: Row) -> tuple[AViT, Dataset, float]:
+    """The trained model, the data, and the seconds that training took: train.py without its tables and pictures."""
+    settings, workdir = parse(row.config()), RUNS / row.name
+    dataset = open_dataset(settings.data)
+    if (workdir / "model").exists():
+        return avit_jax.load(workdir / "model"), dataset, read_json(workdir / "seconds.json")
+    if row.method == "layers":
+        write_first_layers(Path(settings.init_from))
+    with FolderLock(workdir):
+        check_folder(settings, workdir, resume=True)
+        model = initial_model(settings, dataset)
+        write_json(workdir / "train_config.json", {"config": settings.to_config()})
+        result = train(settings, dataset, model, workdir, load_teacher(settings.teacher, model.config))
+        write_json(workdir / "seconds.json", result.progress.seconds)
+        avit_jax.save(result.model, workdir / "model")
+    return result.model, dataset, result.progress.seconds
+
+
+def write_first_layers(path: Path) -> None:
+    """The static model's first layers as a checkpoint; the number of layers ends the path."""
+    if not path.exists():
+        layers = int(path.name.rpartition("_")[2])
+        avit_jax.save(prior_art.first_layers(avit_jax.load(fashion_mnist.STATIC_MODEL), layers), path)
+
+
+def with_gate_at(model: AViT, split: Split, work: float) -> AViT:
+    """The model with the gate_center at which these images cost `work` of the static model's multiply-adds."""
+    gate = model.config.halting
+    images = pixels(model, split)
+
+    def cost(rule: Any) -> float:
+        return float(answers(model.with_config(rule=rule), images)["gmacs"].mean()) / STATIC_GMACS
+
+    def level(share: float) -> Any:
+        return dataclasses.replace(gate, gate_center=round(gate.gate_center + 10 * share - 5, 3))
+
+    return model.with_config(rule=prior_art.at_work(level, cost, work))
+
+
+def figures(model: AViT, split: Split, execution: str = "masked") -> dict[str, Any]:
+    """Accuracy, loss and work on a split, each image counted once."""
+    found = answers(model, pixels(model, split), execution)
+    logits, label = found["logits"], split.labels
+    correct = logits.argmax(-1) == label
+    loss = optax.softmax_cross_entropy_with_integer_labels(logits, label)
+    return {
+        "images": len(label),
+        "top1": float(correct.mean()),
+        "loss": float(loss.mean()),
+        "gmacs": float(found["gmacs"].mean(dtype=np.float64)),
+        "executed_gmacs": found["executed_gmacs"],
+        "correct": base64.b64encode(np.packbits(correct)).decode(),
+    }
+
+
+def pixels(model: AViT, split: Split) -> np.ndarray:
+    """The images as the model takes them."""
+    return np.asarray(normalize(evaluation_images(split, range(len(split)), model.config), model.config))
+
+
+def answers(model: AViT, images: np.ndarray, execution: str = "masked") -> dict[str, Any]:
+    """Logits and GMACs (last layer short) of each image, and the mean of what was executed."""
+    config = model.config
+    program = compile(model, BATCH, execution=execution if config.reduction is None else "shrinking")
+    logits, gmacs, executed = [], [], 0.0
+    for start in range(0, len(images), BATCH):
+        batch = images[start : start + BATCH]
+        output = program(batch)
+        depth = np.asarray(output.token_depth)
+        logits.append(np.asarray(output.logits))
+        gmacs.append(np.asarray(image_gmacs(config, depth, short_last_layer=True)))
+        executed += program.executed(depth, len(batch)).gmacs * len(batch)
+    result = {"logits": np.concatenate(logits), "gmacs": np.concatenate(gmacs)}
+    return result | {"executed_gmacs": executed / len(images)}
+
+
+def rule_of(model: AViT) -> dict[str, Any] | None:
+    """The rule in force as JSON."""
+    rule = model.config.rule_in_force
+    return None if rule is None else rule_to_json(rule)
+
+
+def commit() -> str:
+    """The commit of this checkout."""
+    return subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.strip()
+
+
+def main() -> None:
+    """Run every row in a process of its own."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="names of rows, with commas between them")
+    parser.add_argument("--list", action="store_true", help="print the rows and run none")
+    parser.add_argument("--here", action="store_true", help="run the row in this process")
+    arguments = parser.parse_args()
+    names = [name for name in arguments.only.split(",") if name]
+    chosen = [row for row in rows() if not names or row.name in names]
+    if len(names) > len(chosen):
+        parser.error(f"--only={arguments.only}: not all of these are rows; --list shows the names")
+    if arguments.list:
+        print("\n".join(f"{row.name:24}{'there' if row.result.exists() else ''}".rstrip() for row in chosen))
+        return
+    if arguments.here:
+        use_all_cores()
+        run(chosen[0])
+        return
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped; the same command goes on"))
+    for number, row in enumerate(chosen, 1):
+        if row.result.exists():
+            continue
+        began = time.perf_counter()
+        print(f"{time.strftime('%H:%M:%S')} {number} of {len(chosen)}: {row.name}", flush=True)
+        code = in_own_process(row)
+        minutes = (time.perf_counter() - began) / 60
+        print(f"    {f'FAILED with {code}' if code else 'done'} after {minutes:.1f} min", flush=True)
+
+
+def in_own_process(row: Row) -> int:
+    """Run the row with its output in runs/prior_art/NAME.log; returns the exit status."""
+    RUNS.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, __file__, "--here", "--only", row.name]
+    with (RUNS / f"{row.name}.log").open("a") as log:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
+        try:
+            return process.wait()
+        except BaseException:
+            process.terminate()  # it writes its checkpoint
+            process.wait()
+            raise
+
+
+if __name__ == "__main__":
+    main()
