@@ -5,9 +5,9 @@
     python benchmarks/prior_art.py --only tome_0.71_s0                           one row
 
 Each row trains configs/prior_art.py in runs/prior_art/NAME, sets what its rule leaves open on the validation images,
-reads the test images once, keeps the model in runs/prior_art/models/NAME and writes benchmarks/prior_art/rows/NAME.json.
-The search for learning rates trains for half an epoch, reads no test image, and writes benchmarks/prior_art/rates. A row
-whose JSON is there is skipped. A row that fails is reported, and the next one starts.
+reads the test images once, keeps the model in runs/prior_art/models/NAME and writes the JSON of the row in
+benchmarks/prior_art/rows. The search for learning rates trains for half an epoch, reads no test image, and writes
+benchmarks/prior_art/rates. A row whose JSON is there is skipped. A row that fails is reported, and the next one starts.
 """
 
 import argparse
@@ -20,8 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import numpy as np
 import optax
@@ -33,7 +32,7 @@ from avit_jax.data.pipeline import evaluation_images
 from avit_jax.data.preprocessing import normalize
 from avit_jax.data.sources import Dataset, Split
 from avit_jax.execution.program import compile, fitting_executions
-from avit_jax.execution.work import executed_shrinking_gmacs, image_gmacs, whole_gmacs
+from avit_jax.execution.work import image_gmacs, whole_gmacs
 from avit_jax.model.vit import AViT
 from avit_jax.rules import rule_to_json
 from avit_jax.runtime.files import read_json, write_json
@@ -45,11 +44,13 @@ from avit_jax.train.start import initial_model, load_teacher
 from benchmarks.results import machine
 from configs import fashion_mnist, prior_art
 
+ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/prior_art"
 RUNS = ROOT / "runs/prior_art"
 BUDGETS = (0.71, 0.49)
 MAIN = ("avit", "tome", "layers")  # at both budgets with three seeds
 BATCH = 200
+STATIC_GMACS = whole_gmacs(prior_art.STATIC)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,9 +111,6 @@ def run(row: Row) -> None:
     row.result.parent.mkdir(parents=True, exist_ok=True)
     write_json(row.result, result)
     print(f"{row.name}: validation top-1 {checked['top1']:.4f} at {checked['gmacs'] / STATIC_GMACS:.4f} of the work")
-
-
-STATIC_GMACS = whole_gmacs(prior_art.STATIC)
 
 
 def trained(row: Row) -> tuple[AViT, Dataset, float]:
@@ -178,7 +176,7 @@ def pixels(model: AViT, split: Split) -> np.ndarray:
 def answers(model: AViT, images: np.ndarray, execution: str = "masked") -> dict[str, Any]:
     """Logits and GMACs (last layer short) of each image, and the mean of what was executed."""
     config = model.config
-    program = compile(model, BATCH, execution=execution if config.reduction is None else "shrinking")
+    program = compile(model, BATCH, execution=execution if config.reduction is None else "shrinking", image_exit=False)
     logits, gmacs, executed = [], [], 0.0
     for start in range(0, len(images), BATCH):
         batch = images[start : start + BATCH]

@@ -7,9 +7,9 @@ METHOD is static, layers (the first layers of the static model), the name of a r
 DynamicViT's (its own losses and learning rates). WORK is the part of the static model's multiply-adds that an image may
 cost, if the last layer computes only what the logits read.
 
-All methods start from checkpoints/fashion_mnist_dense, which is also the teacher, and train for two epochs. The learning
-rate of each was chosen from 3e-4, 1e-3 and 2e-3 by validation top-1 at work 0.6 after half an epoch with one seed;
-methods without a search of their own take the rate of their nearest relative.
+All methods start from checkpoints/fashion_mnist_dense, which is also the teacher, and train for two epochs. The
+learning rate of each was chosen from 3e-4, 1e-3 and 2e-3 by validation top-1 at work 0.6 after half an epoch with one
+seed; methods without a search of their own take the rate of their nearest relative.
 """
 
 import dataclasses
