@@ -32,7 +32,7 @@ from avit_jax.data.pipeline import evaluation_images
 from avit_jax.data.preprocessing import normalize
 from avit_jax.data.sources import Dataset, Split
 from avit_jax.execution.program import compile, fitting_executions
-from avit_jax.execution.work import image_gmacs, whole_gmacs
+from avit_jax.execution.work import image_gmacs
 from avit_jax.model.vit import AViT
 from avit_jax.rules import rule_to_json
 from avit_jax.runtime.files import read_json, write_json
@@ -50,7 +50,6 @@ RUNS = ROOT / "runs/prior_art"
 BUDGETS = (0.71, 0.49)
 MAIN = ("avit", "tome", "layers")  # at both budgets with three seeds
 BATCH = 200
-STATIC_GMACS = whole_gmacs(prior_art.STATIC)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +109,9 @@ def run(row: Row) -> None:
     result |= {"validation_top1": checked["top1"], "validation_gmacs": checked["gmacs"]}
     row.result.parent.mkdir(parents=True, exist_ok=True)
     write_json(row.result, result)
-    print(f"{row.name}: validation top-1 {checked['top1']:.4f} at {checked['gmacs'] / STATIC_GMACS:.4f} of the work")
+    print(
+        f"{row.name}: validation top-1 {checked['top1']:.4f} at {checked['gmacs'] / prior_art.WHOLE_GMACS:.4f} of the work"
+    )
 
 
 def trained(row: Row) -> tuple[AViT, Dataset, float]:
@@ -144,7 +145,7 @@ def with_gate_at(model: AViT, split: Split, work: float) -> AViT:
     images = pixels(model, split)
 
     def cost(rule: Any) -> float:
-        return float(answers(model.with_config(rule=rule), images)["gmacs"].mean()) / STATIC_GMACS
+        return float(answers(model.with_config(rule=rule), images)["gmacs"].mean()) / prior_art.WHOLE_GMACS
 
     def level(share: float) -> Any:
         return dataclasses.replace(gate, gate_center=round(gate.gate_center + 10 * share - 5, 3))

@@ -20,7 +20,7 @@ import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
-from avit_jax.execution.work import image_gmacs, whole_gmacs
+from avit_jax.execution.work import shrinking_gmacs
 from avit_jax.model.config import AViTConfig
 from avit_jax.model.vit import AViT
 from avit_jax.reduction.tome import ToMe
@@ -30,6 +30,7 @@ RATES_TRIED = (3e-4, 1e-3, 2e-3)
 RATES = {"static": 1e-3, "layers": 1e-3, "avit": 1e-3, "tome": 1e-3}
 # The architecture of checkpoints/fashion_mnist_dense.
 STATIC = AViTConfig(image_size=28, patch_size=4, in_channels=1, num_classes=10, embed_dim=64, num_heads=4)
+WHOLE_GMACS = shrinking_gmacs(STATIC, short_last_layer=False)
 # Rules with the same number of tokens in every image, under settings that save nothing.
 FIXED: dict[str, Any] = {"tome": ToMe(r=0)}
 # Mean depths at which A-ViT's gate starts, in layers, and the work there on validation images.
@@ -66,8 +67,7 @@ def get_config(arg: str = "static") -> ConfigDict:
 
 def share(config: AViTConfig) -> float:
     """The work of a model with fixed counts as a part of the static model's, with a short last layer."""
-    depths = np.full((1, config.num_tokens), config.depth)
-    return float(image_gmacs(config, depths, short_last_layer=True)[0]) / whole_gmacs(STATIC)
+    return shrinking_gmacs(config, short_last_layer=True) / WHOLE_GMACS
 
 
 def layers_for(work: float) -> int:
