@@ -22,21 +22,25 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import jax
 import numpy as np
 import optax
+from flax import nnx
+from PIL import Image
 
 import avit_jax
 from avit_jax.commands.typed_config import parse
+from avit_jax.data.arrays import read_idx
 from avit_jax.data.open import open_dataset
 from avit_jax.data.pipeline import evaluation_images
 from avit_jax.data.preprocessing import normalize
 from avit_jax.data.sources import Dataset, Split
-from avit_jax.execution.program import compile, fitting_executions
+from avit_jax.execution.program import AUTO, compile, suited_execution
 from avit_jax.execution.work import image_gmacs
-from avit_jax.model.vit import AViT
+from avit_jax.model.vit import AViT, AViTOutput
 from avit_jax.rules import rule_to_json
 from avit_jax.runtime.files import read_json, write_json
-from avit_jax.runtime.mesh import use_all_cores
+from avit_jax.runtime.mesh import data_mesh, use_all_cores
 from avit_jax.runtime.signals import FolderLock
 from avit_jax.train.loop import train
 from avit_jax.train.run_folder import check_folder
@@ -47,25 +51,28 @@ from configs import fashion_mnist, prior_art
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/prior_art"
 RUNS = ROOT / "runs/prior_art"
-BUDGETS = (0.71, 0.49)
-MAIN = ("avit", "tome", "layers")  # at both budgets with three seeds
+BUDGETS = ("0.71", "0.49")
+MAIN = ("avit", "tome", "layers")  # with three seeds
+LAYERS = {"0.71": "9", "0.49": "7"}  # whose work is nearest
+SIDES = {"0.71": "24", "0.49": "20"}
 BATCH = 200
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One result. With `rate` it belongs to the search for learning rates."""
+    """One result; the strings are as in the config's argument. With `rate` it belongs to the search for rates."""
 
     method: str
-    budget: float | None = None
+    budget: str = ""
+    work: str = ""  # the config's, if it is not the budget
     seed: int = 0
     rate: float | None = None
 
     @property
     def name(self) -> str:
         """Of its files."""
-        budget = "" if self.budget is None else f"_{self.budget:g}"
-        return f"{self.method}{budget}" + (f"_s{self.seed}" if self.rate is None else f"_rate_{self.rate:g}")
+        end = f"s{self.seed}" if self.rate is None else f"rate_{self.rate:g}"
+        return "_".join(part for part in (self.method, self.work or self.budget, end) if part)
 
     @property
     def result(self) -> Path:
@@ -74,7 +81,7 @@ class Row:
 
     def config(self) -> Any:
         """The config of its training."""
-        config = prior_art.get_config(self.method + ("" if self.budget is None else f",{self.budget}"))
+        config = prior_art.get_config(f"{self.method},{self.work or self.budget}")
         config.seed = self.seed
         if self.rate is not None:
             config.optim.learning_rate = self.rate
@@ -84,73 +91,119 @@ class Row:
 
 def rows() -> list[Row]:
     """Every row, the most important ones first."""
-    search = [Row(m, None if m == "static" else 0.6, rate=r) for m in ("static", *MAIN) for r in prior_art.RATES_TRIED]
-    seeds = [[Row("static", seed=s), *(Row(m, b, s) for b in BUDGETS for m in MAIN)] for s in range(3)]
-    return search + seeds[0] + seeds[1] + seeds[2]
+
+    def row(method: str, budget: str, **other: Any) -> Row:
+        works = {"layers": LAYERS | {"0.6": "8"}, "image": SIDES}.get(method, {})
+        return Row(method, budget, works.get(budget, ""), **other)
+
+    found = [Row("static", rate=rate) for rate in prior_art.RATES_TRIED]
+    found += [row(method, "0.6", rate=rate) for method in MAIN for rate in prior_art.RATES_TRIED]
+    for seed in range(3):
+        found += [Row("static", seed=seed), *(row(m, b, seed=seed) for b in BUDGETS for m in MAIN)]
+        if seed == 0:
+            found += [row(method, budget) for budget in BUDGETS for method in ("image",)]
+            found += [Row("layers", "0.71", "10"), Row("layers", "0.49", "6")]
+    return found
 
 
 def run(row: Row) -> None:
     """Train, evaluate, write the result and the model."""
     model, dataset, seconds = trained(row)
     config = row.config()
-    if row.method == "avit":
-        assert row.budget is not None
-        model = with_gate_at(model, dataset.val, row.budget)
+    if model.config.halts:
+        model = at_budget(model, dataset.val, float(row.budget))
     checked = figures(model, dataset.val)
-    result = {"data": "fashion_mnist", "group": "fine-tuned", "method": row.method, "rule": rule_of(model)}
-    result |= {"budget": row.budget, "seed": row.seed}
+    method = {"image": "image size"}.get(row.method, row.method)
+    result = {"data": "fashion_mnist", "group": "fine-tuned", "method": method, "rule": rule_of(model)}
+    result |= {"budget": float(row.budget) if row.budget else None, "seed": row.seed}
     if row.rate is None:
-        result |= figures(model, dataset.test, execution=fitting_executions(model.config)[0])
+        result |= figures(model, dataset.test, execution=AUTO)
         folder = RUNS / "models" / row.name
         if not folder.exists():
             avit_jax.save(model, folder)
-    result |= {"seconds": round(seconds, 1), "machine": machine(), "commit": commit()}
-    result |= {"settings": {"learning_rate": config.optim.learning_rate, "epochs": config.epochs}}
+    settings = {"config": f"{row.method},{row.work or row.budget}", "learning_rate": config.optim.learning_rate}
+    result |= {"seconds": round(seconds, 1), "machine": machine(), "commit": commit(), "settings": settings}
     result |= {"validation_top1": checked["top1"], "validation_gmacs": checked["gmacs"]}
     row.result.parent.mkdir(parents=True, exist_ok=True)
     write_json(row.result, result)
-    print(
-        f"{row.name}: validation top-1 {checked['top1']:.4f} at {checked['gmacs'] / prior_art.WHOLE_GMACS:.4f} of the work"
-    )
+    work = checked["gmacs"] / prior_art.WHOLE_GMACS
+    print(f"{row.name}: validation top-1 {checked['top1']:.4f} at {work:.4f} of the work")
 
 
 def trained(row: Row) -> tuple[AViT, Dataset, float]:
     """The trained model, the data, and the seconds that training took: train.py without its tables and pictures."""
     settings, workdir = parse(row.config()), RUNS / row.name
+    if row.method == "layers":
+        write_first_layers(Path(settings.init_from), settings.model.depth)
+    if row.method == "image":
+        write_images(Path(settings.data.path), int(row.work))
     dataset = open_dataset(settings.data)
     if (workdir / "model").exists():
         return avit_jax.load(workdir / "model"), dataset, read_json(workdir / "seconds.json")
-    if row.method == "layers":
-        write_first_layers(Path(settings.init_from))
     with FolderLock(workdir):
         check_folder(settings, workdir, resume=True)
         model = initial_model(settings, dataset)
+        teacher = enlarging_teacher() if row.method == "image" else load_teacher(settings.teacher, model.config)
         write_json(workdir / "train_config.json", {"config": settings.to_config()})
-        result = train(settings, dataset, model, workdir, load_teacher(settings.teacher, model.config))
+        result = train(settings, dataset, model, workdir, teacher)
         write_json(workdir / "seconds.json", result.progress.seconds)
         avit_jax.save(result.model, workdir / "model")
     return result.model, dataset, result.progress.seconds
 
 
-def write_first_layers(path: Path) -> None:
-    """The static model's first layers as a checkpoint; the number of layers ends the path."""
+def write_first_layers(path: Path, layers: int) -> None:
+    """The static model's first layers as a checkpoint."""
     if not path.exists():
-        layers = int(path.name.rpartition("_")[2])
         avit_jax.save(prior_art.first_layers(avit_jax.load(fashion_mnist.STATIC_MODEL), layers), path)
 
 
-def with_gate_at(model: AViT, split: Split, work: float) -> AViT:
-    """The model with the gate_center at which these images cost `work` of the static model's multiply-adds."""
+def write_images(path: Path, side: int) -> None:
+    """Fashion-MNIST with smaller images, in the same order and so in the same parts."""
+    if path.exists():
+        return
+    folder = Path(fashion_mnist.get_config().data.path)
+    arrays: dict[str, np.ndarray] = {"class_names": np.array(fashion_mnist.CLASS_NAMES)}
+    for start, purpose in (("", "train"), ("test_", "t10k")):
+        images = read_idx(next(folder.glob(f"{purpose}-images*")), 3)
+        small = [np.asarray(Image.fromarray(image).resize((side, side), Image.Resampling.BICUBIC)) for image in images]
+        arrays |= {f"{start}images": np.stack(small)}
+        arrays |= {f"{start}labels": read_idx(next(folder.glob(f"{purpose}-labels*")), 1).astype(np.int64)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    np.savez(path, **arrays)
+
+
+class Enlarging(AViT):
+    """A model that enlarges smaller images to its own size."""
+
+    def __call__(self, images: Any, **other: Any) -> AViTOutput:
+        """The output for enlarged images."""
+        shape = (len(images), *self.config.image_shape, self.config.in_channels)
+        return super().__call__(jax.image.resize(images, shape, "cubic"), **other)
+
+
+def enlarging_teacher() -> AViT:
+    """The static model, which takes smaller images too."""
+    static = avit_jax.load(fashion_mnist.STATIC_MODEL)
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: Enlarging(static.config, rngs=nnx.Rngs(0))))
+    nnx.replace_by_pure_dict(state, nnx.to_pure_dict(nnx.state(static)))
+    return nnx.merge(graphdef, state)
+
+
+def at_budget(model: AViT, split: Split, work: float) -> AViT:
+    """The model with the setting of its halting rule at which these images cost `work` of the static model."""
     gate = model.config.halting
-    images = pixels(model, split)
+    images = pixels(model, split)[::4]
 
     def cost(rule: Any) -> float:
         return float(answers(model.with_config(rule=rule), images)["gmacs"].mean()) / prior_art.WHOLE_GMACS
 
-    def level(share: float) -> Any:
-        return dataclasses.replace(gate, gate_center=round(gate.gate_center + 10 * share - 5, 3))
-
-    return model.with_config(rule=prior_art.at_work(level, cost, work))
+    low, high, tried = -5.0, 5.0, []
+    while not tried or (abs(tried[-1][0] - work) > 0.002 * work and high - low > 0.01):
+        middle = (low + high) / 2
+        rule = dataclasses.replace(gate, gate_center=round(gate.gate_center + middle, 3))
+        tried.append((cost(rule), rule))
+        low, high = (low, middle) if tried[-1][0] > work else (middle, high)
+    return model.with_config(rule=min(tried, key=lambda found: abs(found[0] - work))[1])
 
 
 def figures(model: AViT, split: Split, execution: str = "masked") -> dict[str, Any]:
@@ -177,7 +230,8 @@ def pixels(model: AViT, split: Split) -> np.ndarray:
 def answers(model: AViT, images: np.ndarray, execution: str = "masked") -> dict[str, Any]:
     """Logits and GMACs (last layer short) of each image, and the mean of what was executed."""
     config = model.config
-    program = compile(model, BATCH, execution=execution if config.reduction is None else "shrinking", image_exit=False)
+    chosen = suited_execution(config, execution)
+    program = compile(model, BATCH, execution=chosen, image_exit=False, mesh=data_mesh(BATCH))
     logits, gmacs, executed = [], [], 0.0
     for start in range(0, len(images), BATCH):
         batch = images[start : start + BATCH]
@@ -198,9 +252,8 @@ def rule_of(model: AViT) -> dict[str, Any] | None:
 
 def commit() -> str:
     """The commit of this checkout."""
-    return subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout.strip()
+    command = ["git", "rev-parse", "HEAD"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def main() -> None:
