@@ -8,16 +8,16 @@ from avit_jax.data.preprocessing import preprocess
 from avit_jax.execution.packed import PackedModel, compile_packed
 from avit_jax.execution.plan import PackedPlan, plan_packed
 from avit_jax.execution.program import compile
+from avit_jax.halting.act import ACT
 from avit_jax.halting.ats import ATS
 from avit_jax.halting.confidence import ConfidenceExit
 from avit_jax.halting.mass import AttentionMass
-from avit_jax.halting.similarity import Similarity
-from avit_jax.halting.act import ACT
-from avit_jax.halting.confidence import ConfidenceExit
 from avit_jax.halting.pondernet import PonderNet
+from avit_jax.halting.similarity import Similarity
 from avit_jax.model.config import AViTConfig, Preprocessing
 from avit_jax.model.presets import PRESETS
 from avit_jax.model.vit import AViT, AViTOutput, create
+from avit_jax.reduction.dynamicvit import DynamicViT
 from avit_jax.reduction.mctf import MCTF
 from avit_jax.reduction.positions import PositionDepths, position_depths
 from avit_jax.reduction.random_drop import RandomDrop
@@ -31,23 +31,24 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"  # pyproject.toml reads it here
 
 __all__ = [
-    "MCTF",
-    "ATS",
     "ACT",
+    "ATS",
+    "MCTF",
     "PRESETS",
     "AViT",
     "AViTConfig",
     "AViTOutput",
     "AttentionMass",
     "ConfidenceExit",
+    "DynamicViT",
     "EViT",
     "PackedModel",
     "PackedPlan",
-    "PositionDepths",
     "PonderNet",
+    "PositionDepths",
     "Preprocessing",
-    "Similarity",
     "RandomDrop",
+    "Similarity",
     "ToMe",
     "TopK",
     "__version__",

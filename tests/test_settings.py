@@ -80,6 +80,7 @@ BOUNDS: list[tuple[str, float, float, str]] = [  # the key, the bound, a value b
     *((name, 1, 0, "at least 1") for name in ("checkpoint_every", "keep_checkpoints", "accumulation")),
     *((name, 0, -1, "at least 0") for name in ("keep_every", "keep_best", "epochs", "gate_start.images")),
     *((f"loss.{name}", 0, -0.1, "at least 0") for name in ("ponder_weight", "prior_weight", "label_smoothing")),
+    *((f"loss.{name}_weight", 0, -0.1, "at least 0") for name in ("keep_ratio", "teacher_logits", "teacher_tokens")),
     ("loss.distillation_weight", 0, -0.1, "at least 0"),
     ("loss.geometric_weight", 0, -0.1, "at least 0"),
     ("loss.distillation_weight", 1, 1.1, "at most 1"),

@@ -41,7 +41,7 @@ class PositionDepths(Reduction):
     place: ClassVar[Place] = "before the layer"
 
     def __post_init__(self) -> None:
-        depths = tuple(self.depths) if isinstance(self.depths, list) else self.depths  # from JSON
+        depths: Any = tuple(self.depths) if isinstance(self.depths, list) else self.depths  # from JSON
         for depth in depths if isinstance(depths, tuple) and depths else (depths,):
             if not _is_number(depth) or not 0 <= depth <= _MOST:
                 raise ValueError(

@@ -39,9 +39,9 @@ class TopK(Reduction):
     fuses: ClassVar[bool] = False  # whether the dropped tokens become one more token
 
     def __post_init__(self) -> None:
-        kind, rates, layers = type(self).__name__, self.keep_rate, self.layers
-        single = not isinstance(rates, tuple | list)
-        rates = (rates,) if single else rates
+        kind, layers = type(self).__name__, self.layers
+        single = not isinstance(self.keep_rate, tuple | list)
+        rates: Any = (self.keep_rate,) if single else self.keep_rate
         if not all(is_a(numbers.Real, rate) and 0 < rate <= 1 for rate in rates):
             raise ValueError(
                 f"{kind}'s keep_rate is {self.keep_rate!r}: give a number above 0 and at most 1, or one for each layer"
