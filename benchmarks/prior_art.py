@@ -52,27 +52,37 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/prior_art"
 RUNS = ROOT / "runs/prior_art"
 BUDGETS = ("0.71", "0.49")
-MAIN = ("avit", "tome", "layers")  # with three seeds
-LAYERS = {"0.71": "9", "0.49": "7"}  # whose work is nearest
-SIDES = {"0.71": "24", "0.49": "20"}
+MAIN = ("avit", "tome", "evit", "dynamicvit", "layers")  # with three seeds
+SINGLE = (
+    *("confidence", "pondernet", "act", "topk", "random", "mctf", "ats", "mass", "similarity", "positions"),
+    *("image", "dynamicvit_own"),
+)
+WORKS = {"layers": {"0.71": "9", "0.6": "8", "0.49": "7"}, "image": {"0.71": "24", "0.49": "20"}}  # the nearest
 BATCH = 200
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One result; the strings are as in the config's argument. With `rate` it belongs to the search for rates."""
+    """One result. With `rate` it belongs to the search for learning rates."""
 
-    method: str
+    method: str  # of configs/prior_art.py
     budget: str = ""
-    work: str = ""  # the config's, if it is not the budget
+    work: str = ""  # as the config has it
     seed: int = 0
     rate: float | None = None
+    sampled: bool = False  # PonderNet
 
     @property
     def name(self) -> str:
         """Of its files."""
+        method = self.method + ("_sampled" if self.sampled else "")
         end = f"s{self.seed}" if self.rate is None else f"rate_{self.rate:g}"
-        return "_".join(part for part in (self.method, self.work or self.budget, end) if part)
+        return "_".join(part for part in (method, self.work or self.budget, end) if part)
+
+    @property
+    def run(self) -> str:
+        """Of its training, which some rows share."""
+        return dataclasses.replace(self, budget="", sampled=False).name if self.rate is None else self.name
 
     @property
     def result(self) -> Path:
@@ -81,7 +91,7 @@ class Row:
 
     def config(self) -> Any:
         """The config of its training."""
-        config = prior_art.get_config(f"{self.method},{self.work or self.budget}")
+        config = prior_art.get_config(f"{self.method},{self.work}")
         config.seed = self.seed
         if self.rate is not None:
             config.optim.learning_rate = self.rate
@@ -89,19 +99,21 @@ class Row:
         return config
 
 
+def row(method: str, budget: str, **other: Any) -> Row:
+    """The row of a method at a budget."""
+    work = "" if method == "confidence" else WORKS.get(method, {}).get(budget, budget)
+    return Row(method, budget, work, **other)
+
+
 def rows() -> list[Row]:
     """Every row, the most important ones first."""
-
-    def row(method: str, budget: str, **other: Any) -> Row:
-        works = {"layers": LAYERS | {"0.6": "8"}, "image": SIDES}.get(method, {})
-        return Row(method, budget, works.get(budget, ""), **other)
-
     found = [Row("static", rate=rate) for rate in prior_art.RATES_TRIED]
     found += [row(method, "0.6", rate=rate) for method in MAIN for rate in prior_art.RATES_TRIED]
     for seed in range(3):
         found += [Row("static", seed=seed), *(row(m, b, seed=seed) for b in BUDGETS for m in MAIN)]
         if seed == 0:
-            found += [row(method, budget) for budget in BUDGETS for method in ("image",)]
+            found += [row(method, budget) for method in SINGLE for budget in BUDGETS]
+            found += [row("pondernet", budget, sampled=True) for budget in BUDGETS]
             found += [Row("layers", "0.71", "10"), Row("layers", "0.49", "6")]
     return found
 
