@@ -13,6 +13,7 @@ benchmarks/prior_art/rates. A row whose JSON is there is skipped. A row that fai
 import argparse
 import base64
 import dataclasses
+import shutil
 import signal
 import subprocess
 import sys
@@ -35,6 +36,7 @@ from avit_jax.data.open import open_dataset
 from avit_jax.data.pipeline import evaluation_images
 from avit_jax.data.preprocessing import normalize
 from avit_jax.data.sources import Dataset, Split
+from avit_jax.evaluate.position_share import explained_by_position
 from avit_jax.execution.program import AUTO, compile, suited_execution
 from avit_jax.execution.work import image_gmacs
 from avit_jax.model.vit import AViT, AViTOutput
@@ -58,6 +60,7 @@ SINGLE = (
     *("image", "dynamicvit_own"),
 )
 WORKS = {"layers": {"0.71": "9", "0.6": "8", "0.49": "7"}, "image": {"0.71": "24", "0.49": "20"}}  # the nearest
+NAMES = {"image": "image size", "dynamicvit_own": "dynamicvit"}  # of methods in the results
 BATCH = 200
 
 
@@ -121,19 +124,20 @@ def rows() -> list[Row]:
 def run(row: Row) -> None:
     """Train, evaluate, write the result and the model."""
     model, dataset, seconds = trained(row)
-    config = row.config()
-    if model.config.halts:
-        model = at_budget(model, dataset.val, float(row.budget))
+    model = at_budget(row, model, dataset.val)
     checked = figures(model, dataset.val)
-    method = {"image": "image size"}.get(row.method, row.method)
-    result = {"data": "fashion_mnist", "group": "fine-tuned", "method": method, "rule": rule_of(model)}
+    rule = model.config.rule_in_force
+    result: dict[str, Any] = {"data": "fashion_mnist", "group": "fine-tuned"}
+    result |= {"method": NAMES.get(row.method, row.method), "rule": None if rule is None else rule_to_json(rule)}
     result |= {"budget": float(row.budget) if row.budget else None, "seed": row.seed}
     if row.rate is None:
         result |= figures(model, dataset.test, execution=AUTO)
         folder = RUNS / "models" / row.name
-        if not folder.exists():
-            avit_jax.save(model, folder)
-    settings = {"config": f"{row.method},{row.work or row.budget}", "learning_rate": config.optim.learning_rate}
+        shutil.rmtree(folder, ignore_errors=True)  # of a row that stopped after it had saved its model
+        avit_jax.save(model, folder)
+    config = row.config()
+    settings = {"config": f"{row.method},{row.work}", "sampled": row.sampled, "epochs": config.epochs}
+    settings |= {"optim": config.optim.to_dict(), "loss": config.loss.to_dict()}
     result |= {"seconds": round(seconds, 1), "machine": machine(), "commit": commit(), "settings": settings}
     result |= {"validation_top1": checked["top1"], "validation_gmacs": checked["gmacs"]}
     row.result.parent.mkdir(parents=True, exist_ok=True)
@@ -144,12 +148,15 @@ def run(row: Row) -> None:
 
 def trained(row: Row) -> tuple[AViT, Dataset, float]:
     """The trained model, the data, and the seconds that training took: train.py without its tables and pictures."""
-    settings, workdir = parse(row.config()), RUNS / row.name
+    config, workdir = row.config(), RUNS / row.run
     if row.method == "layers":
-        write_first_layers(Path(settings.init_from), settings.model.depth)
+        write_first_layers(Path(config.init_from), config.model.depth)
     if row.method == "image":
-        write_images(Path(settings.data.path), int(row.work))
-    dataset = open_dataset(settings.data)
+        write_images(Path(config.data.path), int(row.work))
+    dataset = open_dataset(parse(config).data)
+    if row.method == "positions":
+        config.model.rule = as_text(by_position(row, dataset.val))
+    settings = parse(config)
     if (workdir / "model").exists():
         return avit_jax.load(workdir / "model"), dataset, read_json(workdir / "seconds.json")
     with FolderLock(workdir):
@@ -160,7 +167,34 @@ def trained(row: Row) -> tuple[AViT, Dataset, float]:
         result = train(settings, dataset, model, workdir, teacher)
         write_json(workdir / "seconds.json", result.progress.seconds)
         avit_jax.save(result.model, workdir / "model")
+        shutil.rmtree(workdir / "checkpoints")
     return result.model, dataset, result.progress.seconds
+
+
+def at_budget(row: Row, model: AViT, validation: Split) -> AViT:
+    """The model with the setting of its halting rule at which validation images cost the budget, within 1 %."""
+    rule = model.config.halting
+    if row.sampled:  # its work follows from the training
+        return model.with_config(rule=dataclasses.replace(rule, sampled=True))
+    if rule is None:
+        return model
+    images = pixels(model, validation)[::4]
+    return model.with_config(rule=avit_jax.calibrate(model, images, rule, float(row.budget)))
+
+
+def by_position(row: Row, validation: Split) -> avit_jax.PositionDepths:
+    """The mean depths of the trained A-ViT of this budget, shifted so that they cost it."""
+    model = avit_jax.load(RUNS / "models" / dataclasses.replace(row, method="avit").name)
+    images = pixels(model, validation)
+    depth = answers(model, images)["token_depth"][:, model.config.num_special :].mean(0)
+    rule = avit_jax.PositionDepths(tuple(np.round(depth, 3).tolist()))
+    return avit_jax.calibrate(avit_jax.load(fashion_mnist.STATIC_MODEL), images[:1], rule, float(row.budget))
+
+
+def as_text(rule: Any) -> str:
+    """The rule as config.model.rule has it."""
+    settings = [f"{field.name}={getattr(rule, field.name)!r}" for field in dataclasses.fields(rule)]
+    return f"{rule.name}({', '.join(settings)})"
 
 
 def write_first_layers(path: Path, layers: int) -> None:
@@ -201,28 +235,12 @@ def enlarging_teacher() -> AViT:
     return nnx.merge(graphdef, state)
 
 
-def at_budget(model: AViT, split: Split, work: float) -> AViT:
-    """The model with the setting of its halting rule at which these images cost `work` of the static model."""
-    gate = model.config.halting
-    images = pixels(model, split)[::4]
-
-    def cost(rule: Any) -> float:
-        return float(answers(model.with_config(rule=rule), images)["gmacs"].mean()) / prior_art.WHOLE_GMACS
-
-    low, high, tried = -5.0, 5.0, []
-    while not tried or (abs(tried[-1][0] - work) > 0.002 * work and high - low > 0.01):
-        middle = (low + high) / 2
-        rule = dataclasses.replace(gate, gate_center=round(gate.gate_center + middle, 3))
-        tried.append((cost(rule), rule))
-        low, high = (low, middle) if tried[-1][0] > work else (middle, high)
-    return model.with_config(rule=min(tried, key=lambda found: abs(found[0] - work))[1])
-
-
 def figures(model: AViT, split: Split, execution: str = "masked") -> dict[str, Any]:
     """Accuracy, loss and work on a split, each image counted once."""
     found = answers(model, pixels(model, split), execution)
     logits, label = found["logits"], split.labels
     correct = logits.argmax(-1) == label
+    depth = found["token_depth"][:, model.config.num_special :]
     loss = optax.softmax_cross_entropy_with_integer_labels(logits, label)
     return {
         "images": len(label),
@@ -230,6 +248,7 @@ def figures(model: AViT, split: Split, execution: str = "masked") -> dict[str, A
         "loss": float(loss.mean()),
         "gmacs": float(found["gmacs"].mean(dtype=np.float64)),
         "executed_gmacs": found["executed_gmacs"],
+        "explained_by_position": explained_by_position(depth) if model.config.halts else None,
         "correct": base64.b64encode(np.packbits(correct)).decode(),
     }
 
@@ -240,26 +259,21 @@ def pixels(model: AViT, split: Split) -> np.ndarray:
 
 
 def answers(model: AViT, images: np.ndarray, execution: str = "masked") -> dict[str, Any]:
-    """Logits and GMACs (last layer short) of each image, and the mean of what was executed."""
+    """Logits, depths and GMACs (last layer short) of each image, and the mean of what was executed."""
     config = model.config
     chosen = suited_execution(config, execution)
     program = compile(model, BATCH, execution=chosen, image_exit=False, mesh=data_mesh(BATCH))
-    logits, gmacs, executed = [], [], 0.0
+    logits, depths, gmacs, executed = [], [], [], 0.0
     for start in range(0, len(images), BATCH):
         batch = images[start : start + BATCH]
         output = program(batch)
         depth = np.asarray(output.token_depth)
         logits.append(np.asarray(output.logits))
+        depths.append(depth)
         gmacs.append(np.asarray(image_gmacs(config, depth, short_last_layer=True)))
         executed += program.executed(depth, len(batch)).gmacs * len(batch)
-    result = {"logits": np.concatenate(logits), "gmacs": np.concatenate(gmacs)}
-    return result | {"executed_gmacs": executed / len(images)}
-
-
-def rule_of(model: AViT) -> dict[str, Any] | None:
-    """The rule in force as JSON."""
-    rule = model.config.rule_in_force
-    return None if rule is None else rule_to_json(rule)
+    found = {"logits": logits, "token_depth": depths, "gmacs": gmacs}
+    return {name: np.concatenate(parts) for name, parts in found.items()} | {"executed_gmacs": executed / len(images)}
 
 
 def commit() -> str:

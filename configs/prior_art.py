@@ -76,8 +76,9 @@ STARTS = {
     "ats": {"0.71": "", "0.49": ""},
     "mass": {"0.71": "", "0.49": ""},
 }
-# Mean depth at which A-ViT's gate starts, in layers.
+# Mean depth at which A-ViT's gate starts, and where images leave under ACT, in layers.
 GATE_START = {"0.71": 9.0, "0.6": 7.5, "0.49": 6.15}
+ACT_DEPTH = {"0.71": 8.5, "0.49": 5.9}
 # The architecture of checkpoints/fashion_mnist_dense.
 STATIC = AViTConfig(image_size=28, patch_size=4, in_channels=1, num_classes=10, embed_dim=64, num_heads=4)
 WHOLE_GMACS = shrinking_gmacs(STATIC, short_last_layer=False)
