@@ -56,7 +56,9 @@ def slow(model: AViT, images: np.ndarray) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize(
-    "fields", [{}, {"distilled": True}, {"pool": "mean_norm"}, {"num_registers": 2}], ids=["", "dist", "mean", "reg"]
+    "fields",
+    [{}, {"distilled": True}, {"pool": "mean_norm"}, {"num_registers": 2}],
+    ids=["class token", "distilled", "mean", "registers"],
 )
 def test_agrees_with_a_slow_loop_and_packed_execution_too(fields: dict[str, Any]) -> None:
     model = acting(**fields)
@@ -168,7 +170,7 @@ def test_levels_go_from_one_layer_to_all_of_them(rule: Any) -> None:
     levels = (0.0, 1e-12, 0.2, 0.4, 0.5, 0.6, 0.8, 1 - 1e-12, 1.0)
     assert all(json.loads(json.dumps(rule_to_json(at(level)))) == rule_to_json(at(level)) for level in levels)
     depths = [answers(model.with_config(rule=at(level)), images).token_depth for level in levels]
-    depths = [float(np.mean(depth)) for depth in depths]
+    depths = [float(np.asarray(depth).mean()) for depth in depths]
     assert depths[0] == 1 and depths[-1] == model.config.depth
     assert all(a <= b for a, b in itertools.pairwise(depths)) and len(set(depths)) >= 4, depths
 

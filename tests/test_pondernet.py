@@ -57,7 +57,9 @@ def slow(model: AViT, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 @pytest.mark.parametrize(
-    "fields", [{}, {"distilled": True}, {"pool": "mean_norm"}, {"num_registers": 2}], ids=["", "dist", "mean", "reg"]
+    "fields",
+    [{}, {"distilled": True}, {"pool": "mean_norm"}, {"num_registers": 2}],
+    ids=["class token", "distilled", "mean", "registers"],
 )
 def test_agrees_with_a_slow_loop_and_packed_execution_too(fields: dict[str, Any]) -> None:
     model = pondering(**fields)
@@ -255,7 +257,7 @@ def test_levels_are_thresholds_from_one_layer_to_all_of_them() -> None:
     images = pictures(model)
     at = model.config.halting.levels(model, images)
     found = [answers(model.with_config(rule=at(level)), images).token_depth for level in (0.0, 0.3, 0.6, 1.0)]
-    found = [float(np.mean(depth)) for depth in found]
+    found = [float(np.asarray(depth).mean()) for depth in found]
     assert found[0] == 1 and found == sorted(set(found)) and found[-1] == 5
     np.testing.assert_array_equal(
         model.with_config(rule=at(0.3)).rule_module.kernel[...], model.rule_module.kernel[...]

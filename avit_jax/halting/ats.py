@@ -73,7 +73,7 @@ class ATS(Halting):
         check_class_attention(self.name, self.layers, config)
 
     def levels(self, model: Any, images: Float[Array | np.ndarray, "b h w c"]) -> Callable[[float], "ATS"]:
-        """From 2 samples to 64 for each patch, evenly in the logarithm; above level 0.9 then in fewer and fewer layers.
+        """From 2 samples to 1024 for each patch, evenly in the logarithm; above level 0.9 in fewer and fewer layers.
 
         Even many samples drop the lowest patch of each layer, so that only without any layer nothing stops.
         """
@@ -82,7 +82,7 @@ class ATS(Halting):
         layers = [layer for layer in (range(3, last) if self.layers is None else self.layers) if layer < last]
 
         def at(level: float) -> ATS:
-            samples = round(2 * (32 * patches) ** min(level / 0.9, 1))
+            samples = round(2 * (512 * patches) ** min(level / 0.9, 1))
             left_out = round(max(level - 0.9, 0) / 0.1 * len(layers))
             return ATS(samples, tuple(layers[left_out:]))
 

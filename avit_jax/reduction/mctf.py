@@ -73,8 +73,7 @@ class MCTF(Reduction):
         r: Any = self.r
         if _is_count(r):
             return int(r)
-        real = isinstance(r, numbers.Real) and not isinstance(r, bool | numbers.Integral)
-        if real and 0 <= r < 1:
+        if isinstance(r, numbers.Real) and not isinstance(r, bool | numbers.Integral) and 0 <= float(r) < 1:
             return float(r)
         if isinstance(r, list | tuple) and all(map(_is_count, r)):
             return tuple(map(int, r))
