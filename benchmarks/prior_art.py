@@ -173,7 +173,7 @@ def trained(row: Row) -> tuple[AViT, Dataset, float]:
 
 def at_budget(row: Row, model: AViT, validation: Split) -> AViT:
     """The model with the setting of its halting rule at which validation images cost the budget, within 1 %."""
-    rule = model.config.halting
+    rule: Any = model.config.halting
     if row.sampled:  # its work follows from the training
         return model.with_config(rule=dataclasses.replace(rule, sampled=True))
     if rule is None:
@@ -215,7 +215,7 @@ def write_images(path: Path, side: int) -> None:
         arrays |= {f"{start}images": np.stack(small)}
         arrays |= {f"{start}labels": read_idx(next(folder.glob(f"{purpose}-labels*")), 1).astype(np.int64)}
     path.parent.mkdir(parents=True, exist_ok=True)
-    np.savez(path, **arrays)
+    np.savez(path, allow_pickle=False, **arrays)
 
 
 class Enlarging(AViT):
@@ -249,7 +249,7 @@ def figures(model: AViT, split: Split, execution: str = "masked") -> dict[str, A
         "gmacs": float(found["gmacs"].mean(dtype=np.float64)),
         "executed_gmacs": found["executed_gmacs"],
         "explained_by_position": explained_by_position(depth) if model.config.halts else None,
-        "correct": base64.b64encode(np.packbits(correct)).decode(),
+        "correct": base64.b64encode(np.packbits(correct).tobytes()).decode(),
     }
 
 
@@ -270,7 +270,7 @@ def answers(model: AViT, images: np.ndarray, execution: str = "masked") -> dict[
         depth = np.asarray(output.token_depth)
         logits.append(np.asarray(output.logits))
         depths.append(depth)
-        gmacs.append(np.asarray(image_gmacs(config, depth, short_last_layer=True)))
+        gmacs.append(np.asarray(image_gmacs(config, output.token_depth, short_last_layer=True)))
         executed += program.executed(depth, len(batch)).gmacs * len(batch)
     found = {"logits": logits, "token_depth": depths, "gmacs": gmacs}
     return {name: np.concatenate(parts) for name, parts in found.items()} | {"executed_gmacs": executed / len(images)}

@@ -160,9 +160,10 @@ def instance_of(rule: Any) -> Any:
         return rule
     if rule not in RULES.values():
         raise ValueError(f"rule is the class {rule.__name__}: give a rule such as avit_jax.ToMe, or its name")
-    if rule.neutral is None:
+    kind: Any = rule
+    if kind.neutral is None:
         raise ValueError(
-            f"the rule {rule.name} needs training: give the instance of a trained model, model.config.rule_in_force"
+            f"the rule {kind.name} needs training: give the instance of a trained model, model.config.rule_in_force"
         )
-    needed = [field.name for field in dataclasses.fields(rule) if field.default is dataclasses.MISSING]
-    return rule(**{name: rule.neutral[name] for name in needed})
+    needed = [field.name for field in dataclasses.fields(kind) if field.default is dataclasses.MISSING]
+    return kind(**{name: kind.neutral[name] for name in needed})
