@@ -76,6 +76,7 @@ def compare_checkpoint(
     if most < 1:
         raise ValueError(f"--most is {most}: give at least one image")
     folder = writable_folder(out or Path("runs/compare", Path(path).name))
+    test: Images
     if images:
         model = load(path)
         test, unread = photographs(Path(images), model.config, most)

@@ -68,7 +68,7 @@ def _frontier(rows: Sequence[Row], found: list[Curve], cost: str, xlabel: str, *
             y, low, high = (
                 np.array([getattr(p, name) for p in curve.points]) * 100 for name in ("gain", "low", "high")
             )
-            axes.errorbar(x, y, np.abs([y - low, high - y]), elinewidth=1, capsize=2, **look[curve.method])  # type: ignore[arg-type]
+            axes.errorbar(x, y, np.abs([y - low, high - y]), elinewidth=1, capsize=2, **look[curve.method])
         if static is not None:
             _mark_static(axes, rows, cost)
         axes.set(xlabel=xlabel, ylabel=f"{gain_name(rows)}, logarithmic in the error", title=group)
@@ -130,7 +130,7 @@ def _speed_by_saved_work(rows: Sequence[Row], found: list[Curve]) -> Figure | No
             y = [getattr(point, name) for point in curve.points]
             order = np.argsort(x)
             x, y = [x[i] for i in order], [y[i] for i in order]
-            axes.plot(x, y, **look[curve.method])  # type: ignore[arg-type]
+            axes.plot(x, y, **look[curve.method])
             ends.append((x[-1], y[-1], label(curve.method), look[curve.method]["color"]))
             most = max(most, *x)
         axes.plot([1, most], [1, most], color=MUTED, linewidth=0.9, linestyle=(0, (4, 3)))

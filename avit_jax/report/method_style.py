@@ -68,9 +68,9 @@ def direct_labels(axes: Axes, ends: Sequence[tuple[float, float, str, str]], *, 
         return
     low, high = axes.get_xlim()
     longest = max(len(text) for *_, text, _ in ends)
-    place = axes.get_subplotspec()
-    panels = 1 if place is None else place.get_gridspec().ncols
-    inches = 0.88 * axes.figure.get_size_inches()[0] / panels  # about; the layout is made later
+    grid = axes.get_subplotspec()
+    figure: Any = axes.figure
+    inches = 0.88 * figure.get_size_inches()[0] / (1 if grid is None else grid.get_gridspec().ncols)  # about
     width = min(0.5, (_LEADER + _CHARACTER * longest) / inches)  # of the labels, as a share of the panel
     room = (high - low) * width / (1 - width)
     ticks = [tick for tick in axes.get_xticks() if low <= tick <= high]
