@@ -100,7 +100,6 @@ def test_a_rule_as_text() -> None:
         ("", "'' is not a rule"),
         ("-" * 900 + "1", "is not a rule"),
         ("(" * 900, "is not a rule"),
-        ("a" * 1001, "a rule of 1001 characters is too long"),
         ("-" * 9900 + "1", "is not a rule"),
         ("(" * 9900, "is not a rule"),
         (f"tome(r={'[' * 4900}{']' * 4900})", "is not a rule"),

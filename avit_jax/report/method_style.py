@@ -43,7 +43,7 @@ _LEADER, _CHARACTER = 0.3, 0.06  # inches: of the line before a label, and of a 
 _GAP = 0.052  # between two labels, as a share of the panel's height
 
 
-def styles(methods: Iterable[str]) -> dict[str, dict[str, str]]:
+def styles(methods: Iterable[str]) -> dict[str, dict[str, Any]]:
     """A colour and a marker for each method; rules come first, in the order of RULES."""
     names = list(dict.fromkeys(methods))
     known = [name for name in RULES if name in names]
