@@ -88,15 +88,11 @@ class Similarity(Halting):
 
         found = np.asarray(measured(params, jnp.asarray(images)))[:, :, model.config.num_special :]  # [b l p]
         values = found.mean(-1).T if self.form == "image" else np.moveaxis(found, 1, 0).reshape(model.config.depth, -1)
-        values = np.sort(values, axis=1)
 
         def at(level: float) -> Similarity:
             if level <= 0 or level >= 1:
                 return dataclasses.replace(self, thresholds=-2.0 if level <= 0 else 2.0)
-            place = level * (values.shape[1] - 1)
-            low = int(place)
-            quantiles = values[:, low] + (place - low) * (values[:, low + 1] - values[:, low])
-            return dataclasses.replace(self, thresholds=tuple(quantiles.tolist()))
+            return dataclasses.replace(self, thresholds=tuple(np.quantile(values, level, axis=1).tolist()))
 
         return at
 
