@@ -86,10 +86,10 @@ def test_settings_that_are_refused(settings: dict[str, Any], message: str) -> No
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"rule": AttentionMass(0.5)}, r"mass's layers are \(3, 6, 9\) and the model's last layer is 3: lower them"),
+        ({"rule": AttentionMass(0.5)}, r"AttentionMass's layers are .* last layer is 3: give .* layers=\(1, 2, 3\)"),
         (
             {"rule": AttentionMass(0.5, (1,)), "class_token": False, "pool": "norm_mean"},
-            "the rule mass needs the attention of a class token and class_token is False",
+            "AttentionMass reads the class token's attention and the model has no class token",
         ),
     ],
 )
