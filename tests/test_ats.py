@@ -113,7 +113,7 @@ def test_text_json_and_plain_numbers() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"samples": 1}, "samples is 1: give a whole number from 2, or None"),
+        ({"samples": 1}, "samples is 1: give a whole number from 2 and below"),
         ({"layers": [3, 3]}, r"layers are \(3, 3\): give whole numbers from 0 in ascending order"),
         ({"layers": [6, 3]}, r"layers are \(6, 3\): give whole numbers from 0 in ascending order"),
         ({"layers": [-1]}, r"layers are \(-1,\)"),

@@ -100,7 +100,6 @@ def test_a_rule_as_text() -> None:
         ("", "'' is not a rule"),
         ("-" * 900 + "1", "is not a rule"),
         ("(" * 900, "is not a rule"),
-        ("a" * 1001, "a rule of 1001 characters is too long"),
         ("-" * 9900 + "1", "is not a rule"),
         ("(" * 9900, "is not a rule"),
         (f"tome(r={'[' * 4900}{']' * 4900})", "is not a rule"),
@@ -120,6 +119,14 @@ def test_every_rule_is_a_frozen_dataclass_that_json_gives_back() -> None:
         assert kind.name == name and dataclasses.is_dataclass(kind)
     for rule in (AViTGate(4.0, 1.0), ConfidenceExit(0.5, own_heads=True), ToMe(3), ToMe((1, 0, 2), proportional=False)):
         assert rule_from_json(json.loads(json.dumps(rule_to_json(rule)))) == rule
+
+
+@pytest.mark.parametrize("depth", [1, 4])
+def test_every_neutral_rule_fits_a_model_of_any_depth(depth: int) -> None:
+    neutral = [kind(**kind.neutral) for kind in RULES.values() if kind.neutral is not None]
+    assert len(neutral) > 8
+    for rule in neutral:
+        assert small_config(**NO_GATE, depth=depth, rule=rule).rule_in_force == rule
 
 
 @pytest.mark.parametrize("rule", [ConfidenceExit(0.5, first_layer=1), ToMe((1, 0, 2, 0)), DynamicViT(0.7, (1, 2))])

@@ -41,7 +41,7 @@ class ATS(Halting):
     layers: tuple[int, ...] | None = None
 
     name: ClassVar[str] = "ats"
-    label: ClassVar[str] = "ats"
+    label: ClassVar[str] = "ATS"
     sweeps: ClassVar[tuple[str, ...]] = ("samples",)
     neutral: ClassVar[Mapping[str, Any] | None] = {"layers": ()}
     reads: ClassVar[frozenset[str]] = frozenset({"class_attention", "value_norm"})

@@ -37,7 +37,7 @@ class DynamicViT(Reduction):
     layers: tuple[int, ...] = (3, 6, 9)
 
     name: ClassVar[str] = "dynamicvit"
-    label: ClassVar[str] = "dynamicvit"
+    label: ClassVar[str] = "DynamicViT"
     sweeps: ClassVar[tuple[str, ...]] = ("keep_rate",)
     reads: ClassVar[frozenset[str]] = frozenset({"before"})
     place: ClassVar[Place] = "before the layer"

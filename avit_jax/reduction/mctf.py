@@ -50,7 +50,7 @@ class MCTF(Reduction):
     layers: tuple[int, ...] | None = None
 
     name: ClassVar[str] = "mctf"
-    label: ClassVar[str] = "mctf"
+    label: ClassVar[str] = "MCTF"
     sweeps: ClassVar[tuple[str, ...]] = ("r",)
     reads: ClassVar[frozenset[str]] = frozenset({"before", "attention_received", "size"})
     proportional: ClassVar[bool] = True

@@ -37,7 +37,7 @@ class ToMe(Reduction):
     proportional: bool = True
 
     name: ClassVar[str] = "tome"
-    label: ClassVar[str] = "tome"
+    label: ClassVar[str] = "ToMe"
     sweeps: ClassVar[tuple[str, ...]] = ("r",)
     reads: ClassVar[frozenset[str]] = frozenset({"key_mean", "size"})
     neutral: ClassVar[Mapping[str, Any] | None] = {"r": 0}

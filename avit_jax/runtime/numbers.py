@@ -12,6 +12,6 @@ def is_whole(value: Any, least: int = -MOST_WHOLE, most: int = MOST_WHOLE) -> bo
     return isinstance(value, numbers.Integral) and not isinstance(value, bool) and least <= int(value) <= most
 
 
-def is_real(value: Any, least: float = -MOST_REAL, most: float = MOST_REAL) -> bool:
+def is_real(value: Any, least: int | float = -MOST_REAL, most: int | float = MOST_REAL) -> bool:
     """Whether a value is a number within bounds, of Python's or NumPy's types."""
     return isinstance(value, numbers.Real) and not isinstance(value, bool) and bool(least <= value <= most)
