@@ -9,9 +9,13 @@ MOST_REAL = 1e9  # float32 squares it without overflow
 
 def is_whole(value: Any, least: int = -MOST_WHOLE, most: int = MOST_WHOLE) -> bool:
     """Whether a value is a whole number within bounds, of Python's or NumPy's types."""
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and least <= int(value) <= most
+    return _is_a(numbers.Integral, value) and least <= int(value) <= most
 
 
 def is_real(value: Any, least: int | float = -MOST_REAL, most: int | float = MOST_REAL) -> bool:
     """Whether a value is a number within bounds, of Python's or NumPy's types."""
-    return isinstance(value, numbers.Real) and not isinstance(value, bool) and bool(least <= value <= most)
+    return _is_a(numbers.Real, value) and bool(least <= value <= most)
+
+
+def _is_a(kind: type, value: Any) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
