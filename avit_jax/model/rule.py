@@ -1,5 +1,6 @@
 """What rules of both kinds have: their members, checks of their layers, and random keys for those that draw."""
 
+import abc
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Protocol, Self, runtime_checkable
 
@@ -36,6 +37,7 @@ class Rule(Protocol):
         """The fields of Seen that the rule needs; a halting rule always has tokens and active too."""
         return frozenset()
 
+    @abc.abstractmethod
     def describe(self) -> str:
         """The rule and its settings in a few words, for messages and tables."""
         ...
