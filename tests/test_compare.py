@@ -1,6 +1,7 @@
 """The comparison of rules: rows against the plain evaluation, reruns, curves by hand, charts of whatever is there."""
 
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -17,10 +18,11 @@ from avit_jax.commands.compare_checkpoint import comparison_from, photographs, w
 from avit_jax.data.preprocessing import normalize
 from avit_jax.data.sources import Part, Split, spread
 from avit_jax.evaluate import bench, curves, rows, training_free
-from avit_jax.evaluate.figures import evaluate
+from avit_jax.evaluate.figures import Evaluation, evaluate
 from avit_jax.evaluate.training_free import Comparison, compare_rules
 from avit_jax.execution.work import image_gmacs
 from avit_jax.model.config import NO_RULE
+from avit_jax.model.output import AViTOutput
 from avit_jax.report.frontier_table import comparison_table
 from tests.harness.builders import answers, quick_start, small_config, spread_gate, toy_arrays
 from tests.harness.command_server import run_command
@@ -65,22 +67,26 @@ def test_a_row_says_what_the_plain_evaluation_says(
 ) -> None:
     _, found = compared
     assert [row["method"] for row in found] == [rows.STATIC, rows.STATIC_SHORT, *["tome"] * 2, *["confidence"] * 2]
-    static = evaluate(model, test_images, 10)
-    for row in found:
-        rule = None if row["rule"] is None else avit_jax.rules.rule_from_json(row["rule"])
+    pixels = normalize(test_images.images, model.config)
+
+    @functools.cache
+    def plainly(rule: Any) -> tuple[AViT, Evaluation, AViTOutput]:
         own = model.with_config(rule=rule)
-        result = evaluate(own, test_images, 7)
+        return own, evaluate(own, test_images, 7), answers(own, pixels)
+
+    _, static, static_output = plainly(None)
+    for row in found:
+        own, result, output = plainly(None if row["rule"] is None else avit_jax.rules.rule_from_json(row["rule"]))
         right = result.per_image.rank <= 1
         assert row["top1"] == pytest.approx(result.top1)
         assert row["loss"] == pytest.approx(result.loss, rel=1e-4)
         np.testing.assert_array_equal(rows.correct_images(row), right)
         same = result.per_image.prediction == static.per_image.prediction
         assert row["agreement"] == pytest.approx(same.mean())
-        pixels = normalize(test_images.images, model.config)
-        a, b = (np.asarray(answers(m, pixels).logits, np.float64) for m in (own, model))
+        a, b = (np.asarray(found.logits, np.float64) for found in (output, static_output))
         cosine = [x @ y / math.sqrt((x @ x) * (y @ y)) for x, y in zip(a, b, strict=True)]
         assert row["cosine"] == pytest.approx(np.mean(cosine), abs=1e-5)
-        depth = answers(own, pixels).token_depth
+        depth = output.token_depth
         short = row["method"] != rows.STATIC
         assert row["gmacs"] == pytest.approx(float(image_gmacs(own.config, depth, short_last_layer=short).mean()))
         assert row["executed_gmacs"] >= row["gmacs"] * (1 - 1e-6)
@@ -146,30 +152,36 @@ def test_a_second_run_measures_only_what_is_missing(
     assert measured == ["tome 0.5", "tome 0.7"]
 
 
-def test_the_work_of_a_vit_is_the_rules_although_its_program_ends_images_early(test_images: Split) -> None:
+def test_the_work_of_a_vit_is_the_rules_although_its_program_ends_images_early(
+    test_images: Split, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[bench.Answers] = []
+    real = bench.answers
+    monkeypatch.setattr(bench, "answers", lambda *arguments: (said.append(real(*arguments)), said[-1])[1])
     model = spread_gate(small_config(image_size=(24, 16), in_channels=1, gate_scale=8.0, gate_center=1.0))
     model = model.with_config(preprocessing=avit_jax.Preprocessing((0.5,), (0.3,)))
     depth = answers(model, normalize(test_images.images, model.config)).token_depth
-    ended = bench.answers(bench.removing(model, 10), test_images).token_depth
-    assert ended.sum() < np.asarray(depth).sum(), "the sample must have images that end before their patches"
-    row = bench.Bench(model, test_images, data="noise", batches=(10,), rounds=1).row(
-        model, method="avit", group="fine-tuned", batch=10, budget=0.5, seed=3
+    row = bench.Bench(model, test_images, data="noise", batches=(1,), rounds=1).row(
+        model, method="avit", group="fine-tuned", batch=1, budget=0.5, seed=3
     )
+    _, ended, exact = (answered.token_depth for answered in said)
+    assert ended.sum() < np.asarray(depth).sum(), "the sample must have images that end before their patches"
+    np.testing.assert_array_equal(exact, depth)
     assert row["gmacs"] == pytest.approx(float(image_gmacs(model.config, depth, short_last_layer=True).mean()))
     assert row["seed"] == 3 and row["rule"]["name"] == "avit"
 
 
 def test_without_labels_or_head_there_is_agreement_or_cosine(model: AViT, test_images: Split) -> None:
     plain = dataclasses.replace(test_images, labels=np.full(COUNT, -1))
-    row = bench.Bench(model, plain, data="noise", batches=(10,), rounds=1).row(
-        model.with_config(rule=ConfidenceExit(0.5)), method="confidence", group="training-free", batch=10, budget=0.5
+    row = bench.Bench(model, plain, data="noise", batches=(1,), rounds=1).row(
+        model.with_config(rule=ConfidenceExit(0.5)), method="confidence", group="training-free", batch=1, budget=0.5
     )
     assert row["top1"] is row["loss"] is row["correct"] is None and 0 < row["agreement"] < 1
     assert all(decile["top1"] is None for decile in row["deciles"])
     headless = spread_gate(small_config(image_size=(24, 16), in_channels=1, num_classes=0, **NO_RULE))
     headless = headless.with_config(preprocessing=avit_jax.Preprocessing((0.5,), (0.3,)))
-    row = bench.Bench(headless, plain, data="noise", batches=(10,), rounds=1).row(
-        headless.with_config(rule=ToMe(2)), method="tome", group="training-free", batch=10, budget=0.5
+    row = bench.Bench(headless, plain, data="noise", batches=(1,), rounds=1).row(
+        headless.with_config(rule=ToMe(2)), method="tome", group="training-free", batch=1, budget=0.5
     )
     assert row["agreement"] is None and 0 < row["cosine"] < 1
     assert curves.gain(row) == row["cosine"] and curves.gain_name([row]).startswith("cosine")
@@ -219,7 +231,7 @@ def test_curves_are_interpolated_linearly_and_seeds_averaged() -> None:
     low, high = tome.difference_at("gmacs", 0.5, static) or (0, 0)
     assert low < 0.65 - 0.9 < high and high - low < 0.06
     table = comparison_table([static, *ours], works=(0.5, 0.2), speed_ups=(1.8,))
-    assert "| tome | 65.0 (" in table and table.count("| - |") == 3  # two at 20 %, and ACT at 1.8 x
+    assert f"| {ToMe.label} | 65.0 (" in table and table.count("| - |") == 3  # two at 20 %, and ACT at 1.8 x
     assert "fine-tuned: top-1 (%) at equal work" in table and "0.5 GMACs (50%)" in table
 
 

@@ -10,8 +10,10 @@ import pytest
 from flax import nnx
 
 from avit_jax import ATS, AttentionMass, AViT, Similarity, compile_packed
+from avit_jax.execution.plan import PackedPlan
+from avit_jax.execution.work import packed_gmacs
 from avit_jax.halting.rule import Halting, State
-from avit_jax.model.config import NO_RULE
+from avit_jax.model.config import NO_RULE, AViTConfig
 from avit_jax.model.seen import Seen
 from tests.harness.builders import answers, small_config, spread_gate
 from tests.harness.numpy_removal import remove_tokens
@@ -30,23 +32,35 @@ EXTREMES = (ATS(2, (0, 1, 2, 3, 4)), AttentionMass(0.0, (0, 1, 2, 3, 4)), Simila
 every_rule = pytest.mark.parametrize("name", RULES)
 
 
+def config_of(rule: Any, **fields: Any) -> AViTConfig:
+    return small_config(**NO_RULE | {"rule": rule, "image_size": SIDE, "depth": DEPTH} | fields)
+
+
 def made(rule: Any, **fields: Any) -> AViT:
-    config = small_config(**NO_RULE | {"rule": rule, "image_size": SIDE, "depth": DEPTH} | fields)
-    return spread_gate(config)
+    return spread_gate(config_of(rule, **fields))
 
 
-@every_rule
+POOLS: tuple[dict[str, Any], ...] = ({"pool": "norm_mean"}, {"pool": "token_and_mean", "num_registers": 2})
+
+
+def of_pools(first: int) -> list[Any]:
+    """Each rule with one of the pools, in turn; first: the pool of the first rule."""
+    return [(name, POOLS[(first + place) % 2], True) for place, name in enumerate(RULES)]
+
+
 @pytest.mark.parametrize(
-    "fields",
+    ("name", "fields", "image_exit"),
     [
-        {},
-        {"distilled": True, "num_registers": 1},
-        {"pool": "norm_mean"},
-        {"pool": "token_and_mean", "num_registers": 2},
+        *((name, {}, False) for name in RULES),
+        *((name, {"distilled": True, "num_registers": 1}, True) for name in RULES),
+        *of_pools(0),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in of_pools(1)),
     ],
-    ids=lambda fields: "-".join(fields) or "plain",
+    ids=lambda value: "-".join(value) or "plain" if isinstance(value, dict) else None,
 )
-def test_agrees_with_removal_in_numpy_and_packed_execution_too(name: str, fields: dict[str, Any]) -> None:
+def test_agrees_with_removal_in_numpy_and_packed_execution_too(
+    name: str, fields: dict[str, Any], image_exit: bool
+) -> None:
     model = made(RULES[name], **fields)
     output = answers(model, IMAGES)
     for image in range(len(IMAGES)):
@@ -55,10 +69,10 @@ def test_agrees_with_removal_in_numpy_and_packed_execution_too(name: str, fields
         np.testing.assert_allclose(output.logits[image], expected.logits, atol=1e-4)
     assert len(np.unique(output.token_depth)) >= 3, "the sample must spread over the layers"
     np.testing.assert_array_equal(output.ponder_cost, output.token_depth + 1)
-    for image_exit in (True, False):
-        packed = compile_packed(model, len(IMAGES) + 1, image_exit=image_exit)(IMAGES)
-        np.testing.assert_array_equal(packed.token_depth, output.token_depth)
-        np.testing.assert_allclose(packed.head_logits, output.head_logits, atol=1e-5)
+    plan = PackedPlan(model.config.num_tokens, 2, (9, model.config.num_tokens))
+    packed = compile_packed(model, len(IMAGES) + 1, plan, image_exit=image_exit)(IMAGES)
+    np.testing.assert_array_equal(packed.token_depth, output.token_depth)
+    np.testing.assert_allclose(packed.head_logits, output.head_logits, atol=1e-5)
 
 
 @every_rule
@@ -72,8 +86,8 @@ def test_neutral_settings_are_the_static_model(name: str) -> None:
 @every_rule
 def test_the_last_layer_of_packed_execution_is_as_short_as_without_a_rule(name: str) -> None:
     neutral = dataclasses.replace(RULES[name], **RULES[name].neutral)
-    depth = np.full((5, 17), DEPTH)
-    work = [compile_packed(made(rule), 5).executed(depth, 5).gmacs for rule in (neutral, None)]
+    loads = np.full((1, DEPTH, 1), 17)  # one group that needs every token in every layer
+    work = [packed_gmacs(config_of(rule), loads, 5, 5) for rule in (neutral, None)]
     assert work[0] == pytest.approx(work[1])
 
 
@@ -99,8 +113,15 @@ def test_patches_in_another_order_stop_at_the_same_layers(name: str) -> None:
     np.testing.assert_allclose(found.logits, expected.logits, atol=1e-5)
 
 
-@pytest.mark.parametrize("rule", [*EXTREMES, *(RULES[name] for name in ("ats", "mass"))], ids=str)
-@pytest.mark.parametrize("pool", ["token", "norm_mean"])
+@pytest.mark.parametrize(
+    ("rule", "pool"),
+    [
+        *zip(EXTREMES, ("token", "norm_mean", "token", "norm_mean"), strict=True),
+        (RULES["ats"], "norm_mean"),
+        (RULES["mass"], "token"),
+    ],
+    ids=str,
+)
 def test_gradients_are_finite_and_special_tokens_stay_at_the_extremes(rule: Any, pool: str) -> None:
     model = made(rule, pool=pool, num_registers=2)
     graphdef, params = nnx.split(model)
@@ -121,31 +142,36 @@ def test_gradients_are_finite_and_special_tokens_stay_at_the_extremes(rule: Any,
 def random_layer(rule: Halting, garbage: float) -> tuple[State, Seen]:
     """Tokens have stopped and moved, as in packed execution; stopped ones have `garbage` for values."""
     rng = np.random.default_rng(2)
-    state = rule.initial(3, made(rule, num_registers=1).config)
+    state = rule.initial(3, config_of(rule, num_registers=1))
     order = rng.permuted(np.broadcast_to(np.arange(18), (3, 18)), axis=1)
-    active = rng.uniform(size=(3, 18)) < 0.7
+    active = (rng.uniform(size=(3, 18)) < 0.7) | (order < 2)
     state = dataclasses.replace(
         state,
-        active=jnp.asarray(active | (order < 2)),
-        of_tokens={key: jnp.take_along_axis(values, order, 1) for key, values in state.of_tokens.items()},
+        active=jnp.asarray(active),
+        of_tokens={
+            key: jnp.asarray(np.take_along_axis(np.asarray(values), order, 1))
+            for key, values in state.of_tokens.items()
+        },
     )
 
-    def values(*shape: int) -> jax.Array:
+    def values(*shape: int) -> np.ndarray:
         drawn = np.abs(rng.normal(size=(3, 18, *shape)))
-        return jnp.where(jnp.expand_dims(state.active, tuple(range(2, 2 + len(shape)))), drawn, garbage)
+        return np.where(active.reshape(3, 18, *[1] * len(shape)), drawn, garbage)
 
     tokens = values(16)
-    near = tokens + 0.5 * jnp.where(state.active[..., None], values(16), 0)
-    return state, Seen(tokens=tokens, before=near, class_attention=values(), value_norm=values(), active=state.active)
+    near = tokens + 0.5 * np.where(active[..., None], values(16), 0)
+    shown = {"tokens": tokens, "before": near, "class_attention": values(), "value_norm": values()}
+    return state, Seen(**{key: jnp.asarray(value, jnp.float32) for key, value in shown.items()}, active=state.active)
 
 
 @every_rule
 def test_a_stopped_token_has_no_influence_and_special_ones_are_known_in_any_order(name: str) -> None:
     rule = dataclasses.replace(RULES[name], thresholds=0.9) if "thresholds" in vars(RULES[name]) else RULES[name]
+    advance = jax.jit(lambda state, seen: rule.advance(state, seen, layer=3, is_last=False)[0])
     found = []
     for garbage in (0.0, np.nan, 1e30, -1.0):
         state, seen = random_layer(rule, garbage)
-        found.append(rule.advance(state, seen, layer=3, is_last=False)[0])
+        found.append(advance(state, seen))
         np.testing.assert_array_equal(found[-1].active, found[0].active)
         np.testing.assert_array_equal(found[-1].token_depth, found[0].token_depth)
     assert not np.any(found[0].active & ~state.active)

@@ -32,6 +32,11 @@ def small_config(**overrides: Any) -> AViTConfig:
 
 def spread_gate(model_config: AViTConfig, seed: int = 0, factor: float = 4.0) -> AViT:
     """A model with weights large enough that its tokens halt at many different layers."""
+    return nnx.clone(_spread_gate(model_config, seed, factor))
+
+
+@functools.cache
+def _spread_gate(model_config: AViTConfig, seed: int, factor: float) -> AViT:
     model = AViT(model_config, rngs=nnx.Rngs(seed))
     state = jax.tree.map(lambda x: factor * x if x.ndim >= 2 else x, nnx.state(model, nnx.Param))
     nnx.update(model, state)
