@@ -98,9 +98,25 @@ class Row:
         config = prior_art.get_config(f"{self.method},{self.work}")
         config.seed = self.seed
         if self.rate is not None:
-            config.optim.learning_rate = self.rate
             config.epochs = 0.5
+        if self.method != "dynamicvit_own":
+            config.optim.learning_rate = self.rate or best_rate(self.method)
         return config
+
+
+def best_rate(method: str) -> float:
+    """The learning rate with the best validation top-1 in the search for the method, or for its relative.
+
+    Raises ValueError if the search is not complete.
+    """
+    method = prior_art.RELATIVES.get(method, method)
+    tried = [row for row in rows() if row.rate is not None and row.method == method]
+    missing = [row.name for row in tried if not row.result.exists()]
+    if missing:
+        raise ValueError(f"the search for the learning rate of {method} lacks {', '.join(missing)}: run them first")
+    best = max(tried, key=lambda row: read_json(row.result)["validation_top1"])
+    assert best.rate is not None
+    return best.rate
 
 
 def row(method: str, budget: str, **other: Any) -> Row:

@@ -27,7 +27,7 @@ from configs import fashion_mnist
 
 RATES_TRIED = (3e-4, 1e-3, 2e-3)
 RATES = {
-    "static": 1e-3,
+    "static": 3e-4,
     "layers": 1e-3,
     "avit": 1e-3,
     "tome": 1e-3,

@@ -1,6 +1,7 @@
 """The fine-tuned comparison of rules: its settings meet their budgets, its controls are what they say."""
 
 import dataclasses
+import json
 import operator
 import os
 
@@ -16,7 +17,7 @@ from avit_jax.model.config import NO_RULE
 from avit_jax.rules import parse_rule
 from configs import prior_art
 from tests.harness.builders import answers, small_config
-from tests.harness.command_server import run_command
+from tests.harness.command_server import ROOT, run_command
 
 FIXED = [(method, work) for method, settings in prior_art.SETTINGS.items() for work in settings]
 
@@ -64,6 +65,18 @@ def test_every_method_has_the_same_training() -> None:
     assert static["length"] == (2, 100)
     for method in prior_art.RATES.keys() - {"act", "layers", "image", "dynamicvit_own"}:
         assert common(f"{method}," if method == "confidence" else f"{method},0.49") == static, method
+
+
+def test_rates_are_the_best_of_the_search() -> None:
+    """Every method whose search is complete has the rate with the best validation top-1; ties go to the lower rate."""
+    found: dict[str, dict[float, float]] = {}
+    for file in (ROOT / "benchmarks" / "prior_art" / "rates").glob("*.json"):
+        result = json.loads(file.read_text(encoding="utf-8"))
+        found.setdefault(result["method"], {})[float(file.stem.rpartition("_")[2])] = result["validation_top1"]
+    complete = {method: tops for method, tops in found.items() if tops.keys() == set(prior_art.RATES_TRIED)}
+    assert "static" in complete
+    for method, tops in complete.items():
+        assert prior_art.RATES[method] == min(tops, key=lambda rate: (-tops[rate], rate)), method
 
 
 def test_first_layers_are_those_of_the_model() -> None:
