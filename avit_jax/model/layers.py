@@ -1,7 +1,7 @@
 """The layers of a vision transformer: patch embedding, attention with a mass for every key, MLP, block."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -187,6 +187,32 @@ class Attention(nnx.Module):
         (value,) = self._heads(x, 2 * x.shape[-1], 3 * x.shape[-1])
         return self._projected(weights, jnp.ones(()), value)
 
+    def of_groups(
+        self,
+        x: Float[Array, "t d"],
+        split: Callable[[Array], list[Array]],
+        masses: Sequence[Mass],
+        reads: frozenset[str],
+    ) -> tuple[Float[Array, "t d"], list[Facts]]:
+        """The attention output of tokens that lie in one array, and the facts of each group of images.
+
+        split: a flat array as one array [images, tokens, ...] for each group; tokens see their own image. masses: of
+        the keys of each group.
+        """
+        dim = x.shape[-1]
+        outputs, facts = [], []
+        for part, mass in zip(split(self.qkv(x).astype(self.qkv.dtype)), masses, strict=True):
+            images, tokens, _ = part.shape
+            shape = (images, tokens, 3, self.num_heads, dim // self.num_heads)
+            query, key, value = part.reshape(shape).transpose(2, 0, 3, 1, 4)
+            if tokens:
+                weights, total = _attention_weights(query, key, mass)
+                outputs.append(self._mixed(weights, total, value).reshape(images * tokens, dim))
+                facts.append(self._facts(weights, total, key, value, reads))
+            else:
+                facts.append({})
+        return self.proj(jnp.concatenate(outputs)), facts
+
     def _heads(self, rows: Float[Array, "b n d"], first: int, last: int) -> Float[Array, "_ b h n c"]:
         """The columns first..last of query, key and value, cut into heads: one array for each of the three."""
         kernel, bias = self.qkv.kernel[...], self.qkv.bias[...] if self.qkv.bias is not None else None
@@ -198,9 +224,12 @@ class Attention(nnx.Module):
         return y.astype(rows.dtype).reshape(shape).transpose(2, 0, 3, 1, 4)
 
     def _projected(self, weights: Array, total: Array, value: Array) -> Array:
+        return self.proj(self._mixed(weights, total, value))
+
+    def _mixed(self, weights: Array, total: Array, value: Array) -> Float[Array, "b q d"]:
         mixed = jnp.matmul(weights.astype(value.dtype), value, preferred_element_type=jnp.float32) / total
         batch, heads, queries, width = mixed.shape
-        return self.proj(mixed.transpose(0, 2, 1, 3).reshape(batch, queries, heads * width))
+        return mixed.transpose(0, 2, 1, 3).reshape(batch, queries, heads * width)
 
     def _facts(self, weights: Array, total: Array, key: Array, value: Array | None, reads: frozenset[str]) -> Facts:
         facts: Facts = {}
@@ -257,8 +286,11 @@ class Mlp(nnx.Module):
 
     def __call__(self, x: Float[Array, "b n d"], key: PRNGKeyArray | None) -> Array:
         """The output for each token. key: draws dropout; None: no dropout."""
-        hidden = gelu(self.fc1(x))
-        return self.fc2(self.drop(hidden, deterministic=key is None, rngs=key))
+        return self.fc2(self.drop(self.hidden(x), deterministic=key is None, rngs=key))
+
+    def hidden(self, x: Float[Array, "... d"]) -> Float[Array, "... m"]:
+        """The hidden values."""
+        return gelu(self.fc1(x))
 
 
 def drop_path(branch: Float[Array, "b n d"], rate: Float[Array, ""], key: PRNGKeyArray) -> Float[Array, "b n d"]:

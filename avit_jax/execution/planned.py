@@ -1,0 +1,266 @@
+"""Planned execution: halted tokens are removed in stages whose shapes are fixed ahead, at inference and in training."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from avit_jax.execution.packing import load
+from avit_jax.execution.places import Layout, Move
+from avit_jax.execution.stages import PlannedPlan
+from avit_jax.halting.rule import Halting, State, Trace
+from avit_jax.model.layers import Block
+from avit_jax.model.seen import WHOLE_LAYER, Facts, of_attention
+from avit_jax.model.vit import AViT
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Ran:
+    """What the layers leave, in the original order of images and tokens."""
+
+    state: State
+    trace: Trace  # of every layer, stacked
+    overflow: Bool[Array, ""]  # whether the batch did not fit; then the rest is wrong
+
+
+def run(
+    model: AViT,
+    rule: Halting,
+    images: Float[Array, "b h w c"],
+    plan: PlannedPlan,
+    *,
+    count: Int[Array, ""] | int | None = None,
+    image_exit: bool = False,
+    key: PRNGKeyArray | None = None,
+) -> Ran:
+    """All layers of a batch with the plan's shapes.
+
+    count: images that are not padding. image_exit: an image ends when the tokens that its logits read have halted. key:
+    draws dropout and stochastic depth as in masked execution; None: neither.
+    """
+    config = model.config
+    batch, missing = len(images), plan.rows - len(images)
+    draw = model.draw(rule, images, key)
+    x = model.embed(images, key)
+    state = rule.initial(batch, config, draw)
+    if count is not None:
+        state = dataclasses.replace(state, active=state.active & (jnp.arange(batch) < count)[:, None])
+    # Rows that only fill the last group are inactive from the start.
+    x, state = jax.tree.map(lambda v: jnp.pad(v, ((0, missing), *[(0, 0)] * (v.ndim - 1))), (x, state))
+    layers = _Layers(model, rule, plan, key, batch, image_exit)
+    layout = Layout(plan.group_size, (config.num_tokens,) * plan.groups)
+    x = x.reshape(-1, config.embed_dim)
+    overflow = jnp.zeros((), bool)
+    index = jnp.broadcast_to(jnp.arange(config.num_tokens), (plan.rows, config.num_tokens))
+    image = jnp.arange(plan.rows)
+    traces = []
+    for stage, end in zip(plan.stages, plan.ends(), strict=True):
+        needed, _ = load(state)
+        move = Move.packing(needed, sort=True)
+        new = Layout(plan.group_size, stage.capacities)
+        overflow |= (needed.sum(1)[move.rows] > jnp.asarray(new.of_rows()[1])).any()
+        x, state, layout = move.tokens(x, layout, new), move.state(state), new
+        index, image = move.apply(index), move.apply_rows(image)
+        x, state, trace = layers.stage(x, state, index, image, layout, stage.first, end)
+        back = _original(index, image)
+        traces.append(
+            Trace(
+                jax.tree.map(jax.vmap(back.apply), trace.of_tokens),
+                jax.tree.map(jax.vmap(back.apply_rows), trace.of_images),
+            )
+        )
+    trace = jax.tree.map(lambda *parts: jnp.concatenate(parts)[:, :batch], *traces)
+    state = jax.tree.map(lambda v: v[:batch], _original(index, image).state(state))
+    return Ran(state, trace, overflow)
+
+
+def _original(index: Int[Array, "b n"], image: Int[Array, " b"]) -> Move:
+    """The move back to the original order. index: original position of each slot; image: original row of each row."""
+    rows = jnp.argsort(image)
+    return Move(rows, jnp.argsort(index[rows], axis=1), image, index[rows])
+
+
+@dataclasses.dataclass(frozen=True)
+class _Layers:
+    """The layers of a model, run on a flat array of tokens."""
+
+    model: AViT
+    rule: Halting
+    plan: PlannedPlan
+    key: PRNGKeyArray | None
+    batch: int  # images, without the rows that fill the last group
+    image_exit: bool
+
+    def stage(
+        self, x: Array, state: State, index: Array, image: Array, layout: Layout, first: int, end: int
+    ) -> tuple[Array, State, Trace]:
+        """Layers first to end - 1 with one layout; the trace [l b n] is in the layout's order of images and tokens."""
+        config = self.model.config
+        graphdef, stacked = nnx.split(self.model.blocks)
+        rates = jnp.linspace(0, config.drop_path_rate, config.depth) if self.key is not None else None
+        # A rule that reads attention needs all of the last layer, and so does training, whose losses read its scores.
+        short = self.image_exit and config.pool == "token" and not self.rule.reads & WHOLE_LAYER
+
+        def layer(carry: Any, inputs: Any, read_only: bool = False) -> tuple[Any, Trace]:
+            x, state = carry
+            params, number, rate = inputs
+            block = nnx.merge(graphdef, params)
+            last = number == config.depth - 1
+            active = layout.flat(state.active)
+            x = jnp.where(active[:, None], x, 0)
+            noise = _Noise(self, index, image, layout, number, rate)
+            x, parts, facts = _run_block(block, x, layout, state, self.rule, noise, read_only)
+            state, trace = self._advanced(state, parts, facts, index, number, last)
+            return (x, state), trace
+
+        run_layer = jax.checkpoint(layer, prevent_cse=False) if config.remat else layer
+        stop = end - 1 if short and end == config.depth else end
+        carry, traces = (x, state), []
+        if stop > first:
+            weights = jax.tree.map(lambda p: jax.lax.slice_in_dim(p, first, stop), stacked)
+            inputs = weights, jnp.arange(first, stop), None if rates is None else rates[first:stop]
+            carry, trace = jax.lax.scan(run_layer, carry, inputs)
+            traces.append(trace)
+        if stop < end:
+            params = jax.tree.map(lambda p: p[stop], stacked)
+            carry, trace = layer(carry, (params, jnp.asarray(stop), None), read_only=True)
+            traces.append(jax.tree.map(lambda v: v[None], trace))
+        return *carry, jax.tree.map(lambda *parts: jnp.concatenate(parts), *traces)
+
+    def _advanced(
+        self, state: State, parts: list[Array], facts: list[Facts], index: Array, number: Array, last: Array
+    ) -> tuple[State, Trace]:
+        """The rule's state after a layer. parts, facts: of each group; slots that no group has are not active."""
+        model, rule, tokens = self.model, self.rule, state.active.shape[1]
+        outputs = state.output.shape[1]
+        width = max(max(part.shape[1] for part in parts), outputs if outputs < tokens else 1)
+        near = _slots(state, width)
+        whole = {name: _rectangle([f[name] for f in facts], width) for name in (facts[0] if facts else {})}
+        seen = model.seen(rule, _rectangle(parts, width), near.active, whole)
+        new, trace = rule.advance(near, seen, layer=number, is_last=last, module=model.rule_module)
+        state = _with_slots(state, new)
+        if self.image_exit:  # drop the rest of the images whose logits are final
+            read = jnp.asarray(model.config.tokens_read)[index]
+            going = (state.active & read).any(1, keepdims=True)
+            ended = rule.finish(state, ~going)
+            state = jax.tree.map(lambda a, b: jnp.where(last, a, b), state, ended)
+        padded = jax.tree.map(lambda v: jnp.pad(v, ((0, 0), (0, tokens - width))), trace.of_tokens)
+        return state, Trace(padded, trace.of_images)
+
+
+def _run_block(
+    block: Block,
+    x: Float[Array, "t d"],
+    layout: Layout,
+    state: State,
+    rule: Halting,
+    noise: "_Noise",
+    read_only: bool,
+) -> tuple[Float[Array, "t d"], list[Array], list[Facts]]:
+    """A layer on the flat array: its tokens, flat and by group, and the facts that the rule reads, by group.
+
+    read_only: only the tokens that the heads read; the flat array is then not used again.
+    """
+    masses = [part for part in layout.split(layout.flat(rule.mass(state)))]
+    if read_only:
+        outputs = state.output.shape[1]
+        parts = [
+            block.read(part, mass, outputs) if part.shape[1] else part
+            for part, mass in zip(layout.split(x), masses, strict=True)
+        ]
+        return x, parts, []
+    branch, facts = block.attn.of_groups(block.norm1(x), layout.split, masses, of_attention(rule.reads))
+    y = x + noise.attention(branch.astype(x.dtype), block)
+    z = y + noise.mlp(block, block.norm2(y)).astype(y.dtype)
+    if "before" in rule.reads:
+        facts = [f | {"before": before} for f, before in zip(facts, layout.split(x), strict=True)]
+    return z, layout.split(z), facts
+
+
+@dataclasses.dataclass(frozen=True)
+class _Noise:
+    """Dropout and stochastic depth of a layer, drawn as in masked execution and then moved to the layout."""
+
+    layers: _Layers
+    index: Array
+    image: Array
+    layout: Layout
+    number: Array
+    rate: Array | None
+
+    def attention(self, branch: Float[Array, "t d"], block: Block) -> Array:
+        """The branch of attention."""
+        if self.layers.key is None:
+            return branch
+        drop, path, *_ = self._keys()
+        return self._path(branch * self._dropout(branch.shape[1], block.drop, drop), path)
+
+    def mlp(self, block: Block, x: Float[Array, "t d"]) -> Array:
+        """The branch of the MLP, from its normalised input."""
+        if self.layers.key is None:
+            return block.mlp(x[None], None)[0]
+        _, _, hidden, drop, path = self._keys()
+        inner = block.mlp.hidden(x)
+        branch = block.mlp.fc2(inner * self._dropout(inner.shape[1], block.mlp.drop, hidden))
+        return self._path(branch * self._dropout(branch.shape[1], block.drop, drop), path)
+
+    def _keys(self) -> Array:
+        return jax.random.split(jax.random.fold_in(self.layers.key, self.number), 5)
+
+    def _dropout(self, width: int, drop: nnx.Dropout, key: PRNGKeyArray) -> Array:
+        if not drop.rate:
+            return jnp.ones(())
+        config = self.layers.model.config
+        factors = drop(jnp.ones((self.layers.batch, config.num_tokens, width)), deterministic=False, rngs=key)
+        return self.layout.flat(factors[self._images()[:, None], self.index])
+
+    def _path(self, branch: Array, key: PRNGKeyArray) -> Array:
+        if self.layers.model.config.drop_path_rate == 0 or self.rate is None:
+            return branch
+        keep = jax.random.bernoulli(key, 1 - self.rate, (self.layers.batch, 1, 1))[:, 0, 0]
+        kept = self.layout.flat(jnp.broadcast_to(keep[self._images()][:, None], self.index.shape))
+        return jnp.where(kept[:, None], branch / (1 - self.rate), 0)
+
+    def _images(self) -> Array:
+        return jnp.minimum(self.image, self.layers.batch - 1)
+
+
+def _rectangle(parts: list[Array], width: int) -> Array:
+    padded = [jnp.pad(p, ((0, 0), (0, width - p.shape[1]), *[(0, 0)] * (p.ndim - 2))) for p in parts]
+    return jnp.concatenate(padded)
+
+
+def _slots(state: State, width: int) -> State:
+    """The state of the first slots of every image."""
+    whole = state.output.shape[1] == state.active.shape[1]
+
+    def first(values: Array) -> Array:
+        return values[:, :width]
+
+    return State(
+        active=first(state.active),
+        token_depth=first(state.token_depth),
+        output=first(state.output) if whole else state.output,
+        of_tokens=jax.tree.map(first, state.of_tokens),
+        of_images=state.of_images,
+    )
+
+
+def _with_slots(state: State, new: State) -> State:
+    """The state with its first slots replaced."""
+    whole = state.output.shape[1] == state.active.shape[1]
+
+    def joined(old: Array, new: Array) -> Array:
+        return jnp.concatenate([new, old[:, new.shape[1] :]], axis=1)
+
+    return State(
+        active=joined(state.active, new.active),
+        token_depth=joined(state.token_depth, new.token_depth),
+        output=joined(state.output, new.output) if whole else new.output,
+        of_tokens=jax.tree.map(joined, state.of_tokens, new.of_tokens),
+        of_images=new.of_images,
+    )
