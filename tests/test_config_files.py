@@ -34,6 +34,7 @@ SPECS = [
     "mnist_dense",
     "mnist_avit",
     "fashion_mnist",
+    "scattered",
     "imagenet_deit",
     "imagenet_avit",
     "npz_dense:x.npz",

@@ -10,6 +10,7 @@ import numpy as np
 
 from avit_jax.checkpoints.model_folder import checkpoint_steps
 from avit_jax.data.folder import FolderSplit
+from avit_jax.data.scattered import ScatteredSplit
 from avit_jax.data.sources import Dataset, Split
 from avit_jax.runtime.files import read_json
 
@@ -20,9 +21,9 @@ SAMPLED_BYTES = 65536
 def data_account(dataset: Dataset) -> dict[str, Any]:
     """The fingerprint of a data set, as plain JSON: sizes, class names and checksums. It does not depend on the path.
 
-    For images in memory, the checksums cover all pixels and labels. For image folders, they cover all relative paths
-    and labels, and the first bytes of some training files, because two class folders with the same file names may have
-    swapped names.
+    For images in memory, and for the items that pictures are made of, the checksums cover all pixels and labels. For
+    image folders, they cover all relative paths and labels, and the first bytes of some training files, because two
+    class folders with the same file names may have swapped names.
     """
     splits = {"training": dataset.train, "validation": dataset.val, "test": dataset.test}
     account: dict[str, Any] = {f"{purpose} images": len(split) for purpose, split in splits.items()}
@@ -30,6 +31,8 @@ def data_account(dataset: Dataset) -> dict[str, Any]:
     if isinstance(dataset.train, Split):
         account["checksum"] = _pixels(dataset.train)
         account["checksums of validation and test"] = [_pixels(dataset.val), _pixels(dataset.test)]
+    if isinstance(dataset.train, ScatteredSplit):
+        account["checksums of items"] = [_pixels(split.items) for split in splits.values()]
     if isinstance(dataset.train, FolderSplit):
         account["checksums of files and labels"] = [_names(split) for split in splits.values()]
         account["checksum of some training files"] = _sample(dataset.train)

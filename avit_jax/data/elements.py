@@ -102,8 +102,9 @@ class Decode(grain.transforms.Map):
             image = None
         if image is None:
             image, weight = self.bad.blank(), np.float32(0)
-        if self.bad.model_config.in_channels == 1:
-            image = image.convert("L")
+        mode = "L" if self.bad.model_config.in_channels == 1 else "RGB"
+        if image.mode != mode:
+            image = image.convert(mode)
         return element | {"image": image, "label": np.int32(label), "weight": weight}
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 
 from avit_jax.data.folder import load_folder
+from avit_jax.data.scattered import load_scattered
 from avit_jax.data.settings import DataSettings
 from avit_jax.data.sources import Dataset, load_dataset
 from avit_jax.data.tfds_source import load_tfds
@@ -17,6 +18,8 @@ def open_dataset(settings: DataSettings) -> Dataset:
         return load_folder(settings)
     if settings.source == "tfds":
         return load_tfds(settings)
+    if settings.source == "scattered":
+        return load_scattered(settings)
     dataset = load_dataset(settings.source, settings.path, settings.class_names)
     splits = (dataset.train, dataset.val, dataset.test)
     train, val, test = (dataclasses.replace(split, settings=settings) for split in splits)

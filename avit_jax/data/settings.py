@@ -5,7 +5,7 @@ import dataclasses
 from avit_jax.model.config import INTERPOLATIONS, MIN_CROP_FRACTION
 from avit_jax.runtime.settings import Settings, setting
 
-SOURCES = ("mnist", "npz", "idx", "folder", "tfds")
+SOURCES = ("mnist", "npz", "idx", "folder", "tfds", "scattered")
 ON_BAD_IMAGE = ("raise", "skip")
 
 
@@ -17,22 +17,25 @@ class DataSettings(Settings):
 
     source: str = setting(
         "mnist",
-        "mnist, npz or idx: arrays in memory; folder or tfds: images that are read when they are needed.",
+        "mnist, npz or idx: arrays in memory; folder or tfds: images read when they are needed; "
+        "scattered: pictures of several images of an idx folder.",
         choices=SOURCES,
     )
     path: str = setting(
         "",
-        "npz: the file; idx, folder: the folder; tfds: its data_dir, ~/tensorflow_datasets where it is empty.",
+        "npz: the file; idx, folder, scattered: the folder; tfds: its data_dir. Where it is empty: scattered: "
+        "Debian's Fashion-MNIST; tfds: ~/tensorflow_datasets.",
         resume="free",
     )
     name: str = setting("", "tfds: the data set, as imagenet2012 or cifar10:3.0.2.")
-    class_names: tuple[str, ...] = setting((), "idx: the names of the classes, which its files do not hold.")
+    class_names: tuple[str, ...] = setting((), "idx, scattered: the names of the classes, which the files do not hold.")
     mean: tuple[float, ...] = setting(
         (), "By channel, of 0..1 pixels; (): ImageNet's for images read from disk, else the training images' own."
     )
     std: tuple[float, ...] = setting((), "Standard deviation by channel, of 0..1 pixels; () as for mean.")
     crop_fraction: float = setting(
-        0.875, "folder, tfds: the part of the resized image that evaluation sees; 0.875 is 224 of 256 pixels."
+        0.875,
+        "folder, tfds, scattered: the part of the resized image that evaluation sees; 0.875 is 224 of 256 pixels.",
     )
     interpolation: str = setting("bicubic", "How images are resized.", choices=INTERPOLATIONS)
     workers: int = setting(0, "Processes that read and augment images; 0: threads of this one.", resume="free")
