@@ -122,14 +122,18 @@ class CompiledModel:
         as_function = no_jit or isinstance(images, jax.core.Tracer)
         arguments = images, *self._arguments(count)
         if as_function:
-            output = self.jitted(self.params, *map(jnp.asarray, arguments))
+            output = self._output(self.jitted(self.params, *map(jnp.asarray, arguments)))
         else:
-            output = self.compiled(self.params, *arguments)
+            output = self._output(self.compiled(self.params, *arguments))
         if count < self._rows:
             output = _first_images(output, count)
         if count and not as_function:
             self._seen(output)
         return output
+
+    def _output(self, result: Any) -> AViTOutput:
+        """The output, from what the program returns."""
+        return result
 
     def _seen(self, output: AViTOutput) -> None:
         """Called with every output that is not a tracer."""

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from avit_jax.execution.packing import load
@@ -13,6 +14,7 @@ from avit_jax.execution.places import Layout, Move
 from avit_jax.execution.stages import PlannedPlan
 from avit_jax.halting.rule import Halting, State, Trace
 from avit_jax.model.layers import Block
+from avit_jax.model.output import AViTOutput
 from avit_jax.model.seen import WHOLE_LAYER, Facts, of_attention
 from avit_jax.model.vit import AViT
 
@@ -27,33 +29,90 @@ class Ran:
     overflow: Bool[Array, ""]  # whether the batch did not fit; then the rest is wrong
 
 
-def run(
+def forward(
     model: AViT,
     rule: Halting,
     images: Float[Array, "b h w c"],
     plan: PlannedPlan,
     *,
-    count: Int[Array, ""] | int | None = None,
+    count: Int[Array, ""] | None = None,
     image_exit: bool = False,
     key: PRNGKeyArray | None = None,
-) -> Ran:
-    """All layers of a batch with the plan's shapes.
+    mesh: Mesh | None = None,
+) -> tuple[AViTOutput, Ran]:
+    """The model's output with the plan's shapes, and what led to it. If `overflow` is True, all of it is wrong.
 
-    count: images that are not padding. image_exit: an image ends when the tokens that its logits read have halted. key:
-    draws dropout and stochastic depth as in masked execution; None: neither.
+    count: images that are not padding; None: all. image_exit: an image ends when the tokens that its logits read have
+    halted. key: draws dropout and stochastic depth as in masked execution; None: neither. mesh: the images are split
+    over all its devices, and each packs its own; the plan is for one device.
     """
-    config = model.config
-    batch, missing = len(images), plan.rows - len(images)
-    draw = model.draw(rule, images, key)
     x = model.embed(images, key)
-    state = rule.initial(batch, config, draw)
+    state = rule.initial(len(images), model.config, model.draw(rule, images, key))
     if count is not None:
-        state = dataclasses.replace(state, active=state.active & (jnp.arange(batch) < count)[:, None])
+        state = dataclasses.replace(state, active=state.active & (jnp.arange(len(images)) < count)[:, None])
+    if mesh is None or mesh.size == 1:
+        ran = _run(model, rule, x, state, plan, Rows(jnp.zeros((), int), len(images)), image_exit, key)
+    else:
+        ran = _run_on(mesh, model, rule, x, state, plan, image_exit, key)
+    return model.output(rule, ran.state, ran.trace), ran
+
+
+def _run_on(
+    mesh: Mesh,
+    model: AViT,
+    rule: Halting,
+    x: Array,
+    state: State,
+    plan: PlannedPlan,
+    image_exit: bool,
+    key: PRNGKeyArray | None,
+) -> Ran:
+    """`_run` for the images of each device."""
+    graphdef, params = nnx.split(model)
+    total, axes = len(x), mesh.axis_names
+
+    def local(params: Any, x: Array, state: State, key: PRNGKeyArray | None) -> tuple[State, Trace, Array]:
+        rows = Rows(jax.lax.axis_index(axes) * len(x), total)
+        ran = _run(nnx.merge(graphdef, params), rule, x, state, plan, rows, image_exit, key)
+        return ran.state, ran.trace, jax.lax.pmax(ran.overflow.astype(int), axes) > 0
+
+    everywhere, first, second = PartitionSpec(), PartitionSpec(axes), PartitionSpec(None, axes)
+    ran = jax.shard_map(
+        local,
+        mesh=mesh,
+        in_specs=(everywhere, first, first, everywhere),
+        out_specs=(first, second, everywhere),
+        check_vma=False,
+    )(params, x, state, key)
+    return Ran(*ran)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """Which images of the batch a device has."""
+
+    first: Array
+    total: int
+
+
+def _run(
+    model: AViT,
+    rule: Halting,
+    x: Float[Array, "b n d"],
+    state: State,
+    plan: PlannedPlan,
+    rows: Rows,
+    image_exit: bool,
+    key: PRNGKeyArray | None,
+) -> Ran:
+    """All layers of a batch on one device, from its embedded tokens and the state before layer 1."""
+    config = model.config
+    batch, missing = len(x), plan.rows - len(x)
     # Rows that only fill the last group are inactive from the start.
     x, state = jax.tree.map(lambda v: jnp.pad(v, ((0, missing), *[(0, 0)] * (v.ndim - 1))), (x, state))
-    layers = _Layers(model, rule, plan, key, batch, image_exit)
+    layers = _Layers(model, rule, plan, key, batch, rows, image_exit)
     layout = Layout(plan.group_size, (config.num_tokens,) * plan.groups)
-    x = x.reshape(-1, config.embed_dim)
+    flat = x.reshape(-1, config.embed_dim)
     overflow = jnp.zeros((), bool)
     index = jnp.broadcast_to(jnp.arange(config.num_tokens), (plan.rows, config.num_tokens))
     image = jnp.arange(plan.rows)
@@ -63,9 +122,9 @@ def run(
         move = Move.packing(needed, sort=True)
         new = Layout(plan.group_size, stage.capacities)
         overflow |= (needed.sum(1)[move.rows] > jnp.asarray(new.of_rows()[1])).any()
-        x, state, layout = move.tokens(x, layout, new), move.state(state), new
+        flat, state, layout = move.tokens(flat, layout, new), move.state(state), new
         index, image = move.apply(index), move.apply_rows(image)
-        x, state, trace = layers.stage(x, state, index, image, layout, stage.first, end)
+        flat, state, trace = layers.stage(flat, state, index, image, layout, stage.first, end)
         back = _original(index, image)
         traces.append(
             Trace(
@@ -92,7 +151,8 @@ class _Layers:
     rule: Halting
     plan: PlannedPlan
     key: PRNGKeyArray | None
-    batch: int  # images, without the rows that fill the last group
+    batch: int  # images of this device, without the rows that fill the last group
+    rows: Rows
     image_exit: bool
 
     def stage(
@@ -214,19 +274,20 @@ class _Noise:
     def _dropout(self, width: int, drop: nnx.Dropout, key: PRNGKeyArray) -> Array:
         if not drop.rate:
             return jnp.ones(())
-        config = self.layers.model.config
-        factors = drop(jnp.ones((self.layers.batch, config.num_tokens, width)), deterministic=False, rngs=key)
+        config, rows = self.layers.model.config, self.layers.rows
+        # Drawn for the whole batch, so that every number of devices draws the same.
+        factors = drop(jnp.ones((rows.total, config.num_tokens, width)), deterministic=False, rngs=key)
         return self.layout.flat(factors[self._images()[:, None], self.index])
 
     def _path(self, branch: Array, key: PRNGKeyArray) -> Array:
         if self.layers.model.config.drop_path_rate == 0 or self.rate is None:
             return branch
-        keep = jax.random.bernoulli(key, 1 - self.rate, (self.layers.batch, 1, 1))[:, 0, 0]
+        keep = jax.random.bernoulli(key, 1 - self.rate, (self.layers.rows.total, 1, 1))[:, 0, 0]
         kept = self.layout.flat(jnp.broadcast_to(keep[self._images()][:, None], self.index.shape))
         return jnp.where(kept[:, None], branch / (1 - self.rate), 0)
 
     def _images(self) -> Array:
-        return jnp.minimum(self.image, self.layers.batch - 1)
+        return self.layers.rows.first + jnp.minimum(self.image, self.layers.batch - 1)
 
 
 def _rectangle(parts: list[Array], width: int) -> Array:

@@ -53,8 +53,8 @@ class PlannedPlan:
         for stage in self.stages:
             if len(stage.capacities) != self.groups or not all(0 <= c <= self.num_tokens for c in stage.capacities):
                 raise ValueError(
-                    f"the stage at layer {stage.first} has the capacities {stage.capacities}: give {self.groups} numbers "
-                    f"of tokens from 0 to {self.num_tokens}, one for each group"
+                    f"the stage at layer {stage.first} has the capacities {stage.capacities}: give {self.groups} "
+                    f"numbers of tokens from 0 to {self.num_tokens}, one for each group"
                 )
 
     @property
@@ -121,9 +121,9 @@ def plan(
 ) -> PlannedPlan:
     """The plan for batches of images such as these, made so that at most 1 batch in 1,000 does not fit.
 
-    images: a sample, as the model takes them; a few hundred are enough. batch_size: images on one device. margin: places
-    added to what the drawn batches need, as a fraction. most_stages: a bound for compile time. Raises ValueError
-    without images, or for a model without a halting rule.
+    images: a sample, as the model takes them; a few hundred are enough. batch_size: images on one device. margin:
+    places added to what the drawn batches need, as a fraction. most_stages: a bound for compile time. Raises
+    ValueError without images, or for a model without a halting rule.
     """
     if not model.config.halts:
         raise ValueError("planned execution is for a model with a halting rule: this one has none")
@@ -171,7 +171,7 @@ def _boundaries(cost: Float[np.ndarray, " l"], most: int) -> list[int]:
     @functools.cache
     def best(first: int, stages: int) -> tuple[float, tuple[int, ...]]:
         """The least work of the layers from `first` on, and where later stages begin."""
-        options = [((depth - first) * cost[first], ())]
+        options: list[tuple[float, tuple[int, ...]]] = [((depth - first) * cost[first], ())]
         if stages > 1:
             for nxt in range(first + 1, depth):
                 rest, begins = best(nxt, stages - 1)
