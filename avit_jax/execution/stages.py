@@ -141,27 +141,39 @@ def plan_loads(
     *,
     margin: float = 0.02,
     most_stages: int = MOST_STAGES,
+) -> PlannedPlan:
+    """As `plan`, from the tokens that each layer computes of each image (execution.plan.layer_loads)."""
+    rng = np.random.default_rng(0)
+    drawn = rng.integers(0, loads.shape[1], (_DRAWN_BATCHES, batch_size))
+    fullest = np.sort(loads[:, drawn], axis=-1).max(1)
+    return plan_fullest(fullest, config, batch_size, margin=margin, most_stages=most_stages)
+
+
+def plan_fullest(
+    fullest: Int[np.ndarray, "l b"],
+    config: AViTConfig,
+    batch_size: int,
+    *,
+    margin: float,
+    most_stages: int = MOST_STAGES,
     group_size: int | None = None,
     multiple: int = 4,
 ) -> PlannedPlan:
-    """As `plan`, from the tokens that each layer computes of each image (execution.plan.layer_loads).
+    """The plan for the fullest batch: for each layer the sorted loads of its images, rising.
 
-    multiple: capacities are multiples of it. group_size: images in a group; None: a quarter of the batch.
+    margin: see `plan`. group_size: images in a group; None: a quarter of the batch. multiple: capacities are multiples
+    of it.
     """
-    depth, images = loads.shape
     group_size = group_size or max(1, -(-batch_size // 4))
     groups = -(-batch_size // group_size)
-    rng = np.random.default_rng(0)
-    chosen = rng.integers(0, images, (_DRAWN_BATCHES, batch_size))
-    ordered = np.sort(loads[:, chosen], axis=-1)  # [l, drawn, b]
-    padded = np.pad(ordered, ((0, 0), (0, 0), (groups * group_size - batch_size, 0)))
-    fullest = padded.reshape(depth, _DRAWN_BATCHES, groups, group_size).max(-1).max(1)
-    wanted = np.where(fullest > 0, np.ceil((fullest * (1 + margin) + 1) / multiple) * multiple, 0)
+    padded = np.pad(fullest, ((0, 0), (groups * group_size - batch_size, 0)))
+    most = padded.reshape(len(fullest), groups, group_size).max(-1)
+    wanted = np.where(most > 0, np.ceil((most * (1 + margin) + 1) / multiple) * multiple, 0)
     capacities = np.minimum(wanted, config.num_tokens).astype(int)
     cost = np.asarray(block_macs(capacities.astype(float), config.embed_dim, config.mlp_dim)).sum(-1)
     firsts = _boundaries(cost, most_stages)
     stages = tuple(Stage(first, tuple(capacities[first].tolist())) for first in firsts)
-    return PlannedPlan(config.num_tokens, depth, batch_size, group_size, stages)
+    return PlannedPlan(config.num_tokens, len(fullest), batch_size, group_size, stages)
 
 
 def _boundaries(cost: Float[np.ndarray, " l"], most: int) -> list[int]:
