@@ -8,11 +8,21 @@ from avit_jax.data.preprocessing import preprocess
 from avit_jax.execution.packed import PackedModel, compile_packed
 from avit_jax.execution.plan import PackedPlan, plan_packed
 from avit_jax.execution.program import compile
+from avit_jax.halting.act import ACT
+from avit_jax.halting.ats import ATS
 from avit_jax.halting.confidence import ConfidenceExit
+from avit_jax.halting.mass import AttentionMass
+from avit_jax.halting.pondernet import PonderNet
+from avit_jax.halting.similarity import Similarity
 from avit_jax.model.config import AViTConfig, Preprocessing
 from avit_jax.model.presets import PRESETS
 from avit_jax.model.vit import AViT, AViTOutput, create
+from avit_jax.reduction.dynamicvit import DynamicViT
+from avit_jax.reduction.mctf import MCTF
+from avit_jax.reduction.positions import PositionDepths, position_depths
+from avit_jax.reduction.random_drop import RandomDrop
 from avit_jax.reduction.tome import ToMe
+from avit_jax.reduction.topk import EViT, TopK
 from avit_jax.train.gate_start import start_gate
 
 if TYPE_CHECKING:
@@ -21,15 +31,26 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"  # pyproject.toml reads it here
 
 __all__ = [
+    "ACT",
+    "ATS",
+    "MCTF",
     "PRESETS",
     "AViT",
     "AViTConfig",
     "AViTOutput",
+    "AttentionMass",
     "ConfidenceExit",
+    "DynamicViT",
+    "EViT",
     "PackedModel",
     "PackedPlan",
+    "PonderNet",
+    "PositionDepths",
     "Preprocessing",
+    "RandomDrop",
+    "Similarity",
     "ToMe",
+    "TopK",
     "__version__",
     "compile",
     "compile_packed",
@@ -37,6 +58,7 @@ __all__ = [
     "from_torch_state_dict",
     "load",
     "plan_packed",
+    "position_depths",
     "preprocess",
     "save",
     "save_torch",

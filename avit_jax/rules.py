@@ -6,17 +6,29 @@ import typing
 from collections.abc import Iterable
 from typing import Any
 
+from avit_jax.halting.act import ACT
+from avit_jax.halting.ats import ATS
 from avit_jax.halting.avit import AViTGate
 from avit_jax.halting.confidence import ConfidenceExit
+from avit_jax.halting.mass import AttentionMass
+from avit_jax.halting.pondernet import PonderNet
 from avit_jax.halting.rule import Halting
+from avit_jax.halting.similarity import Similarity
+from avit_jax.reduction.dynamicvit import DynamicViT
 from avit_jax.reduction.groups import Reduction
+from avit_jax.reduction.mctf import MCTF
+from avit_jax.reduction.positions import PositionDepths
+from avit_jax.reduction.random_drop import RandomDrop
 from avit_jax.reduction.tome import ToMe
+from avit_jax.reduction.topk import EViT, TopK
 from avit_jax.runtime.files import shown
 from avit_jax.runtime.json_fields import typed_fields
 from avit_jax.runtime.settings import Settings
 
-RULES: dict[str, Any] = {rule.name: rule for rule in (AViTGate, ConfidenceExit, ToMe)}
-_MOST_TEXT = 1000  # characters of a rule on the command line
+_HALTING = (ACT, ATS, AttentionMass, AViTGate, ConfidenceExit, PonderNet, Similarity)
+_REDUCTION = (DynamicViT, EViT, MCTF, PositionDepths, RandomDrop, ToMe, TopK)
+RULES: dict[str, Any] = {rule.name: rule for rule in (*_HALTING, *_REDUCTION)}
+_MOST_TEXT = 10_000  # characters of a rule on the command line: a thousand patches have a depth each
 
 
 def rule_to_json(rule: Halting | Reduction) -> dict[str, Any]:

@@ -28,7 +28,7 @@ CONFIGS = {
 }
 FITTING = {
     "avit": ("packed", "masked"),
-    "dense": ("masked", "packed"),
+    "dense": ("masked", "packed", "shrinking"),
     "tome": ("shrinking",),
     "confidence": ("packed", "masked"),
 }
@@ -77,6 +77,18 @@ def test_auto_on_all_devices_gives_the_same(name: str) -> None:
     np.testing.assert_allclose(found.logits, answers(model, images).logits, atol=2e-5)
 
 
+def test_shrinking_without_a_rule_shortens_the_last_layer() -> None:
+    """The same logits for less work; heads on a mean over the patches need the whole last layer."""
+    for pool, saves in (("token", True), ("norm_mean", False)):
+        model = spread_gate(small_config(**NO_RULE | {"pool": pool}))
+        images, depth = images_of(model.config, 3), np.full((3, 7), 4)
+        short, whole = (avit_jax.compile(model, 3, execution=name) for name in ("shrinking", "masked"))
+        found, expected = short(images), whole(images)
+        np.testing.assert_allclose(found.logits, expected.logits, atol=1e-6 * float(np.abs(expected.logits).max()))
+        np.testing.assert_array_equal(found.token_depth, expected.token_depth)
+        assert (short.executed(depth, 3).gmacs < 0.99 * whole.executed(depth, 3).gmacs) == saves
+
+
 def test_later_changes_of_the_model_do_not_reach_the_program() -> None:
     model = spread_gate(CONFIGS["dense"])
     program, images = avit_jax.compile(model, 2), images_of(model.config, 2)
@@ -91,7 +103,6 @@ def test_later_changes_of_the_model_do_not_reach_the_program() -> None:
         ("tome", {"execution": "packed"}, "packed execution cannot run the rule 'tome': choose shrinking or auto"),
         ("tome", {"execution": "masked"}, "masked execution cannot run the rule 'tome': choose shrinking or auto"),
         ("avit", {"execution": "shrinking"}, "cannot run the rule 'avit': choose packed or masked or auto"),
-        ("dense", {"execution": "shrinking"}, "cannot run a model without a rule: choose masked or packed or auto"),
         ("avit", {"execution": "fast"}, "execution 'fast' is unknown: choose one of masked, packed, shrinking, auto"),
         ("dense", {"plan": PackedPlan(7, 1, (7,))}, "a plan is for packed execution and this one is masked"),
         ("avit", {"batch_size": 0}, "batch_size is 0: it must be at least 1"),

@@ -9,6 +9,7 @@ import pytest
 from avit_jax import AViTConfig
 from avit_jax.halting.avit import AViTGate
 from avit_jax.halting.confidence import ConfidenceExit
+from avit_jax.reduction.dynamicvit import DynamicViT
 from avit_jax.reduction.tome import ToMe
 from avit_jax.rules import RULES, parse_rule, rule_from_json, rule_to_json
 from tests.harness.builders import small_config
@@ -53,7 +54,7 @@ def test_files_from_before_there_were_several_rules(fields: dict[str, Any]) -> N
     [
         ("avit", "rule is avit: it must be a JSON object with a name, or null"),
         ([], "rule is a list: it must be a JSON object"),
-        ({}, "there is no rule None: known are avit, confidence, tome"),
+        ({}, f"there is no rule None: known are {', '.join(sorted(RULES))}"),
         ({"name": ["avit"]}, "there is no rule a list"),
         ({"name": "\x1b[2Jevil"}, r"there is no rule '\\x1b\[2Jevil'"),
         ({"name": "__class__"}, "there is no rule '__class__'"),
@@ -100,7 +101,12 @@ def test_a_rule_as_text() -> None:
         ("-" * 900 + "1", "is not a rule"),
         ("(" * 900, "is not a rule"),
         ("a" * 1001, "a rule of 1001 characters is too long"),
-        ("halt(x=1)", "there is no rule 'halt': known are avit, confidence, tome"),
+        ("-" * 9900 + "1", "is not a rule"),
+        ("(" * 9900, "is not a rule"),
+        (f"tome(r={'[' * 4900}{']' * 4900})", "is not a rule"),
+        (f"tome(r={'1+' * 4900}1)", "is not a rule"),
+        ("a" * 10_001, "a rule of 10001 characters is too long"),
+        ("halt(x=1)", f"there is no rule 'halt': known are {', '.join(sorted(RULES))}"),
         ("avit(gate_scale=1, gate_center=2, gate=3)", "the rule avit has no field 'gate'"),
     ],
 )
@@ -116,7 +122,7 @@ def test_every_rule_is_a_frozen_dataclass_that_json_gives_back() -> None:
         assert rule_from_json(json.loads(json.dumps(rule_to_json(rule)))) == rule
 
 
-@pytest.mark.parametrize("rule", [ConfidenceExit(0.5, first_layer=1), ToMe((1, 0, 2, 0))])
+@pytest.mark.parametrize("rule", [ConfidenceExit(0.5, first_layer=1), ToMe((1, 0, 2, 0)), DynamicViT(0.7, (1, 2))])
 def test_a_rule_goes_through_config_json_and_wins_over_the_gate(rule: Any) -> None:
     config = small_config(rule=rule)
     assert through_json(config) == config

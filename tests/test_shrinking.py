@@ -16,6 +16,7 @@ from avit_jax import AViT, ToMe
 from avit_jax.execution import shrinking
 from avit_jax.execution.work import shrinking_gmacs
 from tests.harness.builders import small_config, spread_gate
+from tests.harness.devices import run_on_devices
 from tests.harness.numpy_tome import tome
 
 DATA = Path(__file__).parent / "data" / "methods"
@@ -168,3 +169,7 @@ def test_models_with_the_rule() -> None:
     with jax.numpy_rank_promotion("raise"):
         lowered = jax.export.export(program.jitted, platforms=["cuda"])(*program.abstract_arguments)
     assert lowered.platforms == ("cuda",) and lowered.out_avals[0].shape == (3, 5)
+
+
+def test_eight_devices_give_the_same_logits_and_gradients() -> None:
+    assert "8 devices agree" in run_on_devices("shrinking_on_devices.py")

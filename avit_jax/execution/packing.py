@@ -14,7 +14,7 @@ from avit_jax.execution.plan import PackedPlan
 from avit_jax.halting.rule import State, Trace, drop_halted, first_state
 from avit_jax.model.layers import Block
 from avit_jax.model.output import AViTOutput
-from avit_jax.model.seen import WHOLE_LAYER, Facts, of_attention
+from avit_jax.model.seen import Facts, of_attention
 from avit_jax.model.vit import AViT
 
 
@@ -164,8 +164,7 @@ def forward(
 
     packed, passed = jax.lax.scan(layer, packed, jnp.arange(config.depth - 1))
     end = config.depth - 1
-    # A rule that reads attention needs all of the last layer.
-    short = image_exit and config.pool == "token" and not reads & WHOLE_LAYER
+    short = image_exit and config.pool == "token" and not (rule is not None and rule.reads_last_layer)
     width = config.num_outputs if short else num_tokens
     compute = functools.partial(read if short else computed, block_at(end))
     tokens, facts, packed = _run_layer(packed, plan, compute, width)

@@ -32,7 +32,8 @@ def compile(
 
     execution: "masked" (every token is computed), "packed" (halted tokens are removed), "shrinking" (merged and dropped
     tokens are removed), or "auto": packed for a halting rule, shrinking for a reduction rule, masked without a rule.
-    All executions that fit a rule give the same result up to rounding. plan, image_exit: see compile_packed; the other
+    All executions that fit a rule give the same result up to rounding. Without a rule, shrinking computes only what the
+    logits read of the last layer. plan, image_exit: see compile_packed; the other
     executions have no plan and no image exit. mesh: the images are split over its axis `data`; None: one device.
 
     The weights are fixed at this point: later changes to the model have no effect. Raises ValueError for an unknown
@@ -52,7 +53,7 @@ def fitting_executions(config: AViTConfig) -> tuple[str, ...]:
     """The executions that can run the model's rule; the one that "auto" chooses comes first."""
     if config.reduction is not None:
         return ("shrinking",)
-    return ("packed", "masked") if config.halting is not None else ("masked", "packed")
+    return ("packed", "masked") if config.halting is not None else ("masked", "packed", "shrinking")
 
 
 def checked_execution(config: AViTConfig, execution: str) -> str:

@@ -11,7 +11,6 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from avit_jax.model.config import AViTConfig
-from avit_jax.model.seen import WHOLE_LAYER
 from avit_jax.reduction.groups import Place, Reduction
 
 
@@ -135,12 +134,17 @@ def shrinking_gmacs(config: AViTConfig, *, short_last_layer: bool) -> float:
 
 
 def executed_shrinking_gmacs(config: AViTConfig) -> float:
-    """10^9 multiply-adds of an image in shrinking execution: a short last layer, and the rule's matching."""
+    """10^9 multiply-adds of an image in shrinking execution: a short last layer, and what papers leave out."""
     rule = config.reduction
     matching = () if rule is None else rule.matching_macs(config)
     if shortens_last_layer(config, rule) and rule is not None and rule.place != "before the layer":
         matching = matching[:-1]  # the short last layer reduces nothing
-    return shrinking_gmacs(config, short_last_layer=True) + sum(matching) / 1e9
+    mixing = 0
+    if rule is not None and rule.place == "before the values":
+        # Attention.mixed weights the values of all tokens that enter, papers those that leave.
+        counts = rule.counts(config)
+        mixing = config.embed_dim * sum(n**2 - k**2 for n, k in zip((config.num_tokens, *counts), counts, strict=False))
+    return shrinking_gmacs(config, short_last_layer=True) + (sum(matching) + mixing) / 1e9
 
 
 def packed_gmacs(
@@ -152,7 +156,7 @@ def packed_gmacs(
     """
     rule, padded = config.halting, tokens.astype(np.float64)
     first = np.asarray(block_macs(padded[:, :-1], config.embed_dim, config.mlp_dim)).sum()
-    if config.pool != "token" or (rule is not None and rule.reads & WHOLE_LAYER):
+    if config.pool != "token" or (rule is not None and rule.reads_last_layer):
         last = block_macs(padded[:, -1], config.embed_dim, config.mlp_dim)
     else:
         last = last_block_macs(padded[:, -1], config.num_outputs, config.embed_dim, config.mlp_dim)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from avit_jax.model.rule import Keys, Rule
-from avit_jax.model.seen import Seen
+from avit_jax.model.seen import WHOLE_LAYER, Seen
 
 
 @jax.tree_util.register_dataclass
@@ -95,6 +95,11 @@ class Halting(Rule, Protocol):
     # Whether a key without mass is still visible to its own query: DynamicViT's masked training.
     self_visible: ClassVar[bool] = False
     advice: ClassVar[str] = "choose settings under which tokens halt earlier"  # if no token halts
+
+    @property
+    def reads_last_layer(self) -> bool:
+        """Whether it needs all of the last layer, not just the tokens of the heads. Here: if it reads attention."""
+        return bool(self.reads & WHOLE_LAYER)
 
     def check(self, config: Any) -> None:
         """Raises ValueError if the rule does not fit a model of this configuration. Here: it fits every model."""

@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from avit_jax.model.config import AViTConfig
 from avit_jax.model.seen import Facts
-from avit_jax.reduction.groups import Groups, reduce, reduce_attention
+from avit_jax.reduction.groups import Groups, reduce, spread
 
 # Weight of each key in attention: whether the token is there (bool) or how much it counts (float). None: all the same.
 Mass = Bool[Array, "b n"] | Float[Array, "b n"] | None
@@ -169,23 +169,51 @@ class Attention(nnx.Module):
 
     def read(self, x: Float[Array, "b n d"], mass: Mass, queries: int) -> Float[Array, "b q d"]:
         """The attention output of the first `queries` tokens; for the others only key and value are computed."""
-        dim = x.shape[-1]
-        (query,) = self._heads(x[:, :queries], 0, dim)
-        key, value = self._heads(x, dim, 3 * dim)
+        (query,) = self._heads(x[:, :queries], 0, 1)
+        key, value = self._heads(x, 1, 3)
         return self._projected(*_attention_weights(query, key, mass), value)
 
     def weights(
         self, x: Float[Array, "b n d"], mass: Mass, reads: frozenset[str]
-    ) -> tuple[Float[Array, "b h n n"], Facts]:
-        """The attention matrix, without values, and the facts that `reads` names; value_norm is not among them."""
-        query, key = self._heads(x, 0, 2 * x.shape[-1])
+    ) -> tuple[Float[Array, "b h n n"], Float[Array, "b h n 1"], Facts]:
+        """The weight of each key for each query, their sum, and the facts that `reads` names but value_norm."""
+        query, key = self._heads(x, 0, 2)
         weights, total = _attention_weights(query, key, mass)
-        return weights / total, self._facts(weights, total, key, None, reads)
+        return weights, total, self._facts(weights, total, key, None, reads)
 
-    def mixed(self, weights: Float[Array, "b h n n"], x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
-        """The attention output of every token by a given attention matrix; only the values are computed here."""
-        (value,) = self._heads(x, 2 * x.shape[-1], 3 * x.shape[-1])
-        return self._projected(weights, jnp.ones(()), value)
+    def mixed(
+        self,
+        weights: Float[Array, "b h n n"],
+        total: Float[Array, "b h n 1"],
+        x: Float[Array, "b k d"],
+        groups: Groups | None,
+    ) -> Float[Array, "b k d"]:
+        """The attention output of the shorter sequence x, by the weights of the longer one.
+
+        groups: how the longer one became x; None: x is the longer one.
+
+        The attention matrix of the shorter sequence has the weighted mean of a slot's queries and the sum of a slot's
+        keys. It is not computed: each key has the value of its slot, and the outputs of a slot's queries are averaged.
+        """
+        columns = self._columns(x, 2, 3)
+        if groups is None:
+            return self._projected(weights, total, self._cut(columns)[0])
+        (value,) = self._cut(spread(columns, groups))
+        return self.proj(reduce(self._mixed(weights, total, value), dataclasses.replace(groups, mean=True)))
+
+    def _columns(self, rows: Float[Array, "b n d"], first: int, last: int) -> Float[Array, "b n _"]:
+        """Query, key and value (parts 0, 1 and 2) from the first part to before the last one, side by side."""
+        kernel, bias = self.qkv.kernel[...], self.qkv.bias[...] if self.qkv.bias is not None else None
+        columns = slice(first * rows.shape[-1], last * rows.shape[-1])
+        rows = rows.astype(self.qkv.dtype)
+        y = _matmul(rows, kernel[:, columns].astype(rows.dtype))
+        y = y if bias is None else y + bias[None, None, columns].astype(rows.dtype)
+        return y.astype(rows.dtype)
+
+    def _cut(self, columns: Float[Array, "b n _"]) -> Float[Array, "_ b h n c"]:
+        """Columns cut into heads: one array for each of query, key and value that is there."""
+        width = self.qkv.out_features // 3 // self.num_heads
+        return columns.reshape(*columns.shape[:2], -1, self.num_heads, width).transpose(2, 0, 3, 1, 4)
 
     def of_groups(
         self,
@@ -214,14 +242,7 @@ class Attention(nnx.Module):
         return self.proj(jnp.concatenate(outputs)), facts
 
     def _heads(self, rows: Float[Array, "b n d"], first: int, last: int) -> Float[Array, "_ b h n c"]:
-        """The columns first..last of query, key and value, cut into heads: one array for each of the three."""
-        kernel, bias = self.qkv.kernel[...], self.qkv.bias[...] if self.qkv.bias is not None else None
-        batch, tokens, dim = rows.shape
-        rows = rows.astype(self.qkv.dtype)
-        y = _matmul(rows, kernel[:, first:last].astype(rows.dtype))
-        y = y if bias is None else y + bias[None, None, first:last].astype(rows.dtype)
-        shape = (batch, tokens, (last - first) // dim, self.num_heads, dim // self.num_heads)
-        return y.astype(rows.dtype).reshape(shape).transpose(2, 0, 3, 1, 4)
+        return self._cut(self._columns(rows, first, last))
 
     def _projected(self, weights: Array, total: Array, value: Array) -> Array:
         return self.proj(self._mixed(weights, total, value))
@@ -353,11 +374,10 @@ class Block(nnx.Module):
         The attention of all tokens is reduced with them: queries are averaged, keys are added.
         """
         keys = [None] * 5 if key is None else list(jax.random.split(key, 5))
-        weights, facts = self.attn.weights(self.norm1(x), mass, reads)
+        weights, total, facts = self.attn.weights(self.norm1(x), mass, reads)
         groups = choose(facts)
-        if groups is not None:
-            x, weights = reduce(x, groups), reduce_attention(weights, groups)
-        branch = self.attn.mixed(weights, self.norm1(x)).astype(x.dtype)
+        x = x if groups is None else reduce(x, groups)
+        branch = self.attn.mixed(weights, total, self.norm1(x), groups).astype(x.dtype)
         return x + self._regularised(branch, drop_path_rate, keys[0], keys[1]), groups
 
     def transform(

@@ -26,7 +26,8 @@ class Rule(Protocol):
     neutral: ClassVar[Mapping[str, Any] | None] = None  # settings under which nothing is saved; None: it is trained
     draws: ClassVar[bool] = False  # whether it needs a random key for each image
     loss_settings: ClassVar[type[Settings] | None] = None  # the keys of config.loss that the rule adds; None: no keys
-    teacher_tokens: ClassVar[bool] = False  # whether its loss compares tokens with the teacher's
+    # Whether its loss compares tokens with the teacher's; in training, the state then has the last tokens as "normed".
+    teacher_tokens: ClassVar[bool] = False
 
     @property
     def reads(self) -> frozenset[str]:

@@ -26,7 +26,6 @@ class Seen:
     key_mean: Float[Array, "b n c"] | None = None  # mean of the keys over heads
     value_norm: Float[Array, "b n"] | None = None  # length of the values of all heads as one vector
     logits: Float[Array, "heads b k"] | None = None  # of each head, for this layer's tokens
-    normed: Float[Array, "b n d"] | None = None  # tokens after the model's final LayerNorm
     size: Float[Array, "b n"] | None = None  # patches a token stands for
     active: Bool[Array, "b n"] | None = None  # the tokens that this layer computed
 

@@ -1,5 +1,6 @@
 """AViT: a vision transformer whose rule decides which tokens go on; masked execution (every token computed)."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -101,6 +102,8 @@ class AViT(nnx.Module):
             token_depth = jnp.full(x.shape[:2], config.depth, jnp.int32)
             active = jnp.zeros(x.shape[:2], bool)
             return self.output(None, State(active, token_depth, x[:, : config.num_outputs]), trace), trace, None
+        if rule.teacher_tokens and key is not None:
+            state = dataclasses.replace(state, of_tokens=state.of_tokens | {"normed": self.norm(x)})
         return self.output(rule, state, trace), trace, state
 
     def draw(self, rule: Rule, images: Float[Array, "b h w c"], key: PRNGKeyArray | None = None) -> Keys | None:
@@ -164,8 +167,7 @@ class AViT(nnx.Module):
     def seen(self, rule: Halting, tokens: Float[Array, "b n d"], active: Bool[Array, "b n"], facts: Facts) -> Seen:
         """What a rule sees after a layer. active: tokens that the layer computed; facts: what only the layer knows."""
         logits = self.head_logits(tokens[:, : self.config.num_outputs]) if "logits" in rule.reads else None
-        normed = self.norm(tokens) if "normed" in rule.reads else None
-        return Seen(tokens=tokens, active=active, logits=logits, normed=normed, **facts)
+        return Seen(tokens=tokens, active=active, logits=logits, **facts)
 
     def output(self, rule: Halting | None, state: State, trace: Trace) -> AViTOutput:
         """The model's output from the rule's final state and the stacked traces of all layers."""
@@ -234,10 +236,16 @@ class AViT(nnx.Module):
             resized = resize_positions(arrays["pos_embed"], config.num_special, *grids, antialias=antialias)
             arrays["pos_embed"] = jnp.asarray(resized)
         own = arrays.pop("rule_module", None)
-        rule = config.rule_in_force
+        rule, before = config.rule_in_force, self.config.rule_in_force
         if rule is not None and "rule_module" in nnx.to_pure_dict(abstract):
-            if own is None or type(rule) is not type(self.config.rule_in_force):
+            needed = nnx.to_pure_dict(abstract)["rule_module"]
+            if own is None or before is None or type(rule) is not type(before):
                 own = nnx.to_pure_dict(nnx.state(rule.module(self)))
+            elif jax.tree.map(jnp.shape, own) != jax.tree.map(jnp.shape, needed):
+                raise ValueError(
+                    f"this model's parameters of the rule {before.describe()!r} do not fit {rule.describe()!r}: "
+                    "with_config(rule=None) leaves them out, and the new rule then makes its own"
+                )
             arrays["rule_module"] = own
         nnx.replace_by_pure_dict(abstract, arrays)
         return nnx.merge(graphdef, abstract)

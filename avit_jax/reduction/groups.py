@@ -8,7 +8,7 @@ Groups can describe every rule with a fixed number of tokens that we know of:
 - ToMe, PiToMe: every slot has a leader, r tokens join; weights are sizes, `mean` is True.
 - MCTF: r1 even and r2 odd tokens join. If an odd token that others join itself joins an even one, all of them go into
   the slot of the even one. Weights are size times received attention. The place is before the values: the same groups
-  also reduce the attention matrix, with weights for the rows (mean) and 1 for the columns (sum).
+  also reduce the attention matrix, queries by their weighted mean and keys by their sum.
 - DynamicViT at inference: as top-k, decided before the layer.
 - DiffRate: the first M of the sorted tokens lead, P - M join, the others are dropped; weights are 1, `mean` is True;
   sizes are the rule's own.
@@ -111,15 +111,29 @@ def reduce(x: Float[Array, "b n d"], groups: Groups) -> Float[Array, "b k d"]:
     return _segment_sum(groups.mean, x, groups.weight, groups.into, groups.leader, groups.joins)
 
 
-def reduce_attention(attention: Float[Array, "b h n n"], groups: Groups) -> Float[Array, "b h k k"]:
-    """The attention of the shorter sequence: the rows of a slot are averaged with groups.weight, its columns added."""
-    batch, heads, tokens, _ = attention.shape
-    count = groups.leader.shape[1]
-    rows = attention.transpose(0, 2, 1, 3).reshape(batch, tokens, heads * tokens)
-    rows = reduce(rows, dataclasses.replace(groups, mean=True)).reshape(batch, count, heads, tokens)
-    columns = rows.transpose(0, 3, 2, 1).reshape(batch, tokens, heads * count)
-    added = dataclasses.replace(groups, weight=jnp.ones_like(groups.weight), mean=False)
-    return reduce(columns, added).reshape(batch, count, heads, count).transpose(0, 2, 3, 1)
+def spread(x: Float[Array, "b k d"], groups: Groups) -> Float[Array, "b n d"]:
+    """The longer sequence: each token with the value of its slot, and 0 for dropped ones. The inverse of a reduction.
+
+    Its gradient is the sum over each slot, without weights.
+    """
+    return _spread(x, jnp.ones_like(groups.weight), groups.into, groups.leader, groups.joins)
+
+
+@jax.custom_vjp
+def _spread(x: Array, ones: Array, into: Array, leader: Array, joins: Array) -> Array:
+    slot = jnp.minimum(into, x.shape[1] - 1)[..., None]
+    return jnp.where((into < x.shape[1])[..., None], jnp.take_along_axis(x, slot, axis=1), 0)
+
+
+def _spread_forward(x: Array, *groups: Array) -> tuple[Array, tuple[Array, ...]]:
+    return _spread(x, *groups), groups
+
+
+def _spread_backward(groups: tuple[Array, ...], gradient: Array) -> tuple[Array | None, ...]:
+    return _sum_and_total(False, gradient, *groups)[0].astype(gradient.dtype), None, None, None, None
+
+
+_spread.defvjp(_spread_forward, _spread_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

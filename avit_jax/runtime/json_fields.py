@@ -40,7 +40,8 @@ def typed_fields(cls: type, content: Any, what: str, required: Collection[str]) 
         typed[name] = tuple(value) if isinstance(value, list) else value
         if not _fits(typed[name], fields[name]):
             raise ValueError(f"{name} is {shown(value, 50)}: it must be {_in_words(fields[name])}")
-        if float in (fields[name], *typing.get_args(fields[name])):  # JSON may say 4 for 4.0
+        options = (fields[name], *typing.get_args(fields[name]))
+        if float in options and int not in options:  # JSON may say 4 for 4.0
             typed[name] = _as_float(typed[name])
     return typed
 

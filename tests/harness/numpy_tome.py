@@ -105,7 +105,9 @@ def tome(model: AViT, image: np.ndarray, r: list[int], proportional: bool = True
     layers = []
     for layer in range(config.depth):
         block = nnx.to_pure_dict(nnx.state(model.blocks, nnx.Param))
-        block = {name: {part: _at(layer, content) for part, content in parts.items()} for name, parts in block.items()}
+        block = {
+            name: {part: at_layer(layer, content) for part, content in parts.items()} for name, parts in block.items()
+        }
         for token in tokens:
             depth[token.members[0]] += 1
         branch, keys = attention(tokens, block, config.num_heads, proportional, config.norm_epsilon)
@@ -123,7 +125,8 @@ def tome(model: AViT, image: np.ndarray, r: list[int], proportional: bool = True
     return Result(logits, depth, layers)
 
 
-def _at(layer: int, content: Any) -> Any:
+def at_layer(layer: int, content: Any) -> Any:
+    """The parameters of one layer, from those of all, stacked."""
     if isinstance(content, dict):
-        return {name: _at(layer, part) for name, part in content.items()}
+        return {name: at_layer(layer, part) for name, part in content.items()}
     return np.asarray(content[layer], np.float64)

@@ -61,9 +61,9 @@ def _with_rule(
     notes: list[str],
     changed: dict[str, str],
 ) -> AViT:
-    """The filled model; what its rule has to learn is the checkpoint's, or starts from norm and head."""
+    """The filled model; what its rule has to learn is the checkpoint's, or starts anew."""
     own = [name for name in flat if name.startswith(_OWN)]
-    kept = saved is not None and type(saved.halting) is type(model_config.halting)
+    kept = saved is not None and type(saved.rule_in_force) is type(model_config.rule_in_force)
     brings = "rule_module" in nnx.to_pure_dict(nnx.state(nnx.eval_shape(lambda: AViT(model_config, rngs=nnx.Rngs(0)))))
     if own and kept and brings:
         return _filled(model_config, flat)
@@ -74,7 +74,7 @@ def _with_rule(
     if not brings:
         return _filled(model_config, flat)
     model = _filled(dataclasses.replace(model_config, **NO_RULE), flat)
-    notes.append("what the rule learns starts from the checkpoint's norm and head")
+    notes.append("what the rule learns starts from the checkpoint's norm and head or from random weights")
     model = model.with_config(**{name: getattr(model_config, name) for name in NO_RULE})
     changed |= {name: "new" for name in map(_dotted, nnx.to_flat_state(nnx.state(model))) if name.startswith(_OWN)}
     return model

@@ -180,7 +180,7 @@ def to_torch_state_dict(model: AViT) -> dict[str, np.ndarray]:
 
     Raises ValueError for a model whose rule has parameters of its own: PyTorch's models have no place for them.
     """
-    rule = model.config.halting
+    rule = model.config.rule_in_force
     if rule is not None and model.rule_module is not None:
         raise ValueError(
             f"the rule {rule.describe()!r} has parameters of its own, which PyTorch's models have no "

@@ -1,0 +1,102 @@
+"""Attention mass: the patches that together have a share of the class attention go on, the others stop."""
+
+import dataclasses
+import numbers
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from avit_jax.halting.patches import (
+    active_patches,
+    acts_in,
+    check_class_attention,
+    marked_state,
+    plain_layers,
+    stop_all,
+    stop_patches,
+)
+from avit_jax.halting.rule import Halting, State, Trace
+from avit_jax.model.rule import Keys
+from avit_jax.model.seen import Seen
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionMass(Halting):
+    """In each of the layers (from 0), keep the patches with the most class attention. No parameters.
+
+    The attention from the class token (mean over heads; with a distillation token, of both) is normalised over the
+    patches that are there and sorted in descending order. A patch goes on if those before it have less than `share`. So
+    the one that crosses the share goes on too, and at least one does. At equal attention the lower position comes
+    first. With share 1 no patch stops.
+
+    Raises ValueError for a share outside 0..1, for layers below 0, and for values of another type.
+    """
+
+    share: float
+    layers: tuple[int, ...] = (3, 6, 9)
+
+    name: ClassVar[str] = "mass"
+    label: ClassVar[str] = "attention mass"
+    sweeps: ClassVar[tuple[str, ...]] = ("share",)
+    neutral: ClassVar[Mapping[str, Any] | None] = {"share": 1.0}
+    reads: ClassVar[frozenset[str]] = frozenset({"class_attention"})
+    reads_last_layer: ClassVar[bool] = False
+    advice: ClassVar[str] = "a lower share lets more patches stop"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.share, bool) or not isinstance(self.share, numbers.Real) or not 0 <= self.share <= 1:
+            raise ValueError(f"the share of attention is {self.share!r}: give a number from 0 to 1")
+        object.__setattr__(self, "share", float(self.share))  # JSON has no NumPy numbers
+        object.__setattr__(self, "layers", plain_layers("attention mass", self.layers))
+
+    def describe(self) -> str:
+        """The settings, such as "attention mass 0.9 in layers (3, 6, 9)"."""
+        return f"attention mass {self.share:g} in layers ({', '.join(map(str, self.layers))})"
+
+    def check(self, config: Any) -> None:
+        """Raises ValueError for a model without class token, or with too few layers."""
+        check_class_attention(self.name, self.layers, config)
+
+    def levels(self, model: Any, images: Float[Array | np.ndarray, "b h w c"]) -> Callable[[float], "AttentionMass"]:
+        """Share 1 - (1 - level)^4: small steps near 1, where a few patches have nearly all the attention."""
+        return lambda level: dataclasses.replace(self, share=1.0 - (1 - level) ** 4)
+
+    def initial(self, batch: int, config: Any, draw: Keys | None = None) -> State:
+        """All tokens active, the special ones marked."""
+        return marked_state(batch, config)
+
+    def advance(
+        self,
+        state: State,
+        seen: Seen,
+        *,
+        layer: Int[Array, ""] | int,
+        is_last: Bool[Array, ""] | bool,
+        module: Any = None,
+    ) -> tuple[State, Trace]:
+        """The state after a layer; nothing is recorded."""
+        if is_last is True:  # packed execution may compute only the tokens of the heads there
+            return stop_all(state, seen), Trace()
+        assert seen.class_attention is not None
+        stops = jnp.zeros_like(state.active)
+        if self.share < 1:  # at 1, rounding must not decide
+            kept = largest(jax.lax.stop_gradient(seen.class_attention), active_patches(state), self.share)
+            stops = ~kept & acts_in(self.layers, layer)
+        return stop_patches(state, seen, stops, is_last), Trace()
+
+
+def largest(score: Float[Array, "b n"], there: Bool[Array, "b n"], share: float) -> Bool[Array, "b n"]:
+    """The tokens that are there and have less than `share` of the score before them in descending order.
+
+    score: at least 0; it may be anything for tokens that are not there. All are kept if the scores add up to 0.
+    """
+    order = jnp.argsort(jnp.where(there, -score, jnp.inf), axis=1)  # stable: at a tie, the lower position first
+    total = jnp.cumsum(jnp.take_along_axis(jnp.where(there, score, 0), order, axis=1), axis=1)
+    before = jnp.pad(total[:, :-1], ((0, 0), (1, 0)))
+    whole = total[:, -1:]
+    kept = (before < share * whole) | (jnp.arange(score.shape[1]) == 0) | (whole == 0)
+    return there & jnp.put_along_axis(jnp.zeros_like(there), order, kept, axis=1, inplace=False)

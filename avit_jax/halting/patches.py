@@ -1,0 +1,59 @@
+"""What rules that stop single patches have in common: marked special tokens, and a setting for their layers."""
+
+import dataclasses
+import numbers
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int
+
+from avit_jax.halting.rule import State, first_state, keep_last
+from avit_jax.model.seen import Seen
+
+
+def marked_state(batch: int, config: Any) -> State:
+    """The state before layer 1 with "special" in of_tokens: packed execution moves these marks with the tokens."""
+    state = first_state(batch, config.num_tokens, config.num_outputs, config.embed_dim)
+    special = jnp.arange(config.num_tokens) < config.num_special
+    return dataclasses.replace(state, of_tokens={"special": jnp.broadcast_to(special, state.active.shape)})
+
+
+def active_patches(state: State) -> Bool[Array, "b n"]:
+    """The active tokens that are not special."""
+    return state.active & ~state.of_tokens["special"]
+
+
+def stop_patches(state: State, seen: Seen, stops: Bool[Array, "b n"], is_last: Bool[Array, ""] | bool) -> State:
+    """The state after a layer in which patches stop; special tokens only stop at the last layer, as all tokens do."""
+    goes_on = state.active & (state.of_tokens["special"] | ~stops) & jnp.logical_not(is_last)
+    return keep_last(state, seen, goes_on)
+
+
+def stop_all(state: State, seen: Seen) -> State:
+    """The state after the last layer, of which a rule that stops patches needs no facts."""
+    return keep_last(state, seen, jnp.zeros_like(state.active))
+
+
+def plain_layers(rule: str, layers: Any) -> tuple[int, ...]:
+    """Layers, from 0, as a sorted tuple of plain integers. Raises ValueError, naming the rule, for anything else."""
+    wrong = ValueError(f"{rule}'s layers are {layers!r}: give different whole numbers from 0, such as (3, 6, 9)")
+    if not isinstance(layers, tuple | list):
+        raise wrong
+    if any(isinstance(layer, bool) or not isinstance(layer, numbers.Integral) or layer < 0 for layer in layers):
+        raise wrong
+    if len(set(layers)) < len(layers):
+        raise wrong
+    return tuple(sorted(map(int, layers)))
+
+
+def check_class_attention(rule: str, layers: tuple[int, ...] | None, config: Any) -> None:
+    """Raises ValueError for a model without class token, or with too few layers for the setting `layers`."""
+    if not config.class_token:
+        raise ValueError(f"the rule {rule} needs the attention of a class token and class_token is False")
+    if layers and layers[-1] >= config.depth:
+        raise ValueError(f"{rule}'s layers are {layers} and the model's last layer is {config.depth - 1}: lower them")
+
+
+def acts_in(layers: tuple[int, ...], layer: Int[Array, ""] | int) -> Bool[Array, ""]:
+    """Whether a layer, possibly traced, is one of `layers`."""
+    return (jnp.array(layers, jnp.int32) == layer).any()

@@ -1,0 +1,43 @@
+"""Random drop: patches are dropped at random, as a control for rules that choose."""
+
+import dataclasses
+import numbers
+from typing import ClassVar
+
+import jax
+from jaxtyping import Array, Float
+
+from avit_jax.model.rule import Keys
+from avit_jax.model.seen import Seen
+from avit_jax.reduction.topk import TopK, is_a
+
+
+@dataclasses.dataclass(frozen=True)
+class RandomDrop(TopK):
+    """TopK with uniform random numbers for class attention: what it is worth to choose.
+
+    At inference the numbers follow from the image's pixels, the layer and `seed`, so an image has the same draw in
+    every batch. The mean over several seeds is the mean over draws.
+
+    Raises ValueError unless seed is a whole number from 0 and below 2^31, and as TopK does.
+    """
+
+    seed: int = 0
+
+    name: ClassVar[str] = "random"
+    label: ClassVar[str] = "random drop"
+    reads: ClassVar[frozenset[str]] = frozenset({"size"})
+    draws: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not is_a(numbers.Integral, self.seed) or not 0 <= self.seed < 2**31:
+            raise ValueError(f"RandomDrop's seed is {self.seed!r}: give a whole number from 0 and below 2^31")
+        object.__setattr__(self, "seed", int(self.seed))
+
+    def _scores(self, seen: Seen, draw: Keys | None) -> Float[Array, "b n"]:
+        if draw is None:
+            raise ValueError("RandomDrop needs a random key for each image: pass draw")
+        assert seen.size is not None
+        tokens = seen.size.shape[1]
+        return jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, self.seed), (tokens,)))(draw)
