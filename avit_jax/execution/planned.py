@@ -269,6 +269,7 @@ class _Noise:
         return self._path(branch * self._dropout(branch.shape[1], block.drop, drop), path)
 
     def _keys(self) -> Array:
+        assert self.layers.key is not None
         return jax.random.split(jax.random.fold_in(self.layers.key, self.number), 5)
 
     def _dropout(self, width: int, drop: nnx.Dropout, key: PRNGKeyArray) -> Array:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
@@ -174,6 +175,20 @@ def plan_fullest(
     firsts = _boundaries(cost, most_stages)
     stages = tuple(Stage(first, tuple(capacities[first].tolist())) for first in firsts)
     return PlannedPlan(config.num_tokens, len(fullest), batch_size, group_size, stages)
+
+
+def sorted_loads(token_depth: Int[Array, "b n"], config: AViTConfig, devices: int) -> Int[Array, "l _"]:
+    """What plan_fullest takes, from one batch: the sorted loads of a device's images, the largest of all devices.
+
+    token_depth: of the whole batch, whose images are split over the devices in order.
+    """
+    layers = jnp.arange(1, config.depth + 1)[:, None, None]
+    active = token_depth[None] >= layers
+    if config.pool == "token":  # as layer_loads, without image exit
+        heads = jnp.arange(config.num_tokens) < config.num_outputs
+        active |= heads & active.any(2, keepdims=True)
+    loads = active.sum(2).reshape(config.depth, devices, -1)
+    return jnp.sort(loads, axis=-1).max(1)
 
 
 def _boundaries(cost: Float[np.ndarray, " l"], most: int) -> list[int]:

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
@@ -19,16 +19,20 @@ from avit_jax.data.device import DeviceBatches
 from avit_jax.data.pipeline import training_batches
 from avit_jax.data.sources import Dataset
 from avit_jax.evaluate.figures import Evaluation, evaluate
+from avit_jax.execution.stages import PlannedPlan
 from avit_jax.model.vit import AViT
 from avit_jax.runtime.mesh import global_batch, place, replicated, state_shardings, training_mesh
 from avit_jax.runtime.signals import StopAsked, StopRequest
 from avit_jax.train.clock import StepClock
 from avit_jax.train.display import Display
 from avit_jax.train.logs import RunLog
+from avit_jax.train.planner import WINDOW
 from avit_jax.train.progress import Metrics, Progress
 from avit_jax.train.settings import TrainSettings
-from avit_jax.train.setup import prepare
+from avit_jax.train.setup import Setup, prepare
 from avit_jax.train.state import TrainState, initial_state, state_items, state_with, teacher_weights
+
+Step = Callable[[TrainState, dict[str, Array]], tuple[TrainState, dict[str, Array]]]
 
 
 class Stopped(Exception):
@@ -76,13 +80,14 @@ def train(
     state = initial_state(model, setup.optimizer, settings.optim.ema_decay, mesh)
     weights = teacher_weights(teacher, mesh)
 
-    def step(state: TrainState, batch: dict[str, Array]) -> tuple[TrainState, dict[str, Array]]:
-        return setup.step(state, batch, weights)
+    def step(plan: PlannedPlan | None) -> Step:
+        program = setup.step if plan is None else setup.planned_step(plan)
+        return lambda state, batch: program(state, batch, weights)
 
     kept = settings.keep_checkpoints, settings.keep_every, settings.keep_best
     with contextlib.closing(batches), RunCheckpoints(workdir / "checkpoints", *kept) as checkpoints:
         display = Display(setup.steps, settings.batch_size)
-        run = _Run(settings, dataset, model, setup.steps, mesh, step, batches, checkpoints, display, state, began)
+        run = _Run(settings, dataset, model, setup, mesh, step, batches, checkpoints, display, state, began)
         display.begin(model.config, sum(leaf.size for leaf in jax.tree.leaves(state.params)), dataset, workdir)
         run.restore(workdir)
         begun = run.progress
@@ -100,9 +105,9 @@ class _Run:
     settings: TrainSettings
     dataset: Dataset
     model: AViT
-    steps: int
+    setup: Setup
     mesh: Mesh
-    train_step: Callable[[TrainState, dict[str, Array]], tuple[TrainState, dict[str, Array]]]
+    step_with: Callable[[PlannedPlan | None], Step]
     batches: DeviceBatches
     checkpoints: RunCheckpoints
     display: Display
@@ -110,6 +115,10 @@ class _Run:
     began: float  # of this process, as time.perf_counter()
     earlier: float = 0.0  # seconds that earlier, stopped processes took
     progress: Progress = dataclasses.field(default_factory=Progress)
+
+    def __post_init__(self) -> None:
+        self.steps, self.planner = self.setup.steps, self.setup.planner
+        self.train_step = self.step_with(None)
 
     def seconds(self) -> float:
         """Seconds that the run has taken so far in all its processes."""
@@ -129,6 +138,12 @@ class _Run:
             self.progress = Progress.from_json(found.progress, found.step)
         except ValueError as error:
             raise ValueError(f"the checkpoint {found.folder} is damaged: {error}") from error
+        if self.planner is not None and self.progress.planning is not None:
+            try:
+                self.planner.take(self.progress.planning)
+            except ValueError as error:
+                raise ValueError(f"the checkpoint {found.folder} is damaged: {error}") from error
+            self.train_step = self.step_with(self.planner.plan)
         state = state_with(self.state, found.items, found.step)
         self.state = place(state, state_shardings(self.mesh, state))
         self.batches.set_state(found.data)
@@ -176,7 +191,7 @@ class _Run:
             # The previous step's metrics are read while this step runs, so that the device never waits for Python.
             if pending is not None:
                 with clock.waiting_for("device"):
-                    progress.window.append(_checked(*pending))
+                    self._take_in(*pending)
             pending = (step, metrics)
             stopping = stop.signal is not None or self.checkpoints.preempted(step)
             if stopping:
@@ -185,11 +200,14 @@ class _Run:
             logs = last or step % settings.log_every == 0
             progress.evaluation_due = last or step % settings.eval_every == 0
             saves = last or stopping or step % settings.checkpoint_every == 0
-            if logs or progress.evaluation_due or saves:
+            plans = self.planner is not None and step % WINDOW == 0
+            if logs or progress.evaluation_due or saves or plans:
                 with clock.waiting_for("device"):
-                    progress.window.append(_checked(*pending))
+                    self._take_in(*pending)
                 pending = None
             progress.step = step
+            if plans:
+                self._plan(step)
             if logs:
                 means = _means(progress.window) | clock.figures(step)
                 log.train(step, means)
@@ -206,6 +224,21 @@ class _Run:
             if stopping:
                 self._stop(stop)
 
+    def _take_in(self, step: int, metrics: dict[str, Any]) -> None:
+        counts = metrics.pop("counts", None)
+        self.progress.window.append(_checked(step, metrics))
+        if self.planner is not None and counts is not None:
+            self.planner.saw(jax.device_get(counts))
+
+    def _plan(self, step: int) -> None:
+        """Use another plan from the next step on, if recent batches call for one."""
+        assert self.planner is not None
+        if self.planner.renewed(step) and self.planner.plan is not None:
+            plan = self.planner.plan
+            share = plan.tokens().sum() / (plan.batch_size * plan.num_tokens * plan.depth)
+            self.display.say(f"after step {step}: shapes are planned for {share:.0%} of all tokens; {plan}")
+            self.train_step = self.step_with(plan)
+
     def _stop(self, stop: StopRequest) -> NoReturn:
         stop.agreed()
         self.checkpoints.wait()
@@ -216,6 +249,7 @@ class _Run:
 
     def _save(self, now: bool) -> None:
         self.progress.seconds = self.seconds()
+        self.progress.planning = None if self.planner is None else self.planner.to_json()
         # The progress holds the metrics since the last line, so that a resumed run logs the same means.
         step, items = self.progress.step, state_items(self.state)
         self.checkpoints.save(
