@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 from avit_jax.checkpoints.convert import from_torch_state_dict, save_torch, to_torch_state_dict
 from avit_jax.checkpoints.model_folder import load, save
 from avit_jax.data.preprocessing import preprocess
+from avit_jax.evaluate.budget import calibrate
 from avit_jax.execution.packed import PackedModel, compile_packed
 from avit_jax.execution.plan import PackedPlan, plan_packed
 from avit_jax.execution.program import compile
@@ -52,6 +53,7 @@ __all__ = [
     "ToMe",
     "TopK",
     "__version__",
+    "calibrate",
     "compile",
     "compile_packed",
     "create",

@@ -95,7 +95,7 @@ def test_code_blocks_run(page: Path, stand_ins: Path, monkeypatch: pytest.Monkey
 
 
 def options(command: str) -> set[str]:
-    """The options of train.py or eval.py, by their definitions."""
+    """The options of train.py, eval.py or avit_jax.compare, by their definitions."""
     source = (ROOT / f"avit_jax/commands/{command}.py").read_text()
     defined = re.findall(r'DEFINE_(\w+)\(\s*"(\w+)"', source)
     return {"config", "help", "help_config", *(name for _, name in defined)} | {
@@ -103,7 +103,7 @@ def options(command: str) -> set[str]:
     }
 
 
-OPTIONS = {command: options(command) for command in ("train", "eval")}
+OPTIONS = {command: options(command) for command in ("train", "eval", "compare")}
 
 
 def program(command: list[str]) -> str:
@@ -111,7 +111,8 @@ def program(command: list[str]) -> str:
     match = re.fullmatch(r"(?:python|pip|pytest|mkdocs|ruff) ?(?:-m )?(.*)", " ".join(command[:3]))
     words = match[1].split() if match else []
     name = words[0] if words else ""
-    return {"train.py": "train", "eval.py": "eval", "avit_jax.train": "train", "avit_jax.eval": "eval"}.get(name, name)
+    known = {"train.py": "train", "eval.py": "eval"} | {f"avit_jax.{command}": command for command in OPTIONS}
+    return known.get(name, name)
 
 
 def check_training_command(command: list[str], known: set[str]) -> None:

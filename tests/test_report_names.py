@@ -131,7 +131,7 @@ def test_a_page_or_picture_that_cannot_be_written_leaves_the_old_one(
     path = write_page(tmp_path, "<p>old\ud800</p>")
     assert path.read_bytes() == rb"<p>old\ud800</p>"
     picture = tmp_path / "picture.png"
-    pictures._save(Figure(), picture)
+    pictures.save_picture(Figure(), picture)
     old = picture.read_bytes()
 
     def full(self: Any, file: Any, *_: Any, **__: Any) -> None:
@@ -140,6 +140,6 @@ def test_a_page_or_picture_that_cannot_be_written_leaves_the_old_one(
 
     monkeypatch.setattr(Figure, "savefig", full)
     with pytest.raises(CannotWrite, match="make space there"):
-        pictures._save(Figure(), picture)
+        pictures.save_picture(Figure(), picture)
     assert picture.read_bytes() == old
     assert sorted(file.name for file in tmp_path.iterdir()) == ["picture.png", "report.html"]

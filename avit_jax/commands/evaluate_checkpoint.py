@@ -59,7 +59,7 @@ def evaluate_checkpoint(
     rule = model_fields.pop("rule", None)  # text; the baseline keeps its own rule
 
     def loaded(path: str | Path, ema: bool, **fields: Any) -> AViT:
-        found = _evaluable(path, settings, dataset, ema, model_fields | fields)
+        found = load_for_data(path, settings, dataset, ema, model_fields | fields)
         if class_names:
             return found.with_config(class_names=read_class_names(class_names, found.config))
         return found
@@ -128,7 +128,9 @@ def _listed(names: Sequence[str], most: int = 3) -> str:
     return ", ".join(shown(name, 50) for name in names[:most]) + (", ..." if len(names) > most else "")
 
 
-def _evaluable(path: str | Path, settings: TrainSettings, dataset: Dataset, ema: bool, asked: dict[str, Any]) -> AViT:
+def load_for_data(
+    path: str | Path, settings: TrainSettings, dataset: Dataset, ema: bool, asked: dict[str, Any]
+) -> AViT:
     """The checkpoint, checked against the data; asked: fields of AViTConfig that it must have."""
     if Path(path).is_file() and is_foreign(path):  # it holds only weights
         preset, fields = fields_for_foreign(settings.model, settings.data, dataset)

@@ -71,7 +71,7 @@ def predict_files(model: AViT, files: list[Path], root: Path, out: Path | None, 
         read = {}
         for file in files[start : start + _BATCH]:
             try:
-                read[file] = _read(file, shown_names[file], model.config)
+                read[file] = read_picture(file, shown_names[file], model.config)
             except BadImage as error:
                 unreadable.append(shown_names[file])
                 yield f"unreadable: {error}"
@@ -95,7 +95,7 @@ def predict_files(model: AViT, files: list[Path], root: Path, out: Path | None, 
     yield f"pictures with their depths: {out}" if out else "the model never halts: there are no depths to draw"
 
 
-def _read(file: Path, name: str, model_config: AViTConfig) -> np.ndarray:
+def read_picture(file: Path, name: str, model_config: AViTConfig) -> np.ndarray:
     """A file as the model takes it. Raises BadImage for any error in the libraries that read it."""
     try:
         # Turned upright by the camera's tag, which the images of data sets are not.

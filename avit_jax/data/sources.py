@@ -57,6 +57,45 @@ class Split:
         return f"image {index}"
 
 
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """Some images of a split that is read on access, by their indices in it."""
+
+    whole: Images
+    indices: Int[np.ndarray, " n"]
+
+    @property
+    def labels(self) -> Int[np.ndarray, " n"] | None:
+        """Their labels; None if they can only be found by reading every image."""
+        labels = self.whole.labels
+        return None if labels is None else labels[self.indices]
+
+    @property
+    def settings(self) -> DataSettings:
+        """How the images are read."""
+        return self.whole.settings
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.whole[int(self.indices[index])]
+
+    def name(self, index: int) -> str:
+        """What messages call image number `index` of the part."""
+        return self.whole.name(int(self.indices[index]))
+
+
+def spread(images: Images, most: int) -> Images:
+    """At most this many of the images, evenly spread, because data may be sorted by class, and in their order."""
+    if len(images) <= most:
+        return images
+    indices = np.linspace(0, len(images) - 1, most).round().astype(int)
+    if isinstance(images, Split):
+        return dataclasses.replace(images, images=images.images[indices], labels=images.labels[indices])
+    return Part(images, indices)
+
+
 Kind = TypeVar("Kind", bound=Images)
 
 

@@ -2,11 +2,12 @@
 
 import dataclasses
 import numbers
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
@@ -71,6 +72,25 @@ class ConfidenceExit(Halting):
             raise ValueError(f"first_layer is {self.first_layer} and the last layer is {config.depth - 1}: lower it")
         if self.own_heads and config.pool != "token":
             raise ValueError(f"own_heads read the class token and pool is {config.pool!r}: give own_heads=False")
+
+    def levels(self, model: Any, images: Float[Array | np.ndarray, "b h w c"]) -> Callable[[float], "ConfidenceExit"]:
+        """Level q is the q-quantile of the confidences of all exits before the last, on up to 256 of the images."""
+        graphdef, params = nnx.split(model.with_config(rule=dataclasses.replace(self, threshold=1.0)))
+
+        @jax.jit
+        def confidences(params: Any, images: Float[Array, "b h w c"]) -> Float[Array, "l b"]:
+            _, trace, _ = nnx.merge(graphdef, params).forward(images)
+            return jax.nn.softmax(trace.of_images["logits"].mean(2)).max(-1)
+
+        spread = np.linspace(0, len(images) - 1, min(len(images), 256)).round().astype(int)
+        found = np.asarray(confidences(params, jnp.asarray(images)[spread]))[self.first_layer : -1]
+
+        def at(level: float) -> ConfidenceExit:
+            # Above every confidence at level 1, below every one at level 0.
+            threshold = float(level >= 1) if not 0 < level < 1 else float(np.quantile(found, level))
+            return dataclasses.replace(self, threshold=min(threshold, 1.0))
+
+        return at
 
     def module(self, model: Any) -> "ExitHeads | None":
         """The heads of every layer, initialised from the model's; None without own_heads."""

@@ -26,7 +26,7 @@ from avit_jax.runtime.files import replacing, writing
 
 _TITLE = 16  # characters of a class name that fit over a picture
 # Names are plain text: "$x$" is not a formula, and LaTeX is never run.
-_plain_text = matplotlib.rc_context({"text.parse_math": False, "text.usetex": False})
+plain_text = matplotlib.rc_context({"text.parse_math": False, "text.usetex": False})
 _DENSE, _ADAPTIVE = "#7a7a7a", "#21698a"
 
 
@@ -35,7 +35,7 @@ def depth_map(token_depth: Int[np.ndarray, " n"], model_config: AViTConfig) -> I
     return token_depth[model_config.num_special :].reshape(model_config.patch_grid)
 
 
-@_plain_text
+@plain_text
 def draw_depth_maps(
     model: AViT, split: Images, image_depths: Float[np.ndarray, " n"], path: Path, columns: int = 8
 ) -> Path:
@@ -62,7 +62,7 @@ def draw_depth_maps(
         depths, predicted = np.asarray(output.token_depth), np.asarray(output.logits.argmax(-1))
         for column, index in enumerate(chosen):
             above, below = axes[2 * row][column], axes[2 * row + 1][column]
-            _show_image(above, images[column])
+            show_image(above, images[column])
             label, guess = int(split[int(index)]["label"]), int(predicted[column])
             right = guess == label if label >= 0 else None
             said = verdict(names[guess], names[label] if label >= 0 else None, right)
@@ -78,17 +78,18 @@ def draw_depth_maps(
     bar = ScalarMappable(scale(config.depth), cmap=COLOURS)
     figure.colorbar(bar, ax=axes, label="layers that computed the token", ticks=ticks(config.depth), shrink=0.7)
     figure.suptitle(said_of, fontsize=11)
-    return _save(figure, path)
+    return save_picture(figure, path)
 
 
-def _show_image(axis: Any, image: UInt8[np.ndarray, "h w c"]) -> None:
+def show_image(axis: Any, image: UInt8[np.ndarray, "h w c"]) -> None:
+    """Show an image for people on an axis."""
     if image.shape[-1] == 3:
         axis.imshow(image)
     else:  # one channel, or the first of several that are not colours
         axis.imshow(image[..., 0], cmap="gray", vmin=0, vmax=255)
 
 
-@_plain_text
+@plain_text
 def draw_depth_histogram(result: Evaluation, path: Path, class_token: bool = True) -> Path:
     """Draw the share of tokens that stop at each layer, their mean depth and, if there is one, the class token's.
 
@@ -100,7 +101,7 @@ def draw_depth_histogram(result: Evaluation, path: Path, class_token: bool = Tru
         depth = len(result.depth_histogram)
         said = f"All tokens of the {result.images:,} images stop at layer {layer} of {depth}."
         figure.text(0.5, 0.5, said, ha="center", va="center", fontsize=11)
-        return _save(figure, path)
+        return save_picture(figure, path)
     layers = np.arange(1, len(result.depth_histogram) + 1)
     figure = Figure(figsize=(7, 4), layout="constrained")
     axis = figure.subplots()
@@ -113,10 +114,10 @@ def draw_depth_histogram(result: Evaluation, path: Path, class_token: bool = Tru
     axis.xaxis.set_major_locator(MaxNLocator(12, integer=True))
     axis.set_title(f"Token depths over {result.images:,} images")
     axis.legend()
-    return _save(figure, path)
+    return save_picture(figure, path)
 
 
-@_plain_text
+@plain_text
 def draw_curves(lines: Sequence[dict[str, Any]], path: Path, depth: int) -> Path:
     """Draw loss, accuracy and mean depth over the steps of training, for training and validation; returns the path.
 
@@ -146,7 +147,7 @@ def draw_curves(lines: Sequence[dict[str, Any]], path: Path, depth: int) -> Path
     halting = any(line.get("ponder") or line.get("prior") for line in lines)  # other rules have no such terms
     terms = "its loss includes the weighted ponder and prior terms; " if halting else ""
     figure.suptitle(f"Training ({terms}validation: only cross entropy)", fontsize=10)
-    return _save(figure, path)
+    return save_picture(figure, path)
 
 
 def draw_run(
@@ -164,7 +165,7 @@ def draw_run(
     return pictures
 
 
-def _save(figure: Figure, path: Path) -> Path:
+def save_picture(figure: Figure, path: Path) -> Path:
     """Write the picture. Characters that matplotlib's font lacks are drawn as boxes, without a warning."""
     with warnings.catch_warnings(), writing(path), replacing(path) as partial:
         warnings.filterwarnings("ignore", "Glyph .* missing from font")

@@ -1,6 +1,7 @@
 """The memory that is free for a run."""
 
 from pathlib import Path
+from typing import Any
 
 from jax.sharding import Mesh
 
@@ -47,3 +48,9 @@ def _cached_files(path: Path) -> int:
         return int(counts["active_file"]) + int(counts["inactive_file"])
     except (OSError, KeyError, ValueError):
         return 0
+
+
+def program_memory(program: Any) -> int:
+    """Bytes that a compiled program needs: its arguments, its outputs, and what it keeps in between."""
+    found = program.memory_analysis()
+    return int(found.argument_size_in_bytes + found.output_size_in_bytes + found.temp_size_in_bytes)

@@ -1,0 +1,128 @@
+"""What python -m avit_jax.compare does: rows of measurements, pictures and a table, for a checkpoint and its data."""
+
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from flax import nnx
+from ml_collections import ConfigDict
+
+from avit_jax.checkpoints.digests import json_digest, tree_digests
+from avit_jax.checkpoints.model_folder import load, no_checkpoint
+from avit_jax.commands.evaluate_checkpoint import load_for_data
+from avit_jax.commands.predict_images import find_images, read_picture
+from avit_jax.commands.typed_config import parse
+from avit_jax.data.decode import BadImage
+from avit_jax.data.open import open_dataset
+from avit_jax.data.pipeline import evaluation_images
+from avit_jax.data.preprocessing import denormalize, normalize
+from avit_jax.data.sources import Images, Split, spread
+from avit_jax.evaluate.rows import read_rows
+from avit_jax.evaluate.training_free import Comparison, compare_rules
+from avit_jax.model.config import AViTConfig
+from avit_jax.model.vit import AViT
+from avit_jax.report.frontier import draw_comparison
+from avit_jax.report.frontier_table import comparison_table
+from avit_jax.report.kept import draw_kept
+from avit_jax.rules import parse_rule
+from avit_jax.runtime.files import replace_text, shown, writable_folder
+
+CALIBRATION_IMAGES = 2000
+
+
+def comparison_from(
+    rules: str | None, budgets: Sequence[str] | None, batches: Sequence[str] | None, rounds: int
+) -> Comparison:
+    """The comparison that options describe; None: the default.
+
+    rules: separated by commas, each a name or, with settings to keep, such as "tome(r=0, proportional=False)". Raises
+    ValueError for text that is not a rule or not a number.
+    """
+
+    def numbers(name: str, texts: Sequence[str], kind: type) -> tuple:
+        try:
+            return tuple(kind(text) for text in texts)
+        except ValueError:
+            raise ValueError(f"--{name}={','.join(texts)}: give numbers separated by commas") from None
+
+    default = Comparison()
+    named = re.findall(r"[^,()\s]+(?:\([^()]*(?:\([^()]*\)[^()]*)*\))?", rules or "")
+    return Comparison(
+        tuple(parse_rule(rule) if "(" in rule else rule for rule in named) or default.rules,
+        numbers("budgets", budgets, float) if budgets else default.budgets,
+        numbers("batches", batches, int) if batches else default.batches,
+        rounds,
+    )
+
+
+def compare_checkpoint(
+    config: ConfigDict,
+    path: str | Path,
+    comparison: Comparison,
+    *,
+    images: str | Path | None = None,
+    out: str | Path | None = None,
+    most: int = 50_000,
+) -> Iterator[str]:
+    """Lines to print, the table last; rows, pictures and the table are in the folder `out`.
+
+    Settings are found on validation images of config.data and rows measured on its test images, or both on the
+    photographs in the folder `images`. most: images to evaluate. A row that is in the folder already is kept. Raises
+    ValueError for a checkpoint that does not fit the data, and for a folder that is not writable.
+    """
+    if not Path(path).exists():
+        raise no_checkpoint(path)
+    if most < 1:
+        raise ValueError(f"--most is {most}: give at least one image")
+    folder = writable_folder(out or Path("runs/compare", Path(path).name))
+    test: Images
+    if images:
+        model = load(path)
+        test, unread = photographs(Path(images), model.config, most)
+        yield from unread
+        chosen, data = spread(test, CALIBRATION_IMAGES), Path(images).name
+    else:
+        settings = parse(config)
+        dataset = open_dataset(settings.data)
+        model = load_for_data(path, settings, dataset, False, {})
+        test, chosen = spread(dataset.test, most), spread(dataset.val, CALIBRATION_IMAGES)
+        data = Path(settings.data.path).name or settings.data.name or settings.data.source
+    pixels = normalize(evaluation_images(chosen, range(len(chosen)), model.config), model.config)
+    measured_with = {"data": data, "weights": json_digest(tree_digests(nnx.to_pure_dict(nnx.state(model))))}
+    _, left_out = compare_rules(model, test, np.asarray(pixels), folder, comparison, measured_with)
+    yield from left_out
+    yield from write_pictures(folder, model, test)
+
+
+def write_pictures(folder: Path, model: AViT | None = None, test: Images | None = None) -> Iterator[str]:
+    """Draw the pictures of the rows in a folder and write the table; lines to print.
+
+    model, test: for the picture of what each rule keeps; None: it is not drawn.
+    """
+    rows = read_rows(folder)
+    pictures = draw_comparison(rows, folder)
+    if model is not None and test is not None:
+        pictures += draw_kept(rows, model, test, folder / "kept.png")
+    table = comparison_table(rows)
+    replace_text(folder / "table.md", table + "\n")
+    yield table
+    yield f"table, pictures and rows: {folder} ({', '.join(picture.name for picture in pictures)})"
+
+
+def photographs(folder: Path, model_config: AViTConfig, most: int) -> tuple[Split, list[str]]:
+    """The pictures of a folder as the model takes them, without labels, and a line for each that cannot be read.
+
+    most: pictures to read, spread over the folder. Raises ValueError if none can be read.
+    """
+    files, root = find_images(folder)
+    found, unread = [], []
+    for place in np.unique(np.linspace(0, len(files) - 1, min(most, len(files))).round().astype(int)):
+        name = shown(files[place].relative_to(root))
+        try:
+            found.append(denormalize(read_picture(files[place], name, model_config)[None], model_config)[0])
+        except BadImage as error:
+            unread.append(f"unreadable: {error}")
+    if not found:
+        raise ValueError(f"--images={folder}: none of the {len(files)} files is an image that can be read")
+    return Split(np.stack(found), np.full(len(found), -1)), unread

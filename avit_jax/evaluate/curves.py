@@ -1,0 +1,132 @@
+"""Curves of a comparison: each method's accuracy by work and by measured speed, interpolated between settings."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from avit_jax.evaluate.intervals import Interval, bootstrap_means
+from avit_jax.evaluate.rows import STATIC, STATIC_SHORT, Row, correct_images
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """A method at one budget: means over its seeds. gain: top-1, or agreement with the static model without labels."""
+
+    gain: float  # 0..1
+    low: float  # of the seeds
+    high: float
+    gmacs: float
+    speed: float  # images/s at the best batch: the ratio to the static model times the static model's own images/s
+    ratio: float  # of images/s to the static model with a short last layer, each at its best batch
+    ratio_alone: float  # the same at batch 1
+    rows: tuple[Row, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Curve:
+    """A method's points, by GMACs."""
+
+    group: str
+    method: str
+    points: tuple[Point, ...]
+
+    def nearest(self, budget: float) -> Point:
+        """The point whose budget is nearest to this one."""
+        return min(self.points, key=lambda point: abs((point.rows[0]["budget"] or 1) - budget))
+
+    def between(self, cost: str, value: float) -> list[tuple[float, Point]] | None:
+        """Two neighbouring points and their shares, which add up to 1, for linear interpolation at a value of `cost`.
+
+        cost: "gmacs", "speed" or "ratio". None if the value lies outside the curve.
+        """
+        points = sorted(self.points, key=lambda point: getattr(point, cost))
+        costs = [getattr(point, cost) for point in points]
+        if not costs[0] <= value <= costs[-1]:
+            return None
+        right = max(1, int(np.searchsorted(costs, value))) if len(points) > 1 else 0
+        left = max(right - 1, 0)
+        width = costs[right] - costs[left]
+        share = (value - costs[left]) / width if width > 0 else 0.0
+        return [(1 - share, points[left]), (share, points[right])]
+
+    def gain_at(self, cost: str, value: float) -> float | None:
+        """The interpolated gain; None outside the curve."""
+        found = self.between(cost, value)
+        return None if found is None else sum(share * point.gain for share, point in found)
+
+    def difference_at(self, cost: str, value: float, reference: Row) -> Interval | None:
+        """95 % bootstrap interval over images of the interpolated top-1 minus the reference's, on the same images.
+
+        None outside the curve and without labels.
+        """
+        found, base = self.between(cost, value), correct_images(reference)
+        if found is None or base is None:
+            return None
+        total = -base.astype(np.float64)
+        for share, point in found:
+            for row in point.rows:
+                right = correct_images(row)
+                if right is None or len(right) != len(base):
+                    return None
+                total += share / len(point.rows) * right
+        return bootstrap_means(total[None])[0]
+
+
+def fastest(row: Row) -> dict[str, Any]:
+    """The speed at a row's own batch, which is the larger of the two that were timed."""
+    return row["speed"][max(row["speed"], key=int)]
+
+
+def gain(row: Row) -> float:
+    """Top-1; without labels the agreement with the static model, and without a head the cosine of the outputs."""
+    return next((row[name] for name in ("top1", "agreement", "cosine") if row.get(name) is not None), float("nan"))
+
+
+def gain_name(rows: Sequence[Row]) -> str:
+    """What `gain` is of these rows, in percent, for an axis or a table."""
+    if all(row.get("top1") is not None for row in rows):
+        return "top-1 (%)"
+    if all(row.get("agreement") is not None for row in rows):
+        return "agreement with the static model (%)"
+    return "cosine with the static model (%)"
+
+
+def static_row(rows: Sequence[Row]) -> Row | None:
+    """The static model with a short last layer, or as it is; None if neither is there."""
+    return next((row for name in (STATIC_SHORT, STATIC) for row in rows if row["method"] == name), None)
+
+
+def curves(rows: Sequence[Row]) -> list[Curve]:
+    """The curve of every method of every group except the static model, in the order of the rows."""
+    static = static_row(rows)
+    scale = None if static is None else fastest(static)["images_per_second"] / fastest(static)["ratio"]
+    by_method: dict[tuple[str, str], dict[Any, list[Row]]] = {}
+    for row in rows:
+        if row["group"] == "training-free" and row["method"] in (STATIC, STATIC_SHORT):
+            continue
+        by_method.setdefault((row["group"], row["method"]), {}).setdefault(row["budget"], []).append(row)
+    return [
+        Curve(group, method, tuple(sorted((_point(seeds, scale) for seeds in budgets.values()), key=lambda p: p.gmacs)))
+        for (group, method), budgets in by_method.items()
+    ]
+
+
+def _point(rows: list[Row], scale: float | None) -> Point:
+    def mean(values: list[float]) -> float:
+        return float(np.mean(values))
+
+    gains = [gain(row) for row in rows]
+    ratio = mean([fastest(row)["ratio"] for row in rows])
+    own = mean([fastest(row)["images_per_second"] for row in rows])
+    return Point(
+        mean(gains),
+        min(gains),
+        max(gains),
+        mean([row["gmacs"] for row in rows]),
+        own if scale is None else ratio * scale,
+        ratio,
+        mean([row["speed"].get("1", fastest(row))["ratio"] for row in rows]),
+        tuple(rows),
+    )

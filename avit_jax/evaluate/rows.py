@@ -1,0 +1,78 @@
+"""The rows of a comparison: one method at one setting, a JSON file each, with the answer to every image.
+
+A row is a dict of plain JSON:
+
+    data, group ("training-free" or "fine-tuned"), method (a rule's name, "static", "static, last layer short", ..)
+    rule (rule_to_json, or null), budget (share of the static model's work that was asked for, or null), seed (or null)
+    images, top1, loss (both null without labels), correct (base64 of packed bits, one for each image; null)
+    agreement (share of the images answered as the static model answers them), cosine (mean, of the outputs)
+    gmacs (mean for an image by the rule, last layer short), executed_gmacs (padding and matching included)
+    speed {batch: {images_per_second, low_quartile, high_quartile, ratio}}    ratio: to the static model, same rounds
+    memory_mb, compile_seconds (of the program at the largest of these batches), machine, settings
+    tokens (mean number that each layer computes), explained_by_position (halting rules)
+    deciles [{images, low, high, gmacs, top1}] and histogram {edges, counts} of the images' GMACs (halting rules)
+"""
+
+import base64
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool
+
+from avit_jax.rules import rule_to_json
+from avit_jax.runtime.files import read_json, write_json
+
+Row = dict[str, Any]
+GROUPS = ("training-free", "fine-tuned")
+STATIC, STATIC_SHORT = "static", "static, last layer short"
+_MOST_BYTES = 2**24  # of a row's file: the answers to a hundred million images
+
+
+def row_file(folder: Path, group: str, method: str, budget: float | None = None, seed: int | None = None) -> Path:
+    """Where a row is kept: its group, method, budget and seed make the file's name."""
+    parts = [group, method, *([] if budget is None else [f"{budget:g}"]), *([] if seed is None else [f"seed{seed}"])]
+    return folder / "rows" / (re.sub(r"[^\w.-]+", "_", "-".join(parts)) + ".json")
+
+
+def save_row(folder: Path, row: Row) -> Path:
+    """Write a row in one step; returns its file."""
+    path = row_file(folder, row["group"], row["method"], row["budget"], row["seed"])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, row)
+    return path
+
+
+def saved_row(path: Path, rule: Any, settings: dict[str, Any]) -> Row | None:
+    """The row in a file if it is of this rule (None: static) and these settings; None if it has to be measured."""
+    if not path.is_file():
+        return None
+    row = read_json(path, _MOST_BYTES)
+    wanted = json.loads(json.dumps({"rule": None if rule is None else rule_to_json(rule), "settings": settings}))
+    return row if isinstance(row, dict) and row | wanted == row else None
+
+
+def read_rows(folder: Path) -> list[Row]:
+    """All rows of a comparison. Raises ValueError if there are none, or for a file that is not a row."""
+    files = sorted((folder / "rows").glob("*.json"))
+    if not files:
+        raise ValueError(f"{folder} has no rows of a comparison: run it first")
+    rows = [read_json(file, _MOST_BYTES) for file in files]
+    for file, row in zip(files, rows, strict=True):
+        if not isinstance(row, dict) or not {"group", "method", "gmacs", "speed"} <= row.keys():
+            raise ValueError(f"{file} is not a row of a comparison: move it elsewhere")
+    return rows
+
+
+def as_bits(correct: Bool[np.ndarray, " n"]) -> str:
+    """Whether each image is answered rightly, eight to a byte, in base64."""
+    return base64.b64encode(np.packbits(correct).tobytes()).decode()
+
+
+def correct_images(row: Row) -> Bool[np.ndarray, " n"] | None:
+    """Whether each image is answered rightly, in the data's order; None if there are no labels."""
+    if not row.get("correct"):
+        return None
+    return np.unpackbits(np.frombuffer(base64.b64decode(row["correct"]), np.uint8), count=row["images"]).astype(bool)

@@ -1,0 +1,60 @@
+"""What each rule keeps of a few images at the same budget: maps of token depth side by side."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib.cm import ScalarMappable
+from matplotlib.figure import Figure
+
+from avit_jax.data.pipeline import evaluation_images
+from avit_jax.data.preprocessing import normalize
+from avit_jax.data.sources import Images
+from avit_jax.evaluate.curves import curves
+from avit_jax.evaluate.rows import GROUPS, Row
+from avit_jax.execution.compiled import predict
+from avit_jax.model.vit import AViT
+from avit_jax.report.depth_colours import COLOURS, scale, ticks
+from avit_jax.report.frontier import SAME_BUDGET
+from avit_jax.report.method_style import STYLE, label
+from avit_jax.report.pictures import depth_map, save_picture, show_image
+from avit_jax.rules import rule_from_json
+
+_IMAGES = 3
+
+
+def draw_kept(rows: Sequence[Row], model: AViT, test: Images, path: Path) -> list[Path]:
+    """Draw a few images, each beside its map of token depths under every training-free rule at the same budget.
+
+    model: whose weights the rows are of. test: the images, of which some are chosen, evenly spread. Returns the path,
+    or nothing if no row has a rule.
+    """
+    chosen = [(curve.method, curve.nearest(SAME_BUDGET).rows[0]) for curve in curves(rows) if curve.group == GROUPS[0]]
+    rules = [(method, rule_from_json(row["rule"])) for method, row in chosen if row.get("rule")]
+    if not rules:
+        return []
+    count = min(_IMAGES, len(test))
+    places = np.linspace(0, len(test) - 1, count + 2).round().astype(int)[1:-1]
+    pictures = evaluation_images(test, places, model.config)
+    images = normalize(pictures, model.config)
+    depth = model.config.depth
+    with matplotlib.rc_context(STYLE | {"axes.grid": False}):
+        figure = Figure(figsize=(1.15 * (len(rules) + 1) + 0.9, 1.25 * count + 0.5), layout="constrained")
+        panels = figure.subplots(count, len(rules) + 1, squeeze=False)
+        for axes, picture in zip(panels[:, 0], pictures, strict=True):
+            show_image(axes, picture)
+        panels[0][0].set_title("image", fontsize=8)
+        for column, (method, rule) in enumerate(rules, start=1):
+            config = model.with_config(rule=rule)
+            maps = np.asarray(predict(config, images).token_depth)
+            panels[0][column].set_title(label(method), fontsize=8)
+            for axes, own in zip(panels[:, column], maps, strict=True):
+                axes.imshow(depth_map(own, model.config), cmap=COLOURS, norm=scale(depth))
+        for axes in panels.flat:
+            axes.set_xticks([])
+            axes.set_yticks([])
+            axes.spines[:].set_visible(False)
+        bar = figure.colorbar(ScalarMappable(scale(depth), cmap=COLOURS), ax=panels, ticks=ticks(depth), shrink=0.8)
+        bar.set_label("layers that computed the token", fontsize=8)
+        return [save_picture(figure, path)]
