@@ -61,10 +61,10 @@ class Move:
     old_slots: Int[Array, "b n"]  # the new slot of each old one, for each new row
 
     @classmethod
-    def packing(cls, needed: Bool[Array, "b n"], sort: bool) -> "Move":
-        """Images by rising number of needed tokens if `sort`, and in each image the needed tokens first, in order."""
-        images, tokens = needed.shape
-        rows = jnp.argsort(needed.sum(1)) if sort else jnp.arange(images)
+    def packing(cls, needed: Bool[Array, "b n"]) -> "Move":
+        """Images by rising number of needed tokens, and in each image the needed tokens first, in order."""
+        tokens = needed.shape[1]
+        rows = jnp.argsort(needed.sum(1))
         needed = needed[rows]
         # Where each token goes: the number of needed ones before it, or all of them and the others before it.
         count = needed.sum(1, keepdims=True)
@@ -83,15 +83,8 @@ class Move:
         return _rows_permuted(values, self.rows, self.old_rows)
 
     def state(self, state: State) -> State:
-        """The state, moved. If only the first tokens have an output, they stay in front."""
-        whole = state.output.shape[1] == state.active.shape[1]
-        return State(
-            active=self.apply(state.active),
-            token_depth=self.apply(state.token_depth),
-            output=self.apply(state.output) if whole else self.apply_rows(state.output),
-            of_tokens=jax.tree.map(self.apply, state.of_tokens),
-            of_images=jax.tree.map(self.apply_rows, state.of_images),
-        )
+        """The state, moved."""
+        return state.mapped(self.apply, self.apply_rows)
 
     def tokens(self, x: Float[Array, "t d"], before: Layout, after: Layout) -> Float[Array, "u d"]:
         """The tokens of a layout in the next one; places that no token takes are zero."""

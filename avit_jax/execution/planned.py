@@ -7,15 +7,16 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Shaped
 
+from avit_jax.execution.noise import Noise
 from avit_jax.execution.packing import load
 from avit_jax.execution.places import Layout, Move
 from avit_jax.execution.stages import PlannedPlan
 from avit_jax.halting.rule import Halting, State, Trace
 from avit_jax.model.layers import Block
 from avit_jax.model.output import AViTOutput
-from avit_jax.model.seen import WHOLE_LAYER, Facts, of_attention
+from avit_jax.model.seen import Facts, of_attention
 from avit_jax.model.vit import AViT
 
 
@@ -51,7 +52,7 @@ def forward(
     if count is not None:
         state = dataclasses.replace(state, active=state.active & (jnp.arange(len(images)) < count)[:, None])
     if mesh is None or mesh.size == 1:
-        ran = _run(model, rule, x, state, plan, Rows(jnp.zeros((), int), len(images)), image_exit, key)
+        ran = _run(model, rule, x, state, plan, _Rows(jnp.zeros((), int), len(images)), image_exit, key)
     else:
         ran = _run_on(mesh, model, rule, x, state, plan, image_exit, key)
     return model.output(rule, ran.state, ran.trace), ran
@@ -72,7 +73,7 @@ def _run_on(
     total, axes = len(x), mesh.axis_names
 
     def local(params: Any, x: Array, state: State, key: PRNGKeyArray | None) -> tuple[State, Trace, Array]:
-        rows = Rows(jax.lax.axis_index(axes) * len(x), total)
+        rows = _Rows(jax.lax.axis_index(axes) * len(x), total)
         ran = _run(nnx.merge(graphdef, params), rule, x, state, plan, rows, image_exit, key)
         return ran.state, ran.trace, jax.lax.pmax(ran.overflow.astype(int), axes) > 0
 
@@ -88,11 +89,11 @@ def _run_on(
 
 
 @dataclasses.dataclass(frozen=True)
-class Rows:
+class _Rows:
     """Which images of the batch a device has."""
 
-    first: Array
-    total: int
+    first: Int[Array, ""]
+    total: int  # images of the batch, on all devices
 
 
 def _run(
@@ -101,7 +102,7 @@ def _run(
     x: Float[Array, "b n d"],
     state: State,
     plan: PlannedPlan,
-    rows: Rows,
+    rows: _Rows,
     image_exit: bool,
     key: PRNGKeyArray | None,
 ) -> Ran:
@@ -119,7 +120,7 @@ def _run(
     traces = []
     for stage, end in zip(plan.stages, plan.ends(), strict=True):
         needed, _ = load(state)
-        move = Move.packing(needed, sort=True)
+        move = Move.packing(needed)
         new = Layout(plan.group_size, stage.capacities)
         overflow |= (needed.sum(1)[move.rows] > jnp.asarray(new.of_rows()[1])).any()
         flat, state, layout = move.tokens(flat, layout, new), move.state(state), new
@@ -152,7 +153,7 @@ class _Layers:
     plan: PlannedPlan
     key: PRNGKeyArray | None
     batch: int  # images of this device, without the rows that fill the last group
-    rows: Rows
+    rows: _Rows
     image_exit: bool
 
     def stage(
@@ -162,8 +163,9 @@ class _Layers:
         config = self.model.config
         graphdef, stacked = nnx.split(self.model.blocks)
         rates = jnp.linspace(0, config.drop_path_rate, config.depth) if self.key is not None else None
-        # A rule that reads attention needs all of the last layer, and so does training, whose losses read its scores.
-        short = self.image_exit and config.pool == "token" and not self.rule.reads & WHOLE_LAYER
+        # The losses of training read the scores of all tokens, and some rules need the whole last layer.
+        short = self.image_exit and config.pool == "token" and not self.rule.reads_last_layer
+        own = self.rows.first + jnp.minimum(image, self.batch - 1)  # rows that fill the last group: any image
 
         def layer(carry: Any, inputs: Any, read_only: bool = False) -> tuple[Any, Trace]:
             x, state = carry
@@ -172,7 +174,7 @@ class _Layers:
             last = number == config.depth - 1
             active = layout.flat(state.active)
             x = jnp.where(active[:, None], x, 0)
-            noise = _Noise(self, index, image, layout, number, rate)
+            noise = Noise(config, self.key, number, rate, self.rows.total, own, index, layout)
             x, parts, facts = _run_block(block, x, layout, state, self.rule, noise, read_only)
             state, trace = self._advanced(state, parts, facts, index, number, last)
             return (x, state), trace
@@ -199,8 +201,7 @@ class _Layers:
         outputs = state.output.shape[1]
         width = max(max(part.shape[1] for part in parts), outputs if outputs < tokens else 1)
         near = _slots(state, width)
-        whole = {name: _rectangle([f[name] for f in facts], width) for name in (facts[0] if facts else {})}
-        seen = model.seen(rule, _rectangle(parts, width), near.active, whole)
+        seen = model.seen(rule, _rectangle(parts, width), near.active, _all_facts(facts, width))
         new, trace = rule.advance(near, seen, layer=number, is_last=last, module=model.rule_module)
         state = _with_slots(state, new)
         if self.image_exit:  # drop the rest of the images whose logits are final
@@ -218,14 +219,14 @@ def _run_block(
     layout: Layout,
     state: State,
     rule: Halting,
-    noise: "_Noise",
+    noise: Noise,
     read_only: bool,
 ) -> tuple[Float[Array, "t d"], list[Array], list[Facts]]:
     """A layer on the flat array: its tokens, flat and by group, and the facts that the rule reads, by group.
 
     read_only: only the tokens that the heads read; the flat array is then not used again.
     """
-    masses = [part for part in layout.split(layout.flat(rule.mass(state)))]
+    masses = layout.split(layout.flat(rule.mass(state)))
     if read_only:
         outputs = state.output.shape[1]
         parts = [
@@ -235,86 +236,36 @@ def _run_block(
         return x, parts, []
     branch, facts = block.attn.of_groups(block.norm1(x), layout.split, masses, of_attention(rule.reads))
     y = x + noise.attention(branch.astype(x.dtype), block)
-    z = y + noise.mlp(block, block.norm2(y)).astype(y.dtype)
+    z = y + noise.mlp(block.norm2(y), block).astype(y.dtype)
     if "before" in rule.reads:
         facts = [f | {"before": before} for f, before in zip(facts, layout.split(x), strict=True)]
     return z, layout.split(z), facts
 
 
-@dataclasses.dataclass(frozen=True)
-class _Noise:
-    """Dropout and stochastic depth of a layer, drawn as in masked execution and then moved to the layout."""
-
-    layers: _Layers
-    index: Array
-    image: Array
-    layout: Layout
-    number: Array
-    rate: Array | None
-
-    def attention(self, branch: Float[Array, "t d"], block: Block) -> Array:
-        """The branch of attention."""
-        if self.layers.key is None:
-            return branch
-        drop, path, *_ = self._keys()
-        return self._path(branch * self._dropout(branch.shape[1], block.drop, drop), path)
-
-    def mlp(self, block: Block, x: Float[Array, "t d"]) -> Array:
-        """The branch of the MLP, from its normalised input."""
-        if self.layers.key is None:
-            return block.mlp(x[None], None)[0]
-        _, _, hidden, drop, path = self._keys()
-        inner = block.mlp.hidden(x)
-        branch = block.mlp.fc2(inner * self._dropout(inner.shape[1], block.mlp.drop, hidden))
-        return self._path(branch * self._dropout(branch.shape[1], block.drop, drop), path)
-
-    def _keys(self) -> Array:
-        assert self.layers.key is not None
-        return jax.random.split(jax.random.fold_in(self.layers.key, self.number), 5)
-
-    def _dropout(self, width: int, drop: nnx.Dropout, key: PRNGKeyArray) -> Array:
-        if not drop.rate:
-            return jnp.ones(())
-        config, rows = self.layers.model.config, self.layers.rows
-        # Drawn for the whole batch, so that every number of devices draws the same.
-        factors = drop(jnp.ones((rows.total, config.num_tokens, width)), deterministic=False, rngs=key)
-        return self.layout.flat(factors[self._images()[:, None], self.index])
-
-    def _path(self, branch: Array, key: PRNGKeyArray) -> Array:
-        if self.layers.model.config.drop_path_rate == 0 or self.rate is None:
-            return branch
-        keep = jax.random.bernoulli(key, 1 - self.rate, (self.layers.rows.total, 1, 1))[:, 0, 0]
-        kept = self.layout.flat(jnp.broadcast_to(keep[self._images()][:, None], self.index.shape))
-        return jnp.where(kept[:, None], branch / (1 - self.rate), 0)
-
-    def _images(self) -> Array:
-        return self.layers.rows.first + jnp.minimum(self.image, self.layers.batch - 1)
-
-
-def _rectangle(parts: list[Array], width: int) -> Array:
+def _rectangle(parts: list[Shaped[Array, "g _ ..."]], width: int) -> Shaped[Array, "b w ..."]:
+    """The parts of all groups as one array, each padded to `width` tokens."""
     padded = [jnp.pad(p, ((0, 0), (0, width - p.shape[1]), *[(0, 0)] * (p.ndim - 2))) for p in parts]
     return jnp.concatenate(padded)
 
 
+def _all_facts(facts: list[Facts], width: int) -> Facts:
+    """The facts of all groups. Groups without places have none; the last group has places (PlannedPlan)."""
+
+    def of_group(known: Facts, name: str, like: Array) -> Array:
+        return known.get(name, jnp.zeros((len(like), 0, *like.shape[2:]), like.dtype))
+
+    last = facts[-1] if facts else {}
+    return {name: _rectangle([of_group(f, name, like) for f in facts], width) for name, like in last.items()}
+
+
 def _slots(state: State, width: int) -> State:
     """The state of the first slots of every image."""
-    whole = state.output.shape[1] == state.active.shape[1]
-
-    def first(values: Array) -> Array:
-        return values[:, :width]
-
-    return State(
-        active=first(state.active),
-        token_depth=first(state.token_depth),
-        output=first(state.output) if whole else state.output,
-        of_tokens=jax.tree.map(first, state.of_tokens),
-        of_images=state.of_images,
-    )
+    return state.mapped(lambda values: values[:, :width], lambda values: values)
 
 
 def _with_slots(state: State, new: State) -> State:
-    """The state with its first slots replaced."""
-    whole = state.output.shape[1] == state.active.shape[1]
+    """The state with its first slots, and all of its images' fields, replaced."""
+    tokens = state.active.shape[1]
 
     def joined(old: Array, new: Array) -> Array:
         return jnp.concatenate([new, old[:, new.shape[1] :]], axis=1)
@@ -322,7 +273,7 @@ def _with_slots(state: State, new: State) -> State:
     return State(
         active=joined(state.active, new.active),
         token_depth=joined(state.token_depth, new.token_depth),
-        output=joined(state.output, new.output) if whole else new.output,
+        output=joined(state.output, new.output) if state.output.shape[1] == tokens else new.output,
         of_tokens=jax.tree.map(joined, state.of_tokens, new.of_tokens),
         of_images=new.of_images,
     )

@@ -1,6 +1,5 @@
-"""Planned execution, compiled for inference: one program without conditionals, but for batches that do not fit."""
+"""Planned execution, compiled for inference: one program, whose one conditional is for batches that do not fit."""
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -12,10 +11,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
 from avit_jax.execution import packing, planned
-from avit_jax.execution.compiled import CompiledModel, check_batch_size, split_model
-from avit_jax.execution.plan import PackedPlan
+from avit_jax.execution.compiled import CompiledModel, check_batch_size, on_each_device, split_model
+from avit_jax.execution.plan import PackedPlan, layer_loads
 from avit_jax.execution.stages import PlannedPlan
-from avit_jax.execution.work import Executed
+from avit_jax.execution.work import Executed, packed_gmacs
 from avit_jax.model.output import AViTOutput
 from avit_jax.model.vit import AViT
 
@@ -23,8 +22,8 @@ from avit_jax.model.vit import AViT
 class PlannedModel(CompiledModel):
     """A model compiled for planned execution; call it with up to `batch_size` images.
 
-    `batches` counts the calls, and `overflows` those with a batch, or a device's part of one, that did not fit its plan
-    and was computed with every token instead.
+    `batches` counts the calls. `overflows` counts those with a batch, or a device's part of one, that did not fit the
+    plan and was computed again with every token.
     """
 
     made_by = "compile_planned"
@@ -33,7 +32,8 @@ class PlannedModel(CompiledModel):
         self.plan = plan
         self.batches = 0
         self._overflows = jnp.zeros((), int)
-        devices = 1 if mesh is None else mesh.shape["data"]
+        self._image_exit = image_exit
+        self._devices = devices = 1 if mesh is None else mesh.shape["data"]
         graphdef, params = split_model(model, mesh)
         jitted = jax.jit(planned_program(graphdef, plan, image_exit, mesh))
         images = NamedSharding(mesh, PartitionSpec("data")) if mesh is not None else None
@@ -55,71 +55,66 @@ class PlannedModel(CompiledModel):
         return output
 
     def executed(self, token_depth: Int[np.ndarray, "b n"], images: int) -> Executed:
-        """The work of the plan's shapes, the same for every batch that fits."""
-        raise NotImplementedError
+        """The work done for the first `images` of a batch; the rest are padding, with depths of 0.
+
+        It is that of the plan's shapes, and that of every token again for a device whose images did not fit.
+        token_depth: by the rule, as without image exit.
+        """
+        config, plan = self.config, self.plan
+        loads = layer_loads(token_depth, config, image_exit=self._image_exit)
+        by_device = np.split(loads, self._devices, axis=1)
+        shapes = np.stack([plan.capacities()] * self._devices)
+        gmacs = packed_gmacs(config, shapes, plan.group_size, images, image_exit=self._image_exit)
+        if again := sum(not plan.fits(own) for own in by_device):
+            whole = np.full((again, config.depth, 1), config.num_tokens)
+            gmacs += packed_gmacs(config, whole, plan.batch_size, images, image_exit=self._image_exit)
+        return Executed(int(loads.sum()), gmacs)
 
 
 def planned_program(
     graphdef: nnx.GraphDef, plan: PlannedPlan, image_exit: bool, mesh: Mesh | None
 ) -> Callable[[Any, Array, Array], tuple[AViTOutput, Array]]:
-    """The function that compile_planned compiles: (params, images, number that count) -> output, overflow."""
+    """The function that compile_planned compiles: (params, images, number that count) -> output, overflow by device."""
 
-    def local(params: Any, images: Array, count: Array) -> tuple[AViTOutput, Array]:
+    def local(params: Any, images: Array, count: Array) -> tuple[AViTOutput, tuple[Array]]:
         model = nnx.merge(graphdef, params)
         rule = model.config.halting
         assert rule is not None
         output, ran = planned.forward(model, rule, images, plan, count=count, image_exit=image_exit)
         # One group of all images with room for all tokens: every token is computed.
         whole = PackedPlan(plan.num_tokens, len(images), (plan.num_tokens,))
+        # The only conditional: on a GPU each one makes the host wait.
         output = jax.lax.cond(
             ran.overflow, lambda: packing.forward(model, images, count, whole, image_exit), lambda: output
         )
-        return output, ran.overflow[None]
+        return output, (ran.overflow[None],)
 
-    if mesh is None:
-        return local
-    names = [field.name for field in dataclasses.fields(AViTOutput)]
+    program = on_each_device(local, mesh)
 
-    def shard(params: Any, images: Array, count: Array) -> tuple[Array, ...]:
-        first = jax.lax.axis_index("data") * len(images)
-        output, overflow = local(params, images, jnp.clip(count - first, 0, len(images)))
-        return *(getattr(output, name) for name in names), overflow
+    def run(params: Any, images: Array, count: Array) -> tuple[AViTOutput, Array]:
+        output, (overflow,) = program(params, images, count)
+        return output, overflow
 
-    rows, second = PartitionSpec("data"), PartitionSpec(None, "data")
-    sharded = jax.shard_map(
-        shard,
-        mesh=mesh,
-        in_specs=(PartitionSpec(), rows, PartitionSpec()),
-        out_specs=(*(second if name in ("head_logits", "halting_scores") else rows for name in names), rows),
-        check_vma=False,
-    )
-
-    def split(params: Any, images: Array, count: Array) -> tuple[AViTOutput, Array]:
-        *fields, overflow = sharded(params, images, count)
-        return AViTOutput(**dict(zip(names, fields, strict=True))), overflow
-
-    return split
+    return run
 
 
 def compile_planned(
     model: AViT, batch_size: int, plan: PlannedPlan, *, image_exit: bool = True, mesh: Mesh | None = None
 ) -> PlannedModel:
-    """Compile planned execution: the same predictions as model(images), but halted tokens cost nothing.
+    """Compile planned execution: the same predictions as model(images), without the work of halted tokens.
 
-    plan: see `avit_jax.plan`; for the images of one device. A batch that does not fit it is computed with every token,
-    so that the result never changes. image_exit, mesh: see compile_packed. The weights are fixed at this point. Raises
-    ValueError for a plan of another model or batch size, and for a model without a halting rule.
+    plan: made by `avit_jax.plan`, for the images of one device. A batch that does not fit is computed again with every
+    token, so the result never depends on the plan. image_exit, mesh: see compile_packed. The weights are fixed at this
+    point. Raises ValueError for a plan of another model, batch size or execution, and for a model without a halting
+    rule.
     """
     check_batch_size(batch_size)
-    config = model.config
-    if config.halting is None:
+    if model.config.halting is None:
         raise ValueError("planned execution is for a model with a halting rule: this one has none")
-    devices = 1 if mesh is None else mesh.shape["data"]
-    own = -(-batch_size // devices)
-    made_for = plan.num_tokens, plan.depth, plan.batch_size
-    if made_for != (config.num_tokens, config.depth, own):
+    if not isinstance(plan, PlannedPlan):
         raise ValueError(
-            f"the plan is for {plan.num_tokens} tokens, {plan.depth} layers and {plan.batch_size} images on a device, "
-            f"and this is {config.num_tokens}, {config.depth} and {own}: make a new plan"
+            f"planned execution needs a plan and this is a {type(plan).__name__}: make one with "
+            f"avit_jax.plan(model, images, {batch_size})"
         )
+    plan.check(model.config, -(-batch_size // (1 if mesh is None else mesh.shape["data"])))
     return PlannedModel(model, batch_size, plan, image_exit, mesh)

@@ -225,7 +225,7 @@ class Attention(nnx.Module):
         """The attention output of tokens that lie in one array, and the facts of each group of images.
 
         split: a flat array as one array [images, tokens, ...] for each group; tokens see their own image. masses: of
-        the keys of each group.
+        the keys of each group. A group may have no tokens, and then has no facts; but not all.
         """
         dim = x.shape[-1]
         outputs, facts = [], []
