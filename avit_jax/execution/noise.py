@@ -18,7 +18,7 @@ class Noise:
 
     config: AViTConfig
     key: PRNGKeyArray | None  # of the step; None: no noise
-    layer: Int[Array, ""]  # from 0
+    layer: Int[Array, ""] | int  # from 0
     rate: Float[Array, ""] | None  # of stochastic depth in this layer
     images: int  # of the whole batch: the noise is drawn for all, so that every number of devices draws the same
     image: Int[Array, " b"]  # position in the batch of each row's image

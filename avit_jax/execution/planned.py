@@ -176,7 +176,7 @@ class _Layers:
             x = jnp.where(active[:, None], x, 0)
             noise = Noise(config, self.key, number, rate, self.rows.total, own, index, layout)
             x, parts, facts = _run_block(block, x, layout, state, self.rule, noise, read_only)
-            state, trace = self._advanced(state, parts, facts, index, number, last)
+            state, trace = self._advanced(state, parts, facts, index, number, last, read_only)
             return (x, state), trace
 
         run_layer = jax.checkpoint(layer, prevent_cse=False) if config.remat else layer
@@ -189,17 +189,25 @@ class _Layers:
             traces.append(trace)
         if stop < end:
             params = jax.tree.map(lambda p: p[stop], stacked)
-            carry, trace = layer(carry, (params, jnp.asarray(stop), None), read_only=True)
+            carry, trace = layer(carry, (params, stop, None), read_only=True)
             traces.append(jax.tree.map(lambda v: v[None], trace))
         return *carry, jax.tree.map(lambda *parts: jnp.concatenate(parts), *traces)
 
     def _advanced(
-        self, state: State, parts: list[Array], facts: list[Facts], index: Array, number: Array, last: Array
+        self,
+        state: State,
+        parts: list[Array],
+        facts: list[Facts],
+        index: Array,
+        number: Int[Array, ""] | int,
+        last: Bool[Array, ""] | bool,
+        read_only: bool,
     ) -> tuple[State, Trace]:
-        """The rule's state after a layer. parts, facts: of each group; slots that no group has are not active."""
-        model, rule, tokens = self.model, self.rule, state.active.shape[1]
-        outputs = state.output.shape[1]
-        width = max(max(part.shape[1] for part in parts), outputs if outputs < tokens else 1)
+        """The rule's state after a layer. parts, facts: of each group. read_only: see _run_block."""
+        model, rule = self.model, self.rule
+        tokens, outputs = state.active.shape[1], state.output.shape[1]
+        # Slots that no group has are not active. The heads' tokens have slots even if no image is left.
+        width = tokens if read_only else max(*(part.shape[1] for part in parts), outputs % tokens, 1)
         near = _slots(state, width)
         seen = model.seen(rule, _rectangle(parts, width), near.active, _all_facts(facts, width))
         new, trace = rule.advance(near, seen, layer=number, is_last=last, module=model.rule_module)
@@ -209,8 +217,9 @@ class _Layers:
             going = (state.active & read).any(1, keepdims=True)
             ended = rule.finish(state, ~going)
             state = jax.tree.map(lambda a, b: jnp.where(last, a, b), state, ended)
-        padded = jax.tree.map(lambda v: jnp.pad(v, ((0, 0), (0, tokens - width))), trace.of_tokens)
-        return state, Trace(padded, trace.of_images)
+        known = outputs if read_only else width  # tokens that are not computed leave no trace
+        of_tokens = jax.tree.map(lambda v: jnp.pad(v[:, :known], ((0, 0), (0, tokens - known))), trace.of_tokens)
+        return state, Trace(of_tokens, trace.of_images)
 
 
 def _run_block(
@@ -248,7 +257,7 @@ def _rectangle(parts: list[Shaped[Array, "g _ ..."]], width: int) -> Shaped[Arra
     return jnp.concatenate(padded)
 
 
-def _all_facts(facts: list[Facts], width: int) -> Facts:
+def _all_facts(facts: list[Facts], width: int) -> dict[str, Array]:
     """The facts of all groups. Groups without places have none; the last group has places (PlannedPlan)."""
 
     def of_group(known: Facts, name: str, like: Array) -> Array:

@@ -23,7 +23,8 @@ MOST_STAGES = 6  # each is a program of its own; compiling one takes seconds
 _DRAWN_BATCHES = 2000  # a plan has room for all of them
 _GROUPS = 4  # of images
 _MULTIPLE = 4  # capacities are multiples of it
-_SPREAD = 1.0  # of the noise on drawn loads, in standard deviations over the fifth root of the number of images
+_MARGIN = 0.03  # places beyond those that the drawn batches need, as a fraction
+_SPREAD = 2.0  # of the noise on drawn loads, in standard deviations over the fifth root of the number of images
 _MOVE = 0.08  # what moving the tokens of a stage to their new places costs, as a fraction of a block
 
 
@@ -131,7 +132,16 @@ class PlannedPlan:
     def from_json(cls, content: Any) -> "PlannedPlan":
         """The inverse of dataclasses.asdict. Raises ValueError if it is not a plan."""
         try:
-            return cls(**(content | {"stages": tuple(Stage(**stage) for stage in content["stages"])}))
+            numbers = ("num_tokens", "depth", "batch_size", "group_size")
+            stages = tuple(
+                Stage(
+                    whole_number("the first layer of a stage", stage["first"], 0),
+                    tuple(whole_number("a capacity", capacity, 0) for capacity in stage["capacities"]),
+                )
+                for stage in content["stages"]
+            )
+            fields = {name: whole_number(name, content[name]) for name in numbers}
+            return cls(**(content | fields | {"stages": stages}))
         except (TypeError, KeyError) as error:
             raise ValueError(f"it lacks a field or has one of another kind: {error}") from error
 
@@ -150,7 +160,7 @@ def plan(
     batch_size: int,
     *,
     image_exit: bool = True,
-    margin: float = 0.02,
+    margin: float = _MARGIN,
     most_stages: int = MOST_STAGES,
     mesh: Mesh | None = None,
 ) -> PlannedPlan:
@@ -178,7 +188,7 @@ def plan_loads(
     config: AViTConfig,
     batch_size: int,
     *,
-    margin: float = 0.02,
+    margin: float = _MARGIN,
     most_stages: int = MOST_STAGES,
 ) -> PlannedPlan:
     """As `plan`, from the tokens that each layer computes of each image (execution.plan.layer_loads)."""
@@ -186,7 +196,8 @@ def plan_loads(
         raise ValueError(f"margin is {margin}: give a fraction from 0")
     whole_number("most_stages", most_stages)
     rng = np.random.default_rng(0)
-    # New images go beyond those of the sample: a smoothed bootstrap (Silverman's width) draws such images.
+    # New images go beyond those of the sample, so images are drawn with noise (a smoothed bootstrap). Twice the usual
+    # width leaves 0 to 3 of 2,000 new batches without room where it was measured, and takes 1 % more places.
     noise = _SPREAD * loads.std(1, keepdims=True) * loads.shape[1] ** -0.2
     fullest = np.zeros((len(loads), batch_size))
     for _ in range(_DRAWN_BATCHES):
@@ -236,10 +247,10 @@ def sorted_loads(token_depth: Int[Array, "b n"], config: AViTConfig, devices: in
     return jnp.sort(loads, axis=-1).max(1)
 
 
-def boundaries(cost: Float[np.ndarray, " l"], most: int) -> list[int]:
-    """The first layers of at most `most` stages with the least work, moves included.
+def boundaries(cost: Float[np.ndarray, " l"], most: int, move: float = _MOVE) -> list[int]:
+    """The first layers of at most `most` stages with the least work.
 
-    cost: of a layer with the shapes of layer l.
+    cost: of a layer with the shapes of layer l. move: what beginning a stage costs, as a fraction of its layer.
     """
     depth = len(cost)
 
@@ -250,7 +261,7 @@ def boundaries(cost: Float[np.ndarray, " l"], most: int) -> list[int]:
         if stages > 1:
             for nxt in range(first + 1, depth):
                 rest, begins = best(nxt, stages - 1)
-                options.append(((nxt - first) * cost[first] + _MOVE * cost[nxt] + rest, (nxt, *begins)))
+                options.append(((nxt - first) * cost[first] + move * cost[nxt] + rest, (nxt, *begins)))
         return min(options, key=lambda option: option[0])
 
     return [0, *best(0, most)[1]]

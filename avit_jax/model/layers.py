@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, PRNGKeyArray, Shaped
 
 from avit_jax.model.config import AViTConfig
 from avit_jax.model.seen import Facts
@@ -219,7 +219,7 @@ class Attention(nnx.Module):
         self,
         x: Float[Array, "t d"],
         split: Callable[[Array], list[Array]],
-        masses: Sequence[Mass],
+        masses: Sequence[Shaped[Array, "b _"]],
         reads: frozenset[str],
     ) -> tuple[Float[Array, "t d"], list[Facts]]:
         """The attention output of tokens that lie in one array, and the facts of each group of images.
