@@ -6,13 +6,15 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
+from avit_jax.execution.plan import whole_number
 from avit_jax.execution.stages import PlannedPlan, plan_fullest
 from avit_jax.model.config import AViTConfig, rule_of_training
 
 WINDOW = 50  # steps; at the end of each a plan may change
 MOST_PLANS = 8  # of a run; each is a program to compile
 _MARGIN = 0.05  # places beyond the fullest batch of the window
-_WORTH = 0.92  # a new plan must take at most this part of the present one's work
+_WORTH = 0.92  # a new plan must have at most this part of the present one's places
+_TOO_OFTEN = 10  # steps of a window that did not fit, after which a plan that cannot be replaced is given up
 _LEAST_STEPS = 100  # that must be left for a compilation to pay
 _LONG = 1000  # steps from which a run plans by itself
 
@@ -23,7 +25,13 @@ def plans(execution: str, config: AViTConfig, steps: int) -> bool:
     Raises ValueError if "planned" does not fit the model's rule.
     """
     rule = rule_of_training(config)
-    fits = rule is not None and rule.masks_in_training and not rule.teacher_tokens and config.reduction is None
+    fits = (
+        rule is not None
+        and config.reduction is None
+        and rule.masks_in_training
+        and not rule.self_visible
+        and not rule.teacher_tokens
+    )
     if execution == "planned" and not fits:
         name = config.rule_in_force.name if config.rule_in_force is not None else "none"
         raise ValueError(
@@ -35,7 +43,11 @@ def plans(execution: str, config: AViTConfig, steps: int) -> bool:
 
 @dataclasses.dataclass
 class Planner:
-    """The plan in force, and what recent batches needed. Only counts decide, so a resumed run plans the same."""
+    """The plan in force, and what recent batches needed.
+
+    At the end of a window there is a new plan if a step did not fit or if many fewer places are enough. Only the
+    counts of steps decide, never time, so a resumed run plans as an uninterrupted one does.
+    """
 
     config: AViTConfig
     images: int  # in a part of a step on one device
@@ -52,15 +64,18 @@ class Planner:
         self.overflows += int(counts["overflow"])
 
     def renewed(self, step: int) -> bool:
-        """Whether there is a new plan for the steps after this one, which ends a window."""
+        """At the end of a window: whether the steps after this one have another plan, or none any more."""
         fullest, overflows = self.fullest, self.overflows
         self.fullest, self.overflows = None, 0
-        if fullest is None or self.plans >= MOST_PLANS or self.steps - step < _LEAST_STEPS:
+        if fullest is None:
             return False
+        if self.plans >= MOST_PLANS or self.steps - step < _LEAST_STEPS:
+            given_up = self.plan is not None and overflows > _TOO_OFTEN
+            self.plan = None if given_up else self.plan
+            return given_up
         found = plan_fullest(fullest, self.config, self.images, margin=_MARGIN)
-        whole = self.images * self.config.num_tokens * self.config.depth
-        before = whole if self.plan is None else self.plan.tokens().sum()
-        if found.tokens().sum() > _WORTH * before and overflows == 0:
+        before = 1.0 if self.plan is None else self.plan.share()
+        if found.share() > _WORTH * before and overflows == 0:
             return False
         self.plan, self.plans = found, self.plans + 1
         return True
@@ -74,11 +89,20 @@ class Planner:
             "overflows": self.overflows,
         }
 
-    def take(self, content: dict[str, Any]) -> None:
-        """Go on from what `to_json` gave. Raises ValueError if it is something else."""
+    def take(self, content: dict[str, Any] | None) -> None:
+        """Go on from what `to_json` gave, or begin if a checkpoint has None. Raises ValueError for something else."""
+        self.plan, self.plans, self.fullest, self.overflows = None, 0, None, 0
+        if content is None:
+            return
         try:
-            self.plan = None if content["plan"] is None else PlannedPlan.from_json(content["plan"])
-            self.plans, self.overflows = int(content["plans"]), int(content["overflows"])
-            self.fullest = None if content["fullest"] is None else np.asarray(content["fullest"], int)
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"its planning is damaged: {error}") from error
+            if content["plan"] is not None:
+                self.plan = PlannedPlan.from_json(content["plan"])
+                self.plan.check(self.config, self.images)
+            self.plans = whole_number("plans", content["plans"], 0)
+            self.overflows = whole_number("overflows", content["overflows"], 0)
+            if content["fullest"] is not None:
+                self.fullest = np.asarray(content["fullest"])
+                if self.fullest.shape != (self.config.depth, self.images) or self.fullest.dtype.kind != "i":
+                    raise ValueError(f"fullest must be {self.config.depth} lists of {self.images} whole numbers")
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"planning: {error}") from error

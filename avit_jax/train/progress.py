@@ -21,8 +21,8 @@ class Progress:
     planning: dict[str, Any] | None = None  # of planned execution (train.planner); None: every step is masked
 
     def to_json(self) -> dict[str, Any]:
-        """The progress as a checkpoint holds it."""
-        return dict(vars(self))
+        """The progress as a checkpoint holds it; without planning, it is what older versions wrote."""
+        return {name: value for name, value in vars(self).items() if name != "planning" or value is not None}
 
     @classmethod
     def from_json(cls, content: dict[str, Any], step: int) -> "Progress":
