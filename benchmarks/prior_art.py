@@ -39,6 +39,7 @@ from avit_jax.data.sources import Dataset, Split
 from avit_jax.evaluate.position_share import explained_by_position
 from avit_jax.execution.program import AUTO, compile, suited_execution
 from avit_jax.execution.work import image_gmacs
+from avit_jax.model.config import NO_RULE
 from avit_jax.model.vit import AViT, AViTOutput
 from avit_jax.rules import rule_to_json
 from avit_jax.runtime.files import read_json, write_json
@@ -154,6 +155,8 @@ def trained(row: Row) -> tuple[AViT, Dataset, float]:
     if row.method == "image":
         write_images(Path(config.data.path), int(row.work))
     dataset = open_dataset(parse(config).data)
+    if row.method == "act":
+        write_gate(Path(config.init_from), dataset.train, prior_art.ACT_DEPTH[row.work])
     if row.method == "positions":
         config.model.rule = as_text(by_position(row, dataset.val))
     settings = parse(config)
@@ -201,6 +204,18 @@ def write_first_layers(path: Path, layers: int) -> None:
     """The static model's first layers as a checkpoint."""
     if not path.exists():
         avit_jax.save(prior_art.first_layers(avit_jax.load(fashion_mnist.STATIC_MODEL), layers), path)
+
+
+def write_gate(path: Path, split: Split, depth: float) -> None:
+    """The static model with channel 0 as A-ViT's gate starts it, but without the gate."""
+    if path.exists():
+        return
+    model = avit_jax.load(fashion_mnist.STATIC_MODEL, gate_scale=5.0, gate_center=10.0)
+    start = fashion_mnist.get_config().gate_start
+    chosen = np.linspace(0, len(split) - 1, start.images).astype(int)
+    images = normalize(evaluation_images(split, chosen, model.config), model.config)
+    avit_jax.start_gate(model, images, target_depth=depth, deviation=start.deviation)
+    avit_jax.save(model.with_config(**NO_RULE), path)
 
 
 def write_images(path: Path, side: int) -> None:

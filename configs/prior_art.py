@@ -71,12 +71,17 @@ SETTINGS = {
 STARTS = {
     "confidence": {"": "confidence(threshold=0.9, own_heads=True)"},
     "pondernet": {"0.71": "pondernet(lambda_p=0.068)", "0.49": "pondernet(lambda_p=0.143)"},
-    "act": {"0.71": "", "0.49": ""},
-    "similarity": {"0.71": "", "0.49": ""},
-    "ats": {"0.71": "", "0.49": ""},
-    "mass": {"0.71": "", "0.49": ""},
+    "act": {"0.71": "act()", "0.49": "act()"},
+    "similarity": {
+        "0.71": "similarity(thresholds=(0.79343, 0.99098, 0.99192, 0.99363, 0.99299, 0.99193, "
+        "0.99332, 0.99424, 0.99318, 0.99055, 0.98693, 0.95752))",
+        "0.49": "similarity(thresholds=(0.73613, 0.98526, 0.98603, 0.98965, 0.98908, 0.98746, "
+        "0.98908, 0.99107, 0.98892, 0.98505, 0.97976, 0.93952))",
+    },
+    "ats": {"0.71": "ats(samples=374)", "0.49": "ats(samples=52)"},
+    "mass": {"0.71": "mass(share=0.98)", "0.49": "mass(share=0.866)"},
 }
-# Mean depth at which A-ViT's gate starts, and where images leave under ACT, in layers.
+# Mean depth at which A-ViT's gate starts, and ACT's, whose images leave whole; in layers.
 GATE_START = {"0.71": 9.0, "0.6": 7.5, "0.49": 6.15}
 ACT_DEPTH = {"0.71": 8.5, "0.49": 5.9}
 # The architecture of checkpoints/fashion_mnist_dense.
@@ -113,8 +118,9 @@ def get_config(arg: str = "static") -> ConfigDict:
         kind = method.removesuffix("_own")
         config.model.rule = _of((SETTINGS | STARTS)[kind], work, method)
     if method == "act":
+        config.init_from = gate_path(work)
         config.loss.update({"ponder_weight": 2.9e-4, "prior_weight": 5e-3, "prior_deviation": 3.0})
-        config.loss.prior_target_depth = ACT_DEPTH[work]
+        config.loss.prior_target_depth = ACT_DEPTH[work] + 0.6
     if method == "dynamicvit":
         config.loss.teacher_logits_weight = 0.0  # all methods learn from the teacher's logits
     if method == "dynamicvit_own":
@@ -132,6 +138,11 @@ def _of(table: dict[str, Any], work: str, method: str) -> Any:
 def share(config: AViTConfig) -> float:
     """The work of a model with fixed counts as a share of the static model's, with a short last layer."""
     return shrinking_gmacs(config, short_last_layer=True) / WHOLE_GMACS
+
+
+def gate_path(work: str) -> str:
+    """Where benchmarks/prior_art.py writes the static model with the start of a gate, for ACT."""
+    return f"runs/prior_art/start/gate_{work}"
 
 
 def images_path(side: int) -> str:

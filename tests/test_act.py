@@ -194,10 +194,10 @@ def test_its_text_and_its_json() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"gate_scale": "1"}, "gate_scale is '1': it must be a finite number"),
-        ({"gate_center": True}, "gate_center is True: it must be a finite number"),
-        ({"gate_center": float("inf")}, "gate_center is inf: it must be a finite number"),
-        ({"halt_epsilon": None}, "halt_epsilon is None: it must be a finite number"),
+        ({"gate_scale": "1"}, "gate_scale is '1': it must be a number from"),
+        ({"gate_center": True}, "gate_center is True: it must be a number from"),
+        ({"gate_center": float("inf")}, "gate_center is inf: it must be a number from"),
+        ({"halt_epsilon": None}, "halt_epsilon is None: it must be a number from"),
         ({"halt_epsilon": 0.0}, "halt_epsilon is 0.0: it must lie between 0 and 1"),
         ({"halt_epsilon": 1}, "halt_epsilon is 1.0: it must lie between 0 and 1"),
     ],

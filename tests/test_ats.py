@@ -102,7 +102,7 @@ def test_levels_go_from_two_patches_to_the_static_model() -> None:
 
 
 def test_text_json_and_plain_numbers() -> None:
-    assert parse_rule("ats") == ATS() and parse_rule("ats(samples=8, layers=[6, 3])") == ATS(8, (3, 6))
+    assert parse_rule("ats") == ATS() and parse_rule("ats(samples=8, layers=[3, 6])") == ATS(8, (3, 6))
     for rule in (ATS(), ATS(8, ()), ATS(layers=(3, 9))):
         assert rule_from_json(json.loads(json.dumps(rule_to_json(rule)))) == rule
     numpy = untyped(ATS, samples=np.int64(8), layers=(np.int64(3),))
@@ -113,8 +113,9 @@ def test_text_json_and_plain_numbers() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"samples": 1}, "samples is 1: give a whole number from 2, or None"),
-        ({"layers": [3, 3]}, r"layers are \(3, 3\): give different whole numbers from 0"),
+        ({"samples": 1}, "samples is 1: give a whole number from 2 and below"),
+        ({"layers": [3, 3]}, r"layers are \(3, 3\): give whole numbers from 0 in ascending order"),
+        ({"layers": [6, 3]}, r"layers are \(6, 3\): give whole numbers from 0 in ascending order"),
         ({"layers": [-1]}, r"layers are \(-1,\)"),
         ({"samples": 2.5}, "samples is 2.5"),
         ({"samples": True}, "samples is True"),
@@ -130,8 +131,11 @@ def test_settings_that_are_refused(settings: dict[str, Any], message: str) -> No
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"rule": ATS(layers=(4,))}, r"ats's layers are \(4,\) and the model's last layer is 3: lower them"),
-        ({"rule": ATS(), "class_token": False, "pool": "mean_norm"}, "ats needs the attention of a class token"),
+        ({"rule": ATS(layers=(4,))}, r"ATS's layers are \(4,\) and the model's last layer is 3: give layers that"),
+        (
+            {"rule": ATS(), "class_token": False, "pool": "mean_norm"},
+            "ATS reads the class token's attention and the model has no",
+        ),
     ],
 )
 def test_models_that_are_refused(fields: dict[str, Any], message: str) -> None:

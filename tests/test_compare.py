@@ -237,7 +237,8 @@ def test_charts_are_drawn_of_whatever_is_there(compared: tuple[Path, list[rows.R
         *_, last = write_pictures(folder, *more)
         assert str(folder) in last and (folder / "table.md").read_text()
         for file in folder.glob("*.png"):
-            assert min(Image.open(file).size) > 100
+            with Image.open(file) as picture:
+                assert min(picture.size) > 100
         return {file.stem for file in folder.glob("*.png")}
 
     every = {"accuracy_by_work", "accuracy_by_speed", "speed_by_saved_work", "work_by_image", "tokens_by_layer", "kept"}

@@ -179,7 +179,7 @@ def test_a_checkpoint_without_own_heads_gets_them(tmp_path: Path, capsys: pytest
 @pytest.mark.parametrize(
     ("rule", "fields", "message"),
     [
-        ({"threshold": 1.1}, {}, "threshold is 1.1: it must lie between 0 and 1"),
+        ({"threshold": 1.1}, {}, "threshold is 1.1: it must be a number from 0 to 1"),
         ({"threshold": float("nan")}, {}, "threshold is nan"),
         ({"threshold": 0.5, "first_layer": -1}, {}, "first_layer is -1"),
         ({"threshold": 0.5, "first_layer": 4}, {}, "first_layer is 4 and the last layer is 3"),

@@ -385,16 +385,20 @@ def test_the_optimiser_has_a_factor_for_the_predictors() -> None:
 @pytest.mark.parametrize(
     ("settings", "fields", "message"),
     [
-        ({"keep_rate": 0.0}, {}, "keep_rate is 0.0: it must be above 0 and at most 1"),
+        ({"keep_rate": 0.0}, {}, "keep_rate is 0.0: give a number above 0 and at most 1"),
         ({"keep_rate": 1.1}, {}, "keep_rate is 1.1"),
         ({"keep_rate": float("nan")}, {}, "keep_rate is nan"),
-        ({"keep_rate": True}, {}, "keep_rate is True: it must be a number"),
-        ({"keep_rate": "0.7"}, {}, "keep_rate is '0.7': it must be a number"),
+        ({"keep_rate": True}, {}, "keep_rate is True: give a number"),
+        ({"keep_rate": "0.7"}, {}, "keep_rate is '0.7': give a number"),
         *(
-            ({"layers": layers}, {}, "layers are .*: give a tuple of rising whole numbers from 1")
+            ({"layers": layers}, {}, "layers are .*: give whole numbers from 1 in ascending order")
             for layers in ((), (0, 1), (2, 1), (1, 1), (1.0,), (True,), 3, "13")
         ),
-        ({"layers": (2, 4)}, {}, r"layers are \(2, 4\) and the model's last layer is 3: give layers that it has"),
+        (
+            {"layers": (2, 4)},
+            {},
+            r"layers are \(2, 4\) and the model's last layer is 3: give layers that the model has",
+        ),
         ({}, {"pool": "norm_mean"}, "keeps no mean over patches and pool is 'norm_mean': use pool 'token'"),
         ({}, {"embed_dim": 18}, "embed_dim is 18: DynamicViT's predictors need a multiple of 4"),
     ],

@@ -60,7 +60,7 @@ def test_levels_go_from_one_patch_to_the_static_model() -> None:
 
 
 def test_text_json_and_plain_numbers() -> None:
-    assert parse_rule("mass(share=0.9, layers=[6, 3])") == AttentionMass(0.9, (3, 6))
+    assert parse_rule("mass(share=0.9, layers=[3, 6])") == AttentionMass(0.9, (3, 6))
     for rule in (AttentionMass(0.5), AttentionMass(1.0, ())):
         assert rule_from_json(json.loads(json.dumps(rule_to_json(rule)))) == rule
     numpy = untyped(AttentionMass, share=np.float32(0.5), layers=(np.int64(3),))
@@ -72,10 +72,13 @@ def test_text_json_and_plain_numbers() -> None:
     ("settings", "message"),
     [
         ({}, "the rule mass lacks the field share"),
-        ({"share": 1.5}, "the share of attention is 1.5: give a number from 0 to 1"),
-        ({"share": -0.1}, "the share of attention is -0.1"),
+        ({"share": 1.5}, "AttentionMass's share is 1.5: give a number from 0 to 1"),
+        ({"share": -0.1}, "AttentionMass's share is -0.1"),
         ({"share": True}, "share is True"),
-        ({"share": 0.5, "layers": [2, 2]}, r"attention mass's layers are \(2, 2\): give different whole numbers"),
+        (
+            {"share": 0.5, "layers": [2, 2]},
+            r"AttentionMass's layers are \(2, 2\): give whole numbers from 0 in ascending",
+        ),
     ],
 )
 def test_settings_that_are_refused(settings: dict[str, Any], message: str) -> None:
@@ -86,10 +89,10 @@ def test_settings_that_are_refused(settings: dict[str, Any], message: str) -> No
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"rule": AttentionMass(0.5)}, r"mass's layers are \(3, 6, 9\) and the model's last layer is 3: lower them"),
+        ({"rule": AttentionMass(0.5)}, r"AttentionMass's layers are .* last layer is 3: give .* layers=\(1, 2, 3\)"),
         (
             {"rule": AttentionMass(0.5, (1,)), "class_token": False, "pool": "norm_mean"},
-            "the rule mass needs the attention of a class token and class_token is False",
+            "AttentionMass reads the class token's attention and the model has no class token",
         ),
     ],
 )

@@ -326,7 +326,10 @@ def test_layers_are_checked(layers: Any) -> None:
     ("rule", "sentence"),
     [
         (MCTF((1, 2)), "MCTF's r has 2 numbers and tokens merge in 3 layers: give one for each"),
-        (MCTF(1, (2, 4)), "MCTF merges in layer 4 and the model has the layers 0 to 3: change layers"),
+        (
+            MCTF(1, (2, 4)),
+            r"MCTF's layers are \(2, 4\) and the model's last layer is 3: give layers that the model has",
+        ),
     ],
 )
 def test_a_rule_that_does_not_fit_the_model(rule: MCTF, sentence: str) -> None:

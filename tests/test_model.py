@@ -138,9 +138,9 @@ def test_changing_halted_tokens_changes_no_logit(
     monkeypatch.setattr(AViTGate, "advance", poisoned_advance)
     original = Block.attend
 
-    def poisoning_attention(self: Block, x: jax.Array, active: jax.Array, *rest: object) -> object:
+    def poisoning_attention(self: Block, x: jax.Array, active: jax.Array, *rest: object, **more: object) -> object:
         # What a halted token holds in a block, whatever it is, meets the next layer only through drop_halted.
-        y, facts = original(self, x, active, *rest)
+        y, facts = original(self, x, active, *rest, **more)
         return jnp.where(active[..., None], y, poison), facts
 
     monkeypatch.setattr(Block, "attend", poisoning_attention)

@@ -292,11 +292,11 @@ def test_its_text_and_its_json() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"lambda_p": 0.0}, "lambda_p is 0.0: it must lie between 0 and 1"),
-        ({"lambda_p": 1}, "lambda_p is 1.0: it must lie between 0 and 1"),
-        ({"lambda_p": float("nan")}, "lambda_p is nan: it must lie"),
+        ({"lambda_p": 0.0}, "lambda_p is 0.0: it must be a number above 0 and below 1"),
+        ({"lambda_p": 1}, "lambda_p is 1: it must be a number above 0"),
+        ({"lambda_p": float("nan")}, "lambda_p is nan: it must be"),
         ({"lambda_p": True}, "lambda_p is True: it must be a number"),
-        ({"threshold": 1.5}, "threshold is 1.5: it must lie between 0 and 1"),
+        ({"threshold": 1.5}, "threshold is 1.5: it must be a number from 0 to 1"),
         ({"threshold": "0.5"}, "threshold is '0.5': it must be a number"),
         ({"sampled": 1}, "sampled is 1: give True or False"),
     ],

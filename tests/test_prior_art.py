@@ -62,7 +62,7 @@ def test_every_method_has_the_same_training() -> None:
 
     static = common("static")
     assert static["length"] == (2, 100)
-    for method in prior_art.RATES.keys() - {"layers", "image", "dynamicvit_own"}:
+    for method in prior_art.RATES.keys() - {"act", "layers", "image", "dynamicvit_own"}:
         assert common(f"{method}," if method == "confidence" else f"{method},0.49") == static, method
 
 

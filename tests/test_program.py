@@ -165,6 +165,9 @@ def test_the_table_has_a_row_for_every_rule() -> None:
     model = spread_gate(CONFIGS["tome"])
     summary, _ = measure(split_of(model.config, 6), model.with_config(**NO_RULE), model, 4)
     header, dense, tome, uses, last = format_summary(summary | {"seconds": 1.0}).splitlines()
-    assert dense.split()[0] == "dense" and tome.split()[0] == "tome"
+    assert dense.split()[0] == "dense" and tome.split()[0] == "ToMe"
     assert [line.find("%") for line in (dense, tome)] == [header.find("top-1") + 4] * 2, "columns are straight"
-    assert uses.startswith("tome uses ") and "tome by shrinking execution" in last
+    assert uses.startswith("ToMe uses ") and "ToMe by shrinking execution" in last
+    longer = {"similarity": summary["tome"], **summary, "seconds": 1.0}  # its label has 21 characters
+    header, *rows = format_summary(longer).splitlines()[:4]
+    assert [row.find("%") for row in rows] == [header.find("top-1") + 4] * 3

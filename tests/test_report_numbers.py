@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+from typing import Any
 
 import jax
 import numpy as np
@@ -9,17 +10,17 @@ import pytest
 from scipy import stats
 from sklearn.metrics import top_k_accuracy_score
 
-from avit_jax import AViTConfig, Preprocessing
+from avit_jax import ATS, MCTF, AViTConfig, Preprocessing, Similarity, ToMe, TopK
 from avit_jax.data.preprocessing import normalize
 from avit_jax.data.sources import Split
 from avit_jax.evaluate.calibration import reliability
 from avit_jax.evaluate.figures import ImageFigures, evaluate, figures, totals
 from avit_jax.evaluate.intervals import bootstrap_difference, bootstrap_means, share
-from avit_jax.evaluate.sweep import Sweep, parse_sweep, unbeaten, with_setting
+from avit_jax.evaluate.sweep import Sweep, parse_sweep, rule_with, unbeaten, with_setting
 from avit_jax.execution.compiled import predict
 from avit_jax.model.config import NO_RULE
-from avit_jax.reduction.tome import ToMe
 from avit_jax.report.numbers import _right_and_wrong, as_json, by_class, by_depth, disagreements, evaluation_numbers
+from avit_jax.report.sweep_part import Setting, setting_name, sweep_numbers
 from tests.harness.builders import small_config, spread_gate
 from tests.harness.devices import run_on_devices
 
@@ -245,6 +246,31 @@ def test_a_setting_of_another_rule_is_refused() -> None:
     ):
         with pytest.raises(ValueError, match=sentence):
             with_setting(model, field, value)
+
+
+@pytest.mark.parametrize(
+    ("rule", "field", "value", "expected"),
+    [
+        (ToMe((2, 1, 0, 0)), "r", 3.0, ToMe(3)),
+        (ATS(layers=(1,)), "samples", 32.0, ATS(32, (1,))),
+        (MCTF(0.35, (1, 2)), "r", 2.0, MCTF(2, (1, 2))),
+        (MCTF(2, (1, 2)), "r", 0.35, MCTF(0.35, (1, 2))),
+        (TopK((0.7, 0.5), (1, 2)), "keep_rate", 1.0, TopK(1.0, (1, 2))),
+        (Similarity((0.9, 0.9, 0.9, 0.9)), "thresholds", 1.0, Similarity(1.0)),
+    ],
+)
+def test_a_sweep_replaces_a_setting_of_any_type(rule: Any, field: str, value: float, expected: Any) -> None:
+    changed = rule_with(dataclasses.replace(CONFIG, **NO_RULE | {"rule": rule}), field, value)
+    assert changed == expected and type(getattr(changed, field)) is type(getattr(expected, field))
+
+
+def test_the_own_setting_of_ats_is_the_number_of_patches() -> None:
+    """The model has 6 patches, and the last of the settings is the nearest one."""
+    model = spread_gate(dataclasses.replace(CONFIG, **NO_RULE | {"rule": ATS(layers=(1,))}))
+    settings = [Setting(value, model, {"top1": 0.5, "gmacs": 1.0}) for value in (2.0, 5.0)]
+    rates = {setting_name(setting): 1.0 for setting in settings}
+    found = sweep_numbers(Sweep("samples", (2.0, 5.0)), settings, model, rates, [], [np.zeros((0, 7))] * 2)
+    assert found["own"] == "6" and found["nearest"] == 1
 
 
 def test_unbeaten_settings_are_those_of_a_double_loop() -> None:

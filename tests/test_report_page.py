@@ -260,7 +260,7 @@ def test_pages_of_what_is_missing(
             ToMe(1),
             Sweep("r", (0.0, 2.0)),
             [
-                "ToMe, r 1: each layer merges or drops the same number of tokens in every image.",
+                "ToMe, r 1: tokens merge or are dropped, the same number in every image.",
                 "shrinking: merged and dropped tokens are gone",
                 "dense: rule taken out",
                 "own is 1.",

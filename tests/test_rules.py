@@ -9,7 +9,9 @@ import pytest
 from avit_jax import AViTConfig
 from avit_jax.halting.avit import AViTGate
 from avit_jax.halting.confidence import ConfidenceExit
+from avit_jax.halting.rule import Halting
 from avit_jax.reduction.dynamicvit import DynamicViT
+from avit_jax.reduction.groups import Reduction
 from avit_jax.reduction.tome import ToMe
 from avit_jax.rules import RULES, parse_rule, rule_from_json, rule_to_json
 from tests.harness.builders import small_config
@@ -100,7 +102,6 @@ def test_a_rule_as_text() -> None:
         ("", "'' is not a rule"),
         ("-" * 900 + "1", "is not a rule"),
         ("(" * 900, "is not a rule"),
-        ("a" * 1001, "a rule of 1001 characters is too long"),
         ("-" * 9900 + "1", "is not a rule"),
         ("(" * 9900, "is not a rule"),
         (f"tome(r={'[' * 4900}{']' * 4900})", "is not a rule"),
@@ -120,6 +121,20 @@ def test_every_rule_is_a_frozen_dataclass_that_json_gives_back() -> None:
         assert kind.name == name and dataclasses.is_dataclass(kind)
     for rule in (AViTGate(4.0, 1.0), ConfidenceExit(0.5, own_heads=True), ToMe(3), ToMe((1, 0, 2), proportional=False)):
         assert rule_from_json(json.loads(json.dumps(rule_to_json(rule)))) == rule
+
+
+@pytest.mark.parametrize(("base", "member"), [(Halting, "advance"), (Reduction, "counts"), (Reduction, "describe")])
+def test_a_rule_without_a_member_that_has_no_default(base: Any, member: str) -> None:
+    with pytest.raises(TypeError, match=f"abstract .*{member}"):
+        type("Unfinished", (base,), {})()
+
+
+@pytest.mark.parametrize("depth", [1, 4])
+def test_every_neutral_rule_fits_a_model_of_any_depth(depth: int) -> None:
+    neutral = [kind(**kind.neutral) for kind in RULES.values() if kind.neutral is not None]
+    assert len(neutral) > 8
+    for rule in neutral:
+        assert small_config(**NO_GATE, depth=depth, rule=rule).rule_in_force == rule
 
 
 @pytest.mark.parametrize("rule", [ConfidenceExit(0.5, first_layer=1), ToMe((1, 0, 2, 0)), DynamicViT(0.7, (1, 2))])

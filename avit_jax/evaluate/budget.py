@@ -154,13 +154,12 @@ def instance_of(rule: Any) -> Any:
         if rule not in RULES:
             raise ValueError(f"there is no rule {rule!r}: {nearest(rule, RULES)}")
         rule = RULES[rule]
-    if not isinstance(rule, type):
-        if type(rule) not in RULES.values():
-            raise ValueError(f"rule is a {type(rule).__name__}: give a rule such as avit_jax.ToMe, or its name")
+    kind: Any = rule if isinstance(rule, type) else type(rule)
+    if kind not in RULES.values():
+        what = f"the class {kind.__name__}" if kind is rule else f"a {kind.__name__}"
+        raise ValueError(f"rule is {what}: give a rule such as avit_jax.ToMe, or its name")
+    if kind is not rule:
         return rule
-    if rule not in RULES.values():
-        raise ValueError(f"rule is the class {rule.__name__}: give a rule such as avit_jax.ToMe, or its name")
-    kind: Any = rule
     if kind.neutral is None:
         raise ValueError(
             f"the rule {kind.name} needs training: give the instance of a trained model, model.config.rule_in_force"

@@ -69,7 +69,7 @@ def format_summary(summary: dict[str, Any]) -> str:
     """The table that train.py ends with."""
     rows = {name: row for name, row in summary.items() if isinstance(row, dict)}
     with_rule = [name for name in rows if name != "dense"]
-    width = max([8, *(len(name) + 1 for name in rows)])
+    width = max([8, *(len(_label(name)) + 1 for name in rows)])
     lines = [f"{'':{width}}{'top-1':>8}{'top-5':>8}{'mean depth':>12}{'GMACs/image':>13}{'images/s':>10}"]
     for name in sorted(rows, key=lambda name: name != "dense"):
         row = rows[name]

@@ -1,6 +1,7 @@
 """Sweeps: one checkpoint at several settings of its rule, without training; the Pareto-optimal settings."""
 
 import dataclasses
+import typing
 from collections.abc import Sequence
 from typing import Any
 
@@ -66,7 +67,9 @@ def rule_with(config: AViTConfig, field: str, value: float) -> Any:
         raise ValueError(f"a sweep changes {field} and the model has no rule: no token ever halts or merges")
     if field not in rule.sweeps:
         raise ValueError(f"the rule {rule.name} has no setting {field} to sweep: it has {', '.join(rule.sweeps)}")
-    whole = not isinstance(getattr(rule, field), float) and value.is_integer()
+    # A rule that counts takes 8, not 8.0; its present setting may be a tuple, a share or None.
+    (kind,) = (one.type for one in dataclasses.fields(rule) if one.name == field)
+    whole = int in (kind, *typing.get_args(kind)) and value.is_integer()
     return dataclasses.replace(rule, **{field: int(value) if whole else value})
 
 

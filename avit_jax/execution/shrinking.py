@@ -99,12 +99,12 @@ def _program(
     slots, sizes = [], []
     parts = stretches(config.depth, acts, short)
     for (start, stop), weights in zip(parts, _split(nnx.split(model.blocks)[1], parts), strict=True):
-        # While nothing has been reduced, all sizes are 1.
-        mass = size if rule is not None and rule.proportional and size.shape[1] < num_tokens else None
         if rule is not None and rule.place == "before the layer" and start in acts:
             x, groups = layers.reduced(rule, start, x, size)
             if groups is not None:
                 size, slot, leads = groups.size, *_followed(groups, slot, leads)
+        # While nothing has been reduced, all sizes are 1.
+        mass = size if rule is not None and rule.proportional and size.shape[1] < num_tokens else None
         token_depth += (stop - start) * leads.astype(jnp.int32)
         if short and stop == config.depth:
             x = layers.short_last(x, mass, weights)

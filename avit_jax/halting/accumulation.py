@@ -3,7 +3,6 @@
 import abc
 import dataclasses
 import math
-import numbers
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -16,6 +15,8 @@ from avit_jax.halting.avit_losses import AViTLoss, halting_losses
 from avit_jax.halting.rule import Classify, Halting, State, Teacher, Trace, drop_halted, first_state
 from avit_jax.model.rule import Keys
 from avit_jax.model.seen import Seen
+from avit_jax.runtime.files import shown_value
+from avit_jax.runtime.numbers import is_real
 from avit_jax.runtime.settings import Settings
 
 _FAR = 1e6  # a change of gate_center beyond every gate input, with which all tokens halt at once or none does
@@ -28,7 +29,7 @@ class Accumulation(Halting):
     h = sigmoid(gate_scale * input - gate_center) for active tokens, 0 for halted ones; a token goes on while the sum of
     its h is below 1 - halt_epsilon; every token stops at the last layer. A token's value in a layer has weight h if the
     token goes on, and the remainder 1 - (sum of earlier h) if it stops there. A subclass says what the input is.
-    Raises ValueError for a setting that is not a finite number, and unless halt_epsilon lies between 0 and 1.
+    Raises ValueError for a setting that is not a number up to 10^9, and unless halt_epsilon lies between 0 and 1.
     """
 
     gate_scale: float
@@ -41,8 +42,8 @@ class Accumulation(Halting):
     def __post_init__(self) -> None:
         for name in ("gate_scale", "gate_center", "halt_epsilon"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
-                raise ValueError(f"{name} is {value!r}: it must be a finite number")
+            if not is_real(value):
+                raise ValueError(f"{name} is {shown_value(value)}: it must be a number from -10^9 to 10^9")
             object.__setattr__(self, name, float(value))  # JSON has no NumPy numbers
         if not 0 < self.halt_epsilon < 1:
             raise ValueError(f"halt_epsilon is {self.halt_epsilon}: it must lie between 0 and 1")

@@ -22,7 +22,7 @@ class ACT(Accumulation):
     The loss is A-ViT's: classification + ponder_weight * mean(N + r) + prior_weight * prior. There are no parameters.
     The defaults are the gate of the A-ViT paper. A mean of 0 then scores 5e-5, so a model that is fine-tuned starts
     with the logits of the static one, and the losses teach it to stop. Raises ValueError for a setting that is not a
-    finite number, and unless halt_epsilon lies between 0 and 1.
+    number up to 10^9, and unless halt_epsilon lies between 0 and 1.
     """
 
     gate_scale: float = 5.0

@@ -1,7 +1,6 @@
 """ATS (arXiv 2111.15667): patches are sampled from the distribution of their scores; those not sampled stop."""
 
 import dataclasses
-import numbers
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
@@ -10,18 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from avit_jax.halting.patches import (
-    active_patches,
-    acts_in,
-    check_class_attention,
-    marked_state,
-    plain_layers,
-    stop_all,
-    stop_patches,
-)
+from avit_jax.halting.patches import active_patches, acts_in, marked_state, stop_all, stop_patches
 from avit_jax.halting.rule import Halting, State, Trace
-from avit_jax.model.rule import Keys
+from avit_jax.model.rule import Keys, check_class_attention, check_layers, plain_layers
 from avit_jax.model.seen import Seen
+from avit_jax.runtime.files import shown_value
+from avit_jax.runtime.numbers import is_whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,14 +33,15 @@ class ATS(Halting):
     The published code samples an image alone as here. In a batch its result depends on the other images, because their
     padding enters F.
 
-    Raises ValueError for fewer than 2 samples, for layers below 0, and for values of another type.
+    Raises ValueError for fewer than 2 samples, for layers that are not in ascending order from 0, and for values of
+    another type.
     """
 
     samples: int | None = None
     layers: tuple[int, ...] | None = None
 
     name: ClassVar[str] = "ats"
-    label: ClassVar[str] = "ats"
+    label: ClassVar[str] = "ATS"
     sweeps: ClassVar[tuple[str, ...]] = ("samples",)
     neutral: ClassVar[Mapping[str, Any] | None] = {"layers": ()}
     reads: ClassVar[frozenset[str]] = frozenset({"class_attention", "value_norm"})
@@ -56,11 +50,13 @@ class ATS(Halting):
 
     def __post_init__(self) -> None:
         if self.samples is not None:
-            if isinstance(self.samples, bool) or not isinstance(self.samples, numbers.Integral) or self.samples < 2:
-                raise ValueError(f"ATS's samples is {self.samples!r}: give a whole number from 2, or None")
+            if not is_whole(self.samples, 2):
+                raise ValueError(
+                    f"ATS's samples is {shown_value(self.samples)}: give a whole number from 2 and below 2^31, or None"
+                )
             object.__setattr__(self, "samples", int(self.samples))  # JSON has no NumPy numbers
         if self.layers is not None:
-            object.__setattr__(self, "layers", plain_layers("ATS", self.layers))
+            object.__setattr__(self, "layers", plain_layers("ATS", self.layers, some=False))
 
     def describe(self) -> str:
         """The settings, such as "ATS, 64 samples in layers (3, 6, 9)"."""
@@ -69,8 +65,9 @@ class ATS(Halting):
         return f"ATS, {samples} {layers}"
 
     def check(self, config: Any) -> None:
-        """Raises ValueError for a model without class token, or with too few layers."""
-        check_class_attention(self.name, self.layers, config)
+        """Raises ValueError for a model without class token, or without one of the layers."""
+        check_class_attention("ATS", config)
+        check_layers("ATS", self.layers or (), config.depth)
 
     def levels(self, model: Any, images: Float[Array | np.ndarray, "b h w c"]) -> Callable[[float], "ATS"]:
         """From 2 samples to 1024 for each patch, evenly in the logarithm; above level 0.9 in fewer and fewer layers.

@@ -15,7 +15,7 @@ class AViTGate(Accumulation):
     h = sigmoid(gate_scale * x[..., 0] - gate_center) for active tokens, 0 for halted ones; a token goes on while the
     sum of its h is below 1 - halt_epsilon; every token stops at the last layer. A token's value in a layer has weight h
     if the token goes on, and the remainder 1 - (sum of earlier h) if it stops there. Raises ValueError for a setting
-    that is not a finite number, and unless halt_epsilon lies between 0 and 1.
+    that is not a number up to 10^9, and unless halt_epsilon lies between 0 and 1.
     """
 
     gate_scale: float

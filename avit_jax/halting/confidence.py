@@ -1,7 +1,6 @@
 """Confidence exit: a whole image stops at the first layer that is confident of its class (BranchyNet, DeeBERT)."""
 
 import dataclasses
-import numbers
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
@@ -14,6 +13,8 @@ from jaxtyping import Array, Bool, Float, Int
 from avit_jax.halting.rule import Classify, Halting, State, Teacher, Trace, first_state
 from avit_jax.model.rule import Keys
 from avit_jax.model.seen import Seen
+from avit_jax.runtime.files import shown_value
+from avit_jax.runtime.numbers import is_real, is_whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,18 +42,14 @@ class ConfidenceExit(Halting):
     advice: ClassVar[str] = "a lower threshold lets images leave earlier"
 
     def __post_init__(self) -> None:
-        if isinstance(self.threshold, bool) or not isinstance(self.threshold, numbers.Real):
-            raise ValueError(f"threshold is {self.threshold!r}: it must be a number")
+        if not is_real(self.threshold, 0, 1):
+            raise ValueError(f"threshold is {shown_value(self.threshold)}: it must be a number from 0 to 1")
         if not isinstance(self.own_heads, bool):
-            raise ValueError(f"own_heads is {self.own_heads!r}: give True or False")
-        if isinstance(self.first_layer, bool) or not isinstance(self.first_layer, numbers.Integral):
-            raise ValueError(f"first_layer is {self.first_layer!r}: it must be a whole number")
+            raise ValueError(f"own_heads is {shown_value(self.own_heads)}: give True or False")
+        if not is_whole(self.first_layer, 0):
+            raise ValueError(f"first_layer is {shown_value(self.first_layer)}: it must be a whole number from 0")
         object.__setattr__(self, "threshold", float(self.threshold))  # JSON has no NumPy numbers
         object.__setattr__(self, "first_layer", int(self.first_layer))
-        if not 0 <= self.threshold <= 1:
-            raise ValueError(f"threshold is {self.threshold}: it must lie between 0 and 1")
-        if self.first_layer < 0:
-            raise ValueError(f"first_layer is {self.first_layer}: it must be at least 0")
 
     @property
     def reads(self) -> frozenset[str]:

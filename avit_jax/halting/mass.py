@@ -1,7 +1,6 @@
 """Attention mass: the patches that together have a share of the class attention go on, the others stop."""
 
 import dataclasses
-import numbers
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
@@ -10,18 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from avit_jax.halting.patches import (
-    active_patches,
-    acts_in,
-    check_class_attention,
-    marked_state,
-    plain_layers,
-    stop_all,
-    stop_patches,
-)
+from avit_jax.halting.patches import active_patches, acts_in, marked_state, stop_all, stop_patches
 from avit_jax.halting.rule import Halting, State, Trace
-from avit_jax.model.rule import Keys
+from avit_jax.model.rule import Keys, check_class_attention, check_layers, plain_layers
 from avit_jax.model.seen import Seen
+from avit_jax.runtime.files import shown_value
+from avit_jax.runtime.numbers import is_real
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +26,8 @@ class AttentionMass(Halting):
     the one that crosses the share goes on too, and at least one does. At equal attention the lower position comes
     first. With share 1 no patch stops.
 
-    Raises ValueError for a share outside 0..1, for layers below 0, and for values of another type.
+    Raises ValueError for a share outside 0..1, for layers that are not in ascending order from 0, and for values of
+    another type.
     """
 
     share: float
@@ -42,24 +36,25 @@ class AttentionMass(Halting):
     name: ClassVar[str] = "mass"
     label: ClassVar[str] = "attention mass"
     sweeps: ClassVar[tuple[str, ...]] = ("share",)
-    neutral: ClassVar[Mapping[str, Any] | None] = {"share": 1.0}
+    neutral: ClassVar[Mapping[str, Any] | None] = {"share": 1.0, "layers": ()}
     reads: ClassVar[frozenset[str]] = frozenset({"class_attention"})
     reads_last_layer: ClassVar[bool] = False
     advice: ClassVar[str] = "a lower share lets more patches stop"
 
     def __post_init__(self) -> None:
-        if isinstance(self.share, bool) or not isinstance(self.share, numbers.Real) or not 0 <= self.share <= 1:
-            raise ValueError(f"the share of attention is {self.share!r}: give a number from 0 to 1")
+        if not is_real(self.share, 0, 1):
+            raise ValueError(f"AttentionMass's share is {shown_value(self.share)}: give a number from 0 to 1")
         object.__setattr__(self, "share", float(self.share))  # JSON has no NumPy numbers
-        object.__setattr__(self, "layers", plain_layers("attention mass", self.layers))
+        object.__setattr__(self, "layers", plain_layers("AttentionMass", self.layers, some=False))
 
     def describe(self) -> str:
         """The settings, such as "attention mass 0.9 in layers (3, 6, 9)"."""
         return f"attention mass {self.share:g} in layers ({', '.join(map(str, self.layers))})"
 
     def check(self, config: Any) -> None:
-        """Raises ValueError for a model without class token, or with too few layers."""
-        check_class_attention(self.name, self.layers, config)
+        """Raises ValueError for a model without class token, or without one of the layers."""
+        check_class_attention("AttentionMass", config)
+        check_layers("AttentionMass", self.layers, config.depth)
 
     def levels(self, model: Any, images: Float[Array | np.ndarray, "b h w c"]) -> Callable[[float], "AttentionMass"]:
         """Share 1 - (1 - level)^4: small steps near 1, where a few patches have nearly all the attention."""

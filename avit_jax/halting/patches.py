@@ -1,7 +1,6 @@
-"""What rules that stop single patches have in common: marked special tokens, and a setting for their layers."""
+"""What rules that stop single patches have in common: special tokens are marked, and never stop early."""
 
 import dataclasses
-import numbers
 from typing import Any
 
 import jax.numpy as jnp
@@ -32,26 +31,6 @@ def stop_patches(state: State, seen: Seen, stops: Bool[Array, "b n"], is_last: B
 def stop_all(state: State, seen: Seen) -> State:
     """The state after the last layer, of which a rule that stops patches needs no facts."""
     return keep_last(state, seen, jnp.zeros_like(state.active))
-
-
-def plain_layers(rule: str, layers: Any) -> tuple[int, ...]:
-    """Layers, from 0, as a sorted tuple of plain integers. Raises ValueError, naming the rule, for anything else."""
-    wrong = ValueError(f"{rule}'s layers are {layers!r}: give different whole numbers from 0, such as (3, 6, 9)")
-    if not isinstance(layers, tuple | list):
-        raise wrong
-    if any(isinstance(layer, bool) or not isinstance(layer, numbers.Integral) or layer < 0 for layer in layers):
-        raise wrong
-    if len(set(layers)) < len(layers):
-        raise wrong
-    return tuple(sorted(map(int, layers)))
-
-
-def check_class_attention(rule: str, layers: tuple[int, ...] | None, config: Any) -> None:
-    """Raises ValueError for a model without class token, or with too few layers for the setting `layers`."""
-    if not config.class_token:
-        raise ValueError(f"the rule {rule} needs the attention of a class token and class_token is False")
-    if layers and layers[-1] >= config.depth:
-        raise ValueError(f"{rule}'s layers are {layers} and the model's last layer is {config.depth - 1}: lower them")
 
 
 def acts_in(layers: tuple[int, ...], layer: Int[Array, ""] | int) -> Bool[Array, ""]:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import numbers
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -16,6 +15,8 @@ from avit_jax.halting.image_mean import image_mean
 from avit_jax.halting.rule import Classify, Halting, State, Teacher, Trace, first_state, keep_last
 from avit_jax.model.rule import Keys
 from avit_jax.model.seen import Seen
+from avit_jax.runtime.files import shown_value
+from avit_jax.runtime.numbers import is_real
 from avit_jax.runtime.settings import Settings, setting
 
 
@@ -61,17 +62,14 @@ class PonderNet(Halting):
     advice: ClassVar[str] = "a lower threshold lets images leave earlier"
 
     def __post_init__(self) -> None:
-        for name in ("lambda_p", "threshold"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, numbers.Real):
-                raise ValueError(f"{name} is {value!r}: it must be a number")
-            object.__setattr__(self, name, float(value))  # JSON has no NumPy numbers
+        if not is_real(self.lambda_p) or not 0 < self.lambda_p < 1:
+            raise ValueError(f"lambda_p is {shown_value(self.lambda_p)}: it must be a number above 0 and below 1")
+        if not is_real(self.threshold, 0, 1):
+            raise ValueError(f"threshold is {shown_value(self.threshold)}: it must be a number from 0 to 1")
         if not isinstance(self.sampled, bool):
-            raise ValueError(f"sampled is {self.sampled!r}: give True or False")
-        if not 0 < self.lambda_p < 1:
-            raise ValueError(f"lambda_p is {self.lambda_p}: it must lie between 0 and 1, and be neither")
-        if not 0 <= self.threshold <= 1:
-            raise ValueError(f"threshold is {self.threshold}: it must lie between 0 and 1")
+            raise ValueError(f"sampled is {shown_value(self.sampled)}: give True or False")
+        object.__setattr__(self, "lambda_p", float(self.lambda_p))  # JSON has no NumPy numbers
+        object.__setattr__(self, "threshold", float(self.threshold))
 
     def describe(self) -> str:
         """The settings, such as "PonderNet, prior 0.1, exit at 0.5"."""

@@ -1,5 +1,6 @@
 """The protocol of halting rules: after every layer, a rule decides which tokens of each image stop."""
 
+import abc
 import dataclasses
 from collections.abc import Callable
 from typing import Any, ClassVar, Protocol, runtime_checkable
@@ -123,6 +124,7 @@ class Halting(Rule, Protocol):
         """The state before layer 1 of a model with this configuration. draw: a random key for each image if `draws`."""
         return first_state(batch, config.num_tokens, config.num_outputs, config.embed_dim)
 
+    @abc.abstractmethod
     def advance(
         self,
         state: State,

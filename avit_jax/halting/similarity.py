@@ -1,7 +1,6 @@
 """Similarity: a patch, or a whole image, stops once a layer hardly changes it (A-ViT's comparison; our form of it)."""
 
 import dataclasses
-import numbers
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
@@ -15,6 +14,8 @@ from avit_jax.halting.patches import active_patches, marked_state, stop_all, sto
 from avit_jax.halting.rule import Halting, State, Trace, keep_last
 from avit_jax.model.rule import Keys
 from avit_jax.model.seen import Seen
+from avit_jax.runtime.files import shown_value
+from avit_jax.runtime.numbers import is_real
 
 FORMS = ("token", "image")
 
@@ -46,15 +47,15 @@ class Similarity(Halting):
 
     def __post_init__(self) -> None:
         given = self.thresholds if isinstance(self.thresholds, tuple | list) else (self.thresholds,)
-        numeric = all(isinstance(value, numbers.Real) and not isinstance(value, bool) for value in given)
-        if not given or not numeric or not all(-2 <= value <= 2 for value in given):
+        if not given or not all(is_real(value, -2, 2) for value in given):
             raise ValueError(
-                f"thresholds is {self.thresholds!r}: give a number from -2 to 2, or a tuple with one per layer"
+                f"thresholds is {shown_value(self.thresholds)}: give a number from -2 to 2, or a tuple with one per "
+                "layer"
             )
         plain = tuple(map(float, given))  # JSON has no NumPy numbers
         object.__setattr__(self, "thresholds", plain if given is self.thresholds else plain[0])
         if self.form not in FORMS:
-            raise ValueError(f"form is {self.form!r}: choose one of {', '.join(FORMS)}")
+            raise ValueError(f"form is {shown_value(self.form)}: choose one of {', '.join(FORMS)}")
 
     def describe(self) -> str:
         """The settings, such as "similarity of each token above 0.95"."""
@@ -88,15 +89,11 @@ class Similarity(Halting):
 
         found = np.asarray(measured(params, jnp.asarray(images)))[:, :, model.config.num_special :]  # [b l p]
         values = found.mean(-1).T if self.form == "image" else np.moveaxis(found, 1, 0).reshape(model.config.depth, -1)
-        values = np.sort(values, axis=1)
 
         def at(level: float) -> Similarity:
             if level <= 0 or level >= 1:
                 return dataclasses.replace(self, thresholds=-2.0 if level <= 0 else 2.0)
-            place = level * (values.shape[1] - 1)
-            low = int(place)
-            quantiles = values[:, low] + (place - low) * (values[:, low + 1] - values[:, low])
-            return dataclasses.replace(self, thresholds=tuple(quantiles.tolist()))
+            return dataclasses.replace(self, thresholds=tuple(np.quantile(values, level, axis=1).tolist()))
 
         return at
 

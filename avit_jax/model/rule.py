@@ -1,5 +1,6 @@
-"""What rules of both kinds have, and the random keys that some of them draw from."""
+"""What rules of both kinds have: their members, checks of their layers, and random keys for those that draw."""
 
+import abc
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Protocol, Self, runtime_checkable
 
@@ -8,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key
 
+from avit_jax.runtime.files import shown_value
+from avit_jax.runtime.numbers import is_whole
 from avit_jax.runtime.settings import Settings
 
 Keys = Key[Array, " b"]  # a random key for each image
@@ -34,6 +37,7 @@ class Rule(Protocol):
         """The fields of Seen that the rule needs; a halting rule always has tokens and active too."""
         return frozenset()
 
+    @abc.abstractmethod
     def describe(self) -> str:
         """The rule and its settings in a few words, for messages and tables."""
         ...
@@ -53,6 +57,40 @@ class Rule(Protocol):
         cannot be chosen without training.
         """
         raise ValueError(f"the rule {self.name} has no setting that changes its work without training")
+
+
+def plain_layers(rule: str, layers: Any, *, least: int = 0, some: bool = True) -> tuple[int, ...]:
+    """The setting `layers` of a rule, counted from 0, as plain integers. some: whether there must be one.
+
+    Raises ValueError, naming the rule, unless they are whole numbers from `least` in ascending order.
+    """
+    given = tuple(layers) if isinstance(layers, tuple | list) else (None,)
+    whole = all(is_whole(layer, least) for layer in given)
+    if not whole or list(given) != sorted(set(given)) or (some and not given):
+        raise ValueError(
+            f"{rule}'s layers are {shown_value(layers)}: give whole numbers from {least} in ascending order, such as "
+            "(3, 6, 9)"
+        )
+    return tuple(map(int, given))
+
+
+def check_layers(rule: str, layers: tuple[int, ...], depth: int, *, least: int = 0) -> None:
+    """Raises ValueError if a rule names a layer that a model of this depth does not have. least: see plain_layers."""
+    if layers and layers[-1] >= depth:
+        fitting = tuple(sorted({max(depth * quarter // 4, least) for quarter in (1, 2, 3)}))
+        raise ValueError(
+            f"{rule}'s layers are {layers} and the model's last layer is {depth - 1}: give layers that the model has, "
+            f"such as layers={fitting}"
+        )
+
+
+def check_class_attention(rule: str, config: Any) -> None:
+    """Raises ValueError if a rule reads the attention of a class token and the model has none."""
+    if not config.class_token:
+        raise ValueError(
+            f"{rule} reads the class token's attention and the model has no class token: choose another rule, such as "
+            "RandomDrop or ToMe"
+        )
 
 
 def image_keys(images: Float[Array, "b h w c"]) -> Keys:

@@ -1,7 +1,6 @@
 """DynamicViT (arXiv 2106.02034): before a few layers, learnt predictors choose the patches that stay."""
 
 import dataclasses
-import numbers
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -13,9 +12,11 @@ from jaxtyping import Array, Float
 from avit_jax.halting.keep_predictors import KeepPredictors, predictor_macs
 from avit_jax.halting.keep_sampling import DynamicViTLoss, KeepSampling
 from avit_jax.halting.rule import Halting
-from avit_jax.model.rule import Keys
+from avit_jax.model.rule import Keys, check_layers, plain_layers
 from avit_jax.model.seen import Seen
 from avit_jax.reduction.groups import Groups, Place, Reduction
+from avit_jax.runtime.files import shown_value
+from avit_jax.runtime.numbers import is_real
 from avit_jax.runtime.settings import Settings
 
 
@@ -28,34 +29,28 @@ class DynamicViT(Reduction):
     that enter the layer. Special tokens always stay. Training drops nothing: it masks patches that are drawn by chance
     (halting.keep_sampling). The predictors are trained for one keep_rate, but work with any.
 
-    Raises ValueError for a keep_rate that is not above 0 and at most 1, and unless layers are rising whole numbers
-    from 1.
+    Raises ValueError for a keep_rate that is not above 0 and at most 1, and unless layers are whole numbers
+    from 1 in ascending order.
     """
 
     keep_rate: float
     layers: tuple[int, ...] = (3, 6, 9)
 
     name: ClassVar[str] = "dynamicvit"
-    label: ClassVar[str] = "dynamicvit"
+    label: ClassVar[str] = "DynamicViT"
     sweeps: ClassVar[tuple[str, ...]] = ("keep_rate",)
     reads: ClassVar[frozenset[str]] = frozenset({"before"})
     place: ClassVar[Place] = "before the layer"
     loss_settings: ClassVar[type[Settings] | None] = DynamicViTLoss
 
     def __post_init__(self) -> None:
-        if isinstance(self.keep_rate, bool) or not isinstance(self.keep_rate, numbers.Real):
-            raise ValueError(f"DynamicViT's keep_rate is {self.keep_rate!r}: it must be a number")
-        object.__setattr__(self, "keep_rate", float(self.keep_rate))  # JSON has no NumPy numbers
-        if not 0 < self.keep_rate <= 1:
-            raise ValueError(f"DynamicViT's keep_rate is {self.keep_rate}: it must be above 0 and at most 1")
-        layers = tuple(self.layers) if isinstance(self.layers, tuple | list) else ()
-        whole = all(isinstance(layer, numbers.Integral) and not isinstance(layer, bool) for layer in layers)
-        if not layers or not whole or layers[0] < 1 or any(np.diff(layers) < 1):
+        if not is_real(self.keep_rate, 0, 1) or self.keep_rate == 0:
             raise ValueError(
-                f"DynamicViT's layers are {self.layers!r}: give a tuple of rising whole numbers from 1, such as "
-                "(3, 6, 9); before layer 0 the patches have seen nothing of each other"
+                f"DynamicViT's keep_rate is {shown_value(self.keep_rate)}: give a number above 0 and at most 1"
             )
-        object.__setattr__(self, "layers", tuple(map(int, layers)))
+        object.__setattr__(self, "keep_rate", float(self.keep_rate))  # JSON has no NumPy numbers
+        # Before layer 0 the patches have seen nothing of each other.
+        object.__setattr__(self, "layers", plain_layers("DynamicViT", self.layers, least=1))
 
     def describe(self) -> str:
         """The settings, such as "DynamicViT, keep rate 0.7 before layers 3, 6, 9"."""
@@ -63,11 +58,7 @@ class DynamicViT(Reduction):
 
     def counts(self, config: Any) -> tuple[int, ...]:
         """Tokens after each layer, special ones included. Raises ValueError if the rule does not fit the model."""
-        if self.layers[-1] >= config.depth:
-            raise ValueError(
-                f"DynamicViT's layers are {self.layers} and the model's last layer is {config.depth - 1}: give layers "
-                "that it has"
-            )
+        check_layers("DynamicViT", self.layers, config.depth, least=1)
         if config.pool != "token":
             raise ValueError(f"DynamicViT keeps no mean over patches and pool is {config.pool!r}: use pool 'token'")
         if config.embed_dim % 4:

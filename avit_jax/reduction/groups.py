@@ -14,6 +14,7 @@ Groups can describe every rule with a fixed number of tokens that we know of:
   sizes are the rule's own.
 """
 
+import abc
 import dataclasses
 import functools
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
@@ -66,6 +67,7 @@ class Reduction(Rule, Protocol):
         """Whether attention weights each key by its size."""
         return False
 
+    @abc.abstractmethod
     def counts(self, config: Any) -> tuple[int, ...]:
         """Tokens after each layer of a model with this configuration, special ones included.
 
@@ -78,6 +80,7 @@ class Reduction(Rule, Protocol):
         counts = self.counts(config)
         return tuple(layer for layer, before in enumerate((config.num_tokens, *counts[:-1])) if counts[layer] < before)
 
+    @abc.abstractmethod
     def groups(
         self, seen: Seen, *, layer: int, num_special: int, draw: Keys | None = None, module: Any = None
     ) -> Groups | None:

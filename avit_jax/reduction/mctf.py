@@ -1,7 +1,6 @@
 """MCTF (arXiv 2403.10030): the least needed and most similar tokens are merged, before a layer computes its values."""
 
 import dataclasses
-import numbers
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
@@ -10,9 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from avit_jax.model.rule import Keys
+from avit_jax.model.rule import Keys, check_layers, plain_layers
 from avit_jax.model.seen import Seen
 from avit_jax.reduction.groups import Groups, Place, Reduction, group_sums
+from avit_jax.runtime.files import shown_value
+from avit_jax.runtime.numbers import is_real, is_whole
 
 FEWEST = 10  # tokens that a layer leaves, as in the published code
 _LEAST_ATTENTION = 1e-20  # attention received; less would make the weights of a merged token underflow
@@ -49,7 +50,7 @@ class MCTF(Reduction):
     layers: tuple[int, ...] | None = None
 
     name: ClassVar[str] = "mctf"
-    label: ClassVar[str] = "mctf"
+    label: ClassVar[str] = "MCTF"
     sweeps: ClassVar[tuple[str, ...]] = ("r",)
     reads: ClassVar[frozenset[str]] = frozenset({"before", "attention_received", "size"})
     proportional: ClassVar[bool] = True
@@ -58,28 +59,21 @@ class MCTF(Reduction):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "r", self._plain_r())
-        if self.layers is None:
-            return
-        layers = tuple(self.layers) if isinstance(self.layers, list | tuple) else ()
-        if not layers or not all(map(_is_count, layers)) or list(layers) != sorted(set(layers)):
-            raise ValueError(
-                f"MCTF's layers are {self.layers!r}: give whole numbers from 0 in ascending order, or None for all "
-                "layers but the first"
-            )
-        object.__setattr__(self, "layers", tuple(map(int, layers)))
+        if self.layers is not None:
+            object.__setattr__(self, "layers", plain_layers("MCTF", self.layers))
 
     def _plain_r(self) -> int | float | tuple[int, ...]:
         """r in Python's own numbers, as JSON needs them."""
         r: Any = self.r
-        if _is_count(r):
+        if is_whole(r, 0):
             return int(r)
-        if isinstance(r, numbers.Real) and not isinstance(r, bool | numbers.Integral) and 0 <= float(r) < 1:
+        if is_real(r, 0, 1) and r < 1:
             return float(r)
-        if isinstance(r, list | tuple) and all(map(_is_count, r)):
+        if isinstance(r, list | tuple) and all(is_whole(number, 0) for number in r):
             return tuple(map(int, r))
         raise ValueError(
-            f"MCTF's r is {r!r}: give a whole number from 0, a share of the patches from 0.0 to below 1.0, or a tuple "
-            "of whole numbers with one for each layer that merges"
+            f"MCTF's r is {shown_value(r)}: give a whole number from 0, a share of the patches from 0.0 to below 1.0, "
+            "or a tuple of whole numbers with one for each layer that merges"
         )
 
     def describe(self) -> str:
@@ -90,10 +84,7 @@ class MCTF(Reduction):
     def counts(self, config: Any) -> tuple[int, ...]:
         """Tokens after each layer, special ones included. Raises ValueError if r or layers do not fit the depth."""
         layers = self._layers(config.depth)
-        if layers and layers[-1] >= config.depth:
-            raise ValueError(
-                f"MCTF merges in layer {layers[-1]} and the model has the layers 0 to {config.depth - 1}: change layers"
-            )
+        check_layers("MCTF", layers, config.depth)
         if isinstance(self.r, tuple) and len(self.r) != len(layers):
             raise ValueError(
                 f"MCTF's r has {len(self.r)} numbers and tokens merge in {len(layers)} layers: give one for each, or a "
@@ -142,10 +133,6 @@ class MCTF(Reduction):
 
     def _layers(self, depth: int) -> tuple[int, ...]:
         return tuple(range(1, depth)) if self.layers is None else self.layers
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and int(value) >= 0
 
 
 def _merges(r: int | float, tokens: int, num_special: int) -> int:

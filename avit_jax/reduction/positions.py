@@ -1,7 +1,6 @@
 """Depth by position: every patch stops after a layer that is the same in all images, as a control for halting rules."""
 
 import dataclasses
-import numbers
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
@@ -12,6 +11,8 @@ from jaxtyping import Array, Float
 from avit_jax.model.rule import Keys
 from avit_jax.model.seen import Seen
 from avit_jax.reduction.groups import Groups, Place, Reduction
+from avit_jax.runtime.files import shown_value
+from avit_jax.runtime.numbers import is_real
 
 _MOST = 1e6  # layers
 
@@ -43,12 +44,13 @@ class PositionDepths(Reduction):
     def __post_init__(self) -> None:
         depths: Any = tuple(self.depths) if isinstance(self.depths, list) else self.depths  # from JSON
         for depth in depths if isinstance(depths, tuple) and depths else (depths,):
-            if not _is_number(depth) or not 0 <= depth <= _MOST:
+            if not is_real(depth, 0, _MOST):
                 raise ValueError(
-                    f"PositionDepths has a depth of {depth!r}: give a number from 0 to 10^6, or one for each patch"
+                    f"PositionDepths has a depth of {shown_value(depth)}: give a number from 0 to 10^6, or one for "
+                    "each patch"
                 )
-        if not _is_number(self.shift) or not abs(self.shift) <= _MOST:
-            raise ValueError(f"PositionDepths' shift is {self.shift!r}: give a number from -10^6 to 10^6")
+        if not is_real(self.shift, -_MOST, _MOST):
+            raise ValueError(f"PositionDepths' shift is {shown_value(self.shift)}: give a number from -10^6 to 10^6")
         plain = tuple(map(float, depths)) if isinstance(depths, tuple) else float(depths)
         object.__setattr__(self, "depths", plain)  # JSON has no NumPy numbers
         object.__setattr__(self, "shift", float(self.shift))
@@ -128,7 +130,3 @@ def position_depths(model: Any, images: Float[Array | np.ndarray, "b h w c"]) ->
         raise ValueError("position_depths measures a halting rule and the model has none: give it one, or start_gate")
     depth = np.asarray(model(images).token_depth, np.float64)[:, model.config.num_special :]
     return tuple(depth.mean(0).tolist())
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)

@@ -1,7 +1,6 @@
 """Random drop: patches are dropped at random, as a control for rules that choose."""
 
 import dataclasses
-import numbers
 from typing import ClassVar
 
 import jax
@@ -9,7 +8,9 @@ from jaxtyping import Array, Float
 
 from avit_jax.model.rule import Keys
 from avit_jax.model.seen import Seen
-from avit_jax.reduction.topk import TopK, is_a
+from avit_jax.reduction.topk import TopK
+from avit_jax.runtime.files import shown_value
+from avit_jax.runtime.numbers import is_whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,8 +32,10 @@ class RandomDrop(TopK):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not is_a(numbers.Integral, self.seed) or not 0 <= self.seed < 2**31:
-            raise ValueError(f"RandomDrop's seed is {self.seed!r}: give a whole number from 0 and below 2^31")
+        if not is_whole(self.seed, 0):
+            raise ValueError(
+                f"RandomDrop's seed is {shown_value(self.seed)}: give a whole number from 0 and below 2^31"
+            )
         object.__setattr__(self, "seed", int(self.seed))
 
     def _scores(self, seen: Seen, draw: Keys | None) -> Float[Array, "b n"]:

@@ -1,7 +1,6 @@
 """ToMe (arXiv 2210.09461): in every layer the most similar tokens are merged, between attention and MLP."""
 
 import dataclasses
-import numbers
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
@@ -13,6 +12,8 @@ from jaxtyping import Array, Float
 from avit_jax.model.rule import Keys
 from avit_jax.model.seen import Seen
 from avit_jax.reduction.groups import Groups, Reduction, group_sums
+from avit_jax.runtime.files import shown_value
+from avit_jax.runtime.numbers import is_whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +37,7 @@ class ToMe(Reduction):
     proportional: bool = True
 
     name: ClassVar[str] = "tome"
-    label: ClassVar[str] = "tome"
+    label: ClassVar[str] = "ToMe"
     sweeps: ClassVar[tuple[str, ...]] = ("r",)
     reads: ClassVar[frozenset[str]] = frozenset({"key_mean", "size"})
     neutral: ClassVar[Mapping[str, Any] | None] = {"r": 0}
@@ -45,12 +46,15 @@ class ToMe(Reduction):
         if isinstance(self.r, list):  # from JSON; a tuple can be hashed
             object.__setattr__(self, "r", tuple(self.r))
         for r in self.r if isinstance(self.r, tuple) else (self.r,):
-            if isinstance(r, bool) or not isinstance(r, numbers.Integral) or r < 0:
-                raise ValueError(f"ToMe's r is {self.r!r}: give a whole number from 0, or a tuple with one per layer")
+            if not is_whole(r, 0):
+                raise ValueError(
+                    f"ToMe's r is {shown_value(self.r)}: give a whole number from 0 and below 2^31, or a tuple with "
+                    "one per layer"
+                )
         plain = tuple(map(int, self.r)) if isinstance(self.r, tuple) else int(self.r)
         object.__setattr__(self, "r", plain)  # JSON has no NumPy numbers
         if not isinstance(self.proportional, bool):
-            raise ValueError(f"ToMe's proportional is {self.proportional!r}: give True or False")
+            raise ValueError(f"ToMe's proportional is {shown_value(self.proportional)}: give True or False")
 
     def describe(self) -> str:
         """The settings, such as "ToMe, r 8"."""

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import numbers
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
@@ -11,9 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from avit_jax.model.rule import Keys
+from avit_jax.model.rule import Keys, check_class_attention, check_layers, plain_layers
 from avit_jax.model.seen import Seen
 from avit_jax.reduction.groups import Groups, Reduction, group_sums
+from avit_jax.runtime.files import shown_value
+from avit_jax.runtime.numbers import is_real
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,16 +40,15 @@ class TopK(Reduction):
     fuses: ClassVar[bool] = False  # whether the dropped tokens become one more token
 
     def __post_init__(self) -> None:
-        kind, layers = type(self).__name__, self.layers
+        kind = type(self).__name__
+        layers = plain_layers(kind, self.layers)
         single = not isinstance(self.keep_rate, tuple | list)
         rates: Any = (self.keep_rate,) if single else self.keep_rate
-        if not all(is_a(numbers.Real, rate) and 0 < rate <= 1 for rate in rates):
+        if not all(is_real(rate, 0, 1) and rate > 0 for rate in rates):
             raise ValueError(
-                f"{kind}'s keep_rate is {self.keep_rate!r}: give a number above 0 and at most 1, or one for each layer"
+                f"{kind}'s keep_rate is {shown_value(self.keep_rate)}: give a number above 0 and at most 1, or one for "
+                "each layer"
             )
-        whole = isinstance(layers, tuple | list) and all(is_a(numbers.Integral, layer) for layer in layers)
-        if not whole or not layers or min(layers) < 0 or list(layers) != sorted(set(layers)):
-            raise ValueError(f"{kind}'s layers are {layers!r}: give whole numbers from 0, in ascending order")
         if not single and len(rates) != len(layers):
             raise ValueError(
                 f"{kind}'s keep_rate has {len(rates)} numbers and layers has {len(layers)}: give one for each layer, "
@@ -56,7 +56,7 @@ class TopK(Reduction):
             )
         # JSON has lists, which cannot be hashed, and no NumPy numbers.
         object.__setattr__(self, "keep_rate", float(rates[0]) if single else tuple(map(float, rates)))
-        object.__setattr__(self, "layers", tuple(map(int, layers)))
+        object.__setattr__(self, "layers", layers)
 
     def describe(self) -> str:
         """The settings, such as "top-k, keep_rate 0.7 in layers 3, 6, 9"."""
@@ -69,17 +69,9 @@ class TopK(Reduction):
         Raises ValueError for a model without one of the layers, and for one without the class token that is read.
         """
         kind = type(self).__name__
-        if self.layers[-1] >= config.depth:
-            fitting = tuple(sorted({config.depth * quarter // 4 for quarter in (1, 2, 3)}))
-            raise ValueError(
-                f"{kind}'s layers are {self.layers} and the model's last layer is {config.depth - 1}: give layers that "
-                f"the model has, such as layers={fitting}"
-            )
-        if "class_attention" in self.reads and not config.class_token:
-            raise ValueError(
-                f"{kind} reads the class token's attention and the model has no class token: choose another rule, "
-                "such as RandomDrop or ToMe"
-            )
+        check_layers(kind, self.layers, config.depth)
+        if "class_attention" in self.reads:
+            check_class_attention(kind, config)
         steps = self._steps(config.num_tokens - config.num_special)
         counts, tokens = [], config.num_tokens
         for layer in range(config.depth):
@@ -160,11 +152,6 @@ class EViT(TopK):
     name: ClassVar[str] = "evit"
     label: ClassVar[str] = "EViT"
     fuses: ClassVar[bool] = True
-
-
-def is_a(kind: type, value: Any) -> bool:
-    """Whether a value is a number of this kind; True and False are none."""
-    return isinstance(value, kind) and not isinstance(value, bool)
 
 
 def _kept(rate: float, there: int) -> int:

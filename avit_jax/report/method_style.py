@@ -68,9 +68,9 @@ def direct_labels(axes: Axes, ends: Sequence[tuple[float, float, str, str]], *, 
         return
     low, high = axes.get_xlim()
     longest = max(len(text) for *_, text, _ in ends)
-    place = axes.get_subplotspec()
-    panels = 1 if place is None else place.get_gridspec().ncols
-    inches = 0.88 * axes.figure.bbox.width / axes.figure.dpi / panels  # about; the layout is made later
+    grid = axes.get_subplotspec()
+    figure: Any = axes.figure
+    inches = 0.88 * figure.get_size_inches()[0] / (1 if grid is None else grid.get_gridspec().ncols)  # about
     width = min(0.5, (_LEADER + _CHARACTER * longest) / inches)  # of the labels, as a share of the panel
     room = (high - low) * width / (1 - width)
     ticks = [tick for tick in axes.get_xticks() if low <= tick <= high]
@@ -87,16 +87,16 @@ def direct_labels(axes: Axes, ends: Sequence[tuple[float, float, str, str]], *, 
     for i in range(len(places) - 2, -1, -1):
         places[i] = min(places[i], places[i + 1] - gap)
     # Names that are close together are centred on their curves.
-    shift = sum(height - heights[i] for i, height in zip(wanted, places, strict=True)) / len(places)
+    shift = sum(place - heights[i] for i, place in zip(wanted, places, strict=True)) / len(places)
     shift = max(min(shift, places[0] - 0.02), places[-1] - 0.98)
     edge = width - 0.8 * _LEADER / inches
     edge = 1 - edge if right else edge
-    for i, height in zip(wanted, places, strict=True):
+    for i, place in zip(wanted, places, strict=True):
         x, y, text, colour = ends[i]
         axes.annotate(
             text,
             (x, y),
-            xytext=(edge, height - shift),
+            xytext=(edge, place - shift),
             textcoords="axes fraction",
             color=colour,
             ha="left" if right else "right",

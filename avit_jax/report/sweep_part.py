@@ -73,6 +73,8 @@ def sweep_numbers(
         }
         for i, setting in enumerate(settings)
     ]
+    if own is None:  # ATS then takes as many samples as there are patches
+        own = model.config.num_tokens - model.config.num_special
     nearest = int(np.argmin([abs(setting.value - np.mean(own)) for setting in settings]))
     said = ", ".join(f"{value:g}" for value in np.atleast_1d(own))  # ToMe may have a number for each layer
     return {"field": sweep.field, "own": said, "nearest": nearest, "settings": rows}

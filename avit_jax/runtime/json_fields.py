@@ -7,9 +7,8 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 from avit_jax.runtime.files import shown
+from avit_jax.runtime.numbers import MOST_REAL, MOST_WHOLE
 
-_MAX_INT = 2**31 - 1  # the longest axis of an array in JAX
-_MAX_FLOAT = 1e9  # float32 squares it without overflow
 _MAX_TEXT = 1000  # characters
 _NAMES = {
     bool: "true or false",
@@ -53,9 +52,9 @@ def _fits(value: Any, annotation: Any) -> bool:
     if origin in (tuple, Sequence):
         return isinstance(value, tuple) and all(_fits(item, arguments[0]) for item in value)
     if annotation is float:
-        return type(value) in (int, float) and abs(value) <= _MAX_FLOAT  # NaN is not
+        return type(value) in (int, float) and abs(value) <= MOST_REAL  # NaN is not
     if annotation is int:
-        return type(value) is int and abs(value) <= _MAX_INT
+        return type(value) is int and abs(value) <= MOST_WHOLE
     if annotation is str:
         return type(value) is str and len(value) <= _MAX_TEXT
     return type(value) is annotation
