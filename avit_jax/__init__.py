@@ -8,7 +8,9 @@ from avit_jax.data.preprocessing import preprocess
 from avit_jax.evaluate.budget import calibrate
 from avit_jax.execution.packed import PackedModel, compile_packed
 from avit_jax.execution.plan import PackedPlan, plan_packed
+from avit_jax.execution.planned_model import PlannedModel, compile_planned
 from avit_jax.execution.program import compile
+from avit_jax.execution.stages import PlannedPlan, plan
 from avit_jax.halting.act import ACT
 from avit_jax.halting.ats import ATS
 from avit_jax.halting.confidence import ConfidenceExit
@@ -45,6 +47,8 @@ __all__ = [
     "EViT",
     "PackedModel",
     "PackedPlan",
+    "PlannedModel",
+    "PlannedPlan",
     "PonderNet",
     "PositionDepths",
     "Preprocessing",
@@ -56,9 +60,11 @@ __all__ = [
     "calibrate",
     "compile",
     "compile_packed",
+    "compile_planned",
     "create",
     "from_torch_state_dict",
     "load",
+    "plan",
     "plan_packed",
     "position_depths",
     "preprocess",

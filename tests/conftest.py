@@ -75,6 +75,8 @@ def without_pictures() -> Iterator[None]:
 # Files that take longest, longest first: xdist begins with them, so that no worker is left alone with one at the end.
 LONGEST = (
     "test_training",
+    "test_planner",
+    "test_planned",
     "test_packed",
     "test_report_page",
     "test_compare",

@@ -27,10 +27,10 @@ CONFIGS = {
     "confidence": small_config(**NO_RULE | TWO_CHANNELS | {"rule": ConfidenceExit(0.3)}),
 }
 FITTING = {
-    "avit": ("packed", "masked"),
+    "avit": ("packed", "masked", "planned"),
     "dense": ("masked", "packed", "shrinking"),
     "tome": ("shrinking",),
-    "confidence": ("packed", "masked"),
+    "confidence": ("packed", "masked", "planned"),
 }
 
 
@@ -59,7 +59,8 @@ def test_every_execution_of_a_rule_gives_the_same(name: str) -> None:
     assert fitting_executions(config) == FITTING[name]
     assert checked_execution(config, "auto") == FITTING[name][0]
     for execution in FITTING[name]:
-        program = avit_jax.compile(model, 5, execution=execution, image_exit=False)
+        plan = avit_jax.plan(model, images, 5) if execution == "planned" else None
+        program = avit_jax.compile(model, 5, execution=execution, plan=plan, image_exit=False)
         assert_same(program(images), expected)  # four images for five places
         assert program.batch_size == 5 and program.config == config
         assert len(jax.export.export(program.jitted)(*program.abstract_arguments).serialize()) > 1000
@@ -102,9 +103,14 @@ def test_later_changes_of_the_model_do_not_reach_the_program() -> None:
     [
         ("tome", {"execution": "packed"}, "packed execution cannot run the rule 'tome': choose shrinking or auto"),
         ("tome", {"execution": "masked"}, "masked execution cannot run the rule 'tome': choose shrinking or auto"),
-        ("avit", {"execution": "shrinking"}, "cannot run the rule 'avit': choose packed or masked or auto"),
-        ("avit", {"execution": "fast"}, "execution 'fast' is unknown: choose one of masked, packed, shrinking, auto"),
-        ("dense", {"plan": PackedPlan(7, 1, (7,))}, "a plan is for packed execution and this one is masked"),
+        ("avit", {"execution": "shrinking"}, "cannot run the rule 'avit': choose packed or masked or planned or auto"),
+        (
+            "avit",
+            {"execution": "fast"},
+            "execution 'fast' is unknown: choose one of masked, packed, planned, shrinking, auto",
+        ),
+        ("dense", {"plan": PackedPlan(7, 1, (7,))}, "the plan is for packed execution and this one is masked"),
+        ("dense", {"execution": "planned"}, "planned execution cannot run a model without a rule"),
         ("avit", {"batch_size": 0}, "batch_size is 0: it must be at least 1"),
         ("tome", {"batch_size": 0}, "batch_size is 0: it must be at least 1"),
     ],

@@ -254,7 +254,7 @@ OTHERS = {
     "loss.prior": "official", "optim.schedule": "epoch", "model.preset": "deit_tiny_patch16_224",
     "augment.randaugment": "rand-m9-mstd0.5-inc1", "loss.distillation": "soft", "model.pool": "norm_mean",
     "model.dtype": "bfloat16", "model.rule": "tome(r=2)", "data.mean": (0.5,), "data.std": (0.5,),
-    "accumulation": 2, "mesh.data": 1,
+    "accumulation": 2, "execution": "masked", "mesh.data": 1,
 }  # fmt: skip
 
 

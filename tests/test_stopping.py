@@ -21,6 +21,7 @@ from avit_jax.data.open import open_dataset
 from avit_jax.runtime.files import write_json
 from avit_jax.runtime.signals import StopRequest
 from avit_jax.train import loop as training
+from avit_jax.train import validation
 from avit_jax.train.display import Display
 from avit_jax.train.logs import read_metrics
 from avit_jax.train.loop import Stopped
@@ -62,7 +63,7 @@ def whole(config: ConfigDict, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def stop_in_evaluation(monkeypatch: pytest.MonkeyPatch, wanted: int) -> list[int]:
     """SIGTERM before the second batch of the wanted evaluation; the list grows by that evaluation's batches."""
-    evaluate, count, batches = training.evaluate, 0, []
+    evaluate, count, batches = validation.evaluate, 0, []
 
     def watched(*arguments: Any, before_batch: Callable[[], None]) -> Any:
         nonlocal count
@@ -78,7 +79,7 @@ def stop_in_evaluation(monkeypatch: pytest.MonkeyPatch, wanted: int) -> list[int
 
         return evaluate(*arguments, before_batch=before)
 
-    monkeypatch.setattr(training, "evaluate", watched)
+    monkeypatch.setattr(validation, "evaluate", watched)
     return batches
 
 

@@ -1,5 +1,6 @@
 """What the compiled executions share: images are checked and padded to the batch, outputs cut to their number."""
 
+import dataclasses
 import functools
 import numbers
 from collections.abc import Callable
@@ -9,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, Shaped
 
 from avit_jax.execution.work import Executed
@@ -122,14 +123,18 @@ class CompiledModel:
         as_function = no_jit or isinstance(images, jax.core.Tracer)
         arguments = images, *self._arguments(count)
         if as_function:
-            output = self.jitted(self.params, *map(jnp.asarray, arguments))
+            output = self._output(self.jitted(self.params, *map(jnp.asarray, arguments)))
         else:
-            output = self.compiled(self.params, *arguments)
+            output = self._output(self.compiled(self.params, *arguments))
         if count < self._rows:
             output = _first_images(output, count)
         if count and not as_function:
             self._seen(output)
         return output
+
+    def _output(self, result: Any) -> AViTOutput:
+        """The output, from what the program returns."""
+        return result
 
     def _seen(self, output: AViTOutput) -> None:
         """Called with every output that is not a tracer."""
@@ -143,6 +148,34 @@ def _first_images(output: AViTOutput, count: int) -> AViTOutput:
         output.ponder_cost[:count],
         output.halting_scores[:, :count],
     )
+
+
+# (params, images, number of images that count) -> the output, and more arrays with a first axis to join.
+Local = Callable[[Any, Array, Array], tuple[AViTOutput, tuple[Array, ...]]]
+
+
+def on_each_device(local: Local, mesh: Mesh | None) -> Local:
+    """The function with which every device computes its own images, without communication."""
+    if mesh is None:
+        return local
+    names = [field.name for field in dataclasses.fields(AViTOutput)]
+
+    def shard(params: Any, images: Array, count: Array) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
+        first = jax.lax.axis_index("data") * len(images)
+        output, more = local(params, images, jnp.clip(count - first, 0, len(images)))
+        return tuple(getattr(output, name) for name in names), more
+
+    rows, second = PartitionSpec("data"), PartitionSpec(None, "data")
+    fields = tuple(second if name in ("head_logits", "halting_scores") else rows for name in names)
+    sharded = jax.shard_map(
+        shard, mesh=mesh, in_specs=(PartitionSpec(), rows, PartitionSpec()), out_specs=(fields, rows), check_vma=False
+    )
+
+    def split(params: Any, images: Array, count: Array) -> tuple[AViTOutput, tuple[Array, ...]]:
+        values, more = sharded(params, images, count)
+        return AViTOutput(**dict(zip(names, values, strict=True))), more
+
+    return split
 
 
 class CompiledForward(CompiledModel):

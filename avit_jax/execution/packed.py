@@ -9,13 +9,12 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
-from avit_jax.execution.compiled import CompiledModel, check_batch_size, split_model
+from avit_jax.execution.compiled import CompiledModel, check_batch_size, on_each_device, split_model
 from avit_jax.execution.packing import forward
 from avit_jax.execution.plan import PackedPlan, default_plan, layer_loads, padded_loads
 from avit_jax.execution.work import Executed, packed_gmacs
@@ -75,28 +74,11 @@ def packed_program(
 ) -> Callable[[Any, Array, Array], AViTOutput]:
     """The function that compile_packed compiles: (params, images, number of images that count) -> output."""
 
-    def local(params: Any, images: Array, count: Array) -> AViTOutput:
-        return forward(nnx.merge(graphdef, params), images, count, plan, image_exit)
+    def local(params: Any, images: Array, count: Array) -> tuple[AViTOutput, tuple[Array, ...]]:
+        return forward(nnx.merge(graphdef, params), images, count, plan, image_exit), ()
 
-    if mesh is None:
-        return local
-
-    names = [field.name for field in dataclasses.fields(AViTOutput)]
-
-    def shard(params: Any, images: Array, count: Array) -> tuple[Array, ...]:
-        first = jax.lax.axis_index("data") * len(images)
-        output = local(params, images, jnp.clip(count - first, 0, len(images)))
-        return tuple(getattr(output, name) for name in names)
-
-    rows, second = PartitionSpec("data"), PartitionSpec(None, "data")
-    sharded = jax.shard_map(
-        shard,
-        mesh=mesh,
-        in_specs=(PartitionSpec(), rows, PartitionSpec()),
-        out_specs=tuple(second if name in ("head_logits", "halting_scores") else rows for name in names),
-        check_vma=False,
-    )
-    return lambda params, images, count: AViTOutput(**dict(zip(names, sharded(params, images, count), strict=True)))
+    program = on_each_device(local, mesh)
+    return lambda params, images, count: program(params, images, count)[0]
 
 
 def compile_packed(

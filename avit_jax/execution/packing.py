@@ -29,7 +29,7 @@ class _Packed:
     image: Int[Array, " b"]  # position in the batch of each row's image
 
 
-def _load(state: State) -> tuple[Bool[Array, "b n"], Int[Array, " b"]]:
+def load(state: State) -> tuple[Bool[Array, "b n"], Int[Array, " b"]]:
     """The slots to compute, and their number: active tokens, and tokens with a head if the image has active tokens."""
     num_tokens, num_outputs = state.active.shape[1], state.output.shape[1]
     needed = state.active
@@ -64,8 +64,8 @@ def _run_layer(
     compute(tokens [g, c, D], active [g, c]) returns the first tokens of each image of the group after the layer, and
     facts of these tokens.
     """
-    needed, load = _load(packed.state)
-    rows = jnp.argsort(load)
+    needed, counts = load(packed.state)
+    rows = jnp.argsort(counts)
     # Needed slots first, each part in its order: what a stable argsort of ~needed gives, six times as fast on a CPU.
     places = jnp.arange(needed.shape[1])
     slots = jnp.sort(jnp.where(needed[rows], places, places + len(places)), axis=1) % len(places)
@@ -99,7 +99,7 @@ def _run_layer(
         return jax.lax.switch(choice, branches, rows, slots, active)
 
     grouped = jax.tree.map(
-        lambda x: x.reshape(-1, plan.group_size, *x.shape[1:]), (rows, slots, state.active, load[rows])
+        lambda x: x.reshape(-1, plan.group_size, *x.shape[1:]), (rows, slots, state.active, counts[rows])
     )
     tokens, facts = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), jax.lax.map(group, grouped))
     return tokens, facts, _Packed(packed.tokens, state, index, packed.image[rows])

@@ -36,10 +36,12 @@ class PackedPlan:
 
     def __post_init__(self) -> None:
         for name in ("num_tokens", "group_size"):
-            object.__setattr__(self, name, _whole(name, getattr(self, name)))
+            object.__setattr__(self, name, whole_number(name, getattr(self, name)))
         if not isinstance(self.capacities, tuple | list):
             raise ValueError(f"capacities are a {type(self.capacities).__name__}: give a tuple of numbers of tokens")
-        object.__setattr__(self, "capacities", tuple(_whole("a capacity", capacity) for capacity in self.capacities))
+        object.__setattr__(
+            self, "capacities", tuple(whole_number("a capacity", capacity) for capacity in self.capacities)
+        )
         rising = all(a < b for a, b in zip(self.capacities, self.capacities[1:], strict=False))
         if not self.capacities or not rising or self.capacities[-1] != self.num_tokens:
             shown = ", ".join(map(str, self.capacities[:8])) + (", ..." if len(self.capacities) > 8 else "")
@@ -62,16 +64,16 @@ class PackedPlan:
             raise ValueError(f"{path} is not a plan of packed execution: {error}") from error
 
 
-def _whole(name: str, value: Any) -> int:
+def whole_number(name: str, value: Any, least: int = 1) -> int:
     """A number of tokens or images as an int; ValueError for anything else, such as a bool, a float or NaN."""
     whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
-    if whole and 1 <= value <= LARGEST:
+    if whole and least <= value <= LARGEST:
         return int(value)
     if isinstance(value, bool | float) or (whole and abs(value) < 2**64):
         shown = str(value)
     else:
         shown = "a number of 20 digits or more" if whole else f"a {type(value).__name__}"
-    raise ValueError(f"{name} is {shown}: it must be at least 1, at most {LARGEST:,}, and a whole number")
+    raise ValueError(f"{name} is {shown}: it must be at least {least}, at most {LARGEST:,}, and a whole number")
 
 
 def capacities_every(step: int, config: AViTConfig) -> tuple[int, ...]:

@@ -6,7 +6,9 @@ from avit_jax.execution.compiled import Program, check_batch_size
 from avit_jax.execution.masked import MaskedModel
 from avit_jax.execution.packed import compile_packed
 from avit_jax.execution.plan import PackedPlan
+from avit_jax.execution.planned_model import compile_planned
 from avit_jax.execution.shrinking import ShrinkingModel
+from avit_jax.execution.stages import PlannedPlan
 from avit_jax.model.config import AViTConfig
 from avit_jax.model.vit import AViT
 
@@ -14,6 +16,7 @@ from avit_jax.model.vit import AViT
 EXECUTIONS = {
     "masked": "every token is computed",
     "packed": "halted tokens are gone",
+    "planned": "halted tokens are gone, by shapes fixed ahead",
     "shrinking": "merged and dropped tokens are gone",
 }
 AUTO = "auto"
@@ -24,36 +27,49 @@ def compile(
     batch_size: int,
     *,
     execution: str = AUTO,
-    plan: PackedPlan | None = None,
+    plan: PackedPlan | PlannedPlan | None = None,
     image_exit: bool = True,
     mesh: Mesh | None = None,
 ) -> Program:
     """Compile the model for up to batch_size images: a function of images [b, h, w, c] that returns an AViTOutput.
 
-    execution: "masked" (every token is computed), "packed" (halted tokens are removed), "shrinking" (merged and dropped
-    tokens are removed), or "auto": packed for a halting rule, shrinking for a reduction rule, masked without a rule.
-    All executions that fit a rule give the same result up to rounding. Without a rule, shrinking computes only what the
-    logits read of the last layer. plan, image_exit: see compile_packed; the other
-    executions have no plan and no image exit. mesh: the images are split over its axis `data`; None: one device.
+    execution: "masked" (every token is computed), "packed" (halted tokens are removed), "planned" (halted tokens are
+    removed, with shapes fixed ahead by a plan), "shrinking" (merged and dropped tokens are removed), or "auto": packed
+    for a halting rule, shrinking for a reduction rule, masked without a rule. All executions that fit a rule give the
+    same result up to rounding. Without a rule, shrinking computes only what the logits read of the last layer. plan: of
+    packed or planned execution (compile_packed, compile_planned); the others have none. image_exit: see compile_packed;
+    of packed and planned execution. mesh: the images are split over its axis `data`; None: one device.
 
     The weights are fixed at this point: later changes to the model have no effect. Raises ValueError for an unknown
-    execution, one that does not fit the model's rule, a plan without packed execution, and a batch size below 1.
+    execution, one that does not fit the model's rule, a plan of another execution, planned execution without a plan,
+    and a batch size below 1.
     """
     check_batch_size(batch_size)
     chosen = checked_execution(model.config, execution)
-    if plan is not None and chosen != "packed":
-        raise ValueError(f"a plan is for packed execution and this one is {chosen}: leave plan out")
-    if chosen == "packed":
+    if chosen == "planned":
+        if plan is None:
+            raise ValueError(
+                "planned execution needs a plan of its shapes: make one from a few hundred images with "
+                f"avit_jax.plan(model, images, {batch_size})"
+            )
+        if isinstance(plan, PlannedPlan):
+            return compile_planned(model, batch_size, plan, image_exit=image_exit, mesh=mesh)
+    elif chosen == "packed" and not isinstance(plan, PlannedPlan):
         return compile_packed(model, batch_size, plan, image_exit=image_exit, mesh=mesh)
-    kind = ShrinkingModel if chosen == "shrinking" else MaskedModel
-    return kind(model, batch_size, mesh)
+    if plan is not None:
+        kind = "planned" if isinstance(plan, PlannedPlan) else "packed"
+        raise ValueError(
+            f"the plan is for {kind} execution and this one is {chosen}: leave plan out, or give execution={kind!r}"
+        )
+    program = ShrinkingModel if chosen == "shrinking" else MaskedModel
+    return program(model, batch_size, mesh)
 
 
 def fitting_executions(config: AViTConfig) -> tuple[str, ...]:
-    """The executions that can run the model's rule; the one that "auto" chooses comes first."""
+    """The executions that can run the model's rule; the one that "auto" chooses comes first. Planned needs a plan."""
     if config.reduction is not None:
         return ("shrinking",)
-    return ("packed", "masked") if config.halting is not None else ("masked", "packed", "shrinking")
+    return ("packed", "masked", "planned") if config.halting is not None else ("masked", "packed", "shrinking")
 
 
 def checked_execution(config: AViTConfig, execution: str) -> str:

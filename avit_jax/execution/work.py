@@ -148,15 +148,21 @@ def executed_shrinking_gmacs(config: AViTConfig) -> float:
 
 
 def packed_gmacs(
-    config: AViTConfig, tokens: Int[np.ndarray, "batches l groups"], group_size: int, images: int
+    config: AViTConfig,
+    tokens: Int[np.ndarray, "batches l groups"],
+    group_size: int,
+    images: int,
+    *,
+    image_exit: bool = True,
 ) -> float:
-    """10^9 multiply-adds that packed execution performs for each of `images` images.
+    """10^9 multiply-adds that packed or planned execution performs for each of `images` images.
 
-    tokens: the capacity with which each group of group_size images runs (padded_loads).
+    tokens: the capacity with which each group of group_size images runs (padded_loads, PlannedPlan.capacities).
+    image_exit: without it the last layer computes every token.
     """
     rule, padded = config.halting, tokens.astype(np.float64)
     first = np.asarray(block_macs(padded[:, :-1], config.embed_dim, config.mlp_dim)).sum()
-    if config.pool != "token" or (rule is not None and rule.reads_last_layer):
+    if not image_exit or config.pool != "token" or (rule is not None and rule.reads_last_layer):
         last = block_macs(padded[:, -1], config.embed_dim, config.mlp_dim)
     else:
         last = last_block_macs(padded[:, -1], config.num_outputs, config.embed_dim, config.mlp_dim)

@@ -28,6 +28,20 @@ class State:
     of_tokens: dict[str, Shaped[Array, "b n ..."]] = dataclasses.field(default_factory=dict)
     of_images: dict[str, Shaped[Array, "b ..."]] = dataclasses.field(default_factory=dict)
 
+    def mapped(self, by_token: Callable[[Array], Array], by_image: Callable[[Array], Array]) -> "State":
+        """The state with by_token(values) for what tokens have, and by_image(values) for what images have.
+
+        An output of only the first tokens is the images': it stays in front when tokens move.
+        """
+        whole = self.output.shape[1] == self.active.shape[1]
+        return State(
+            active=by_token(self.active),
+            token_depth=by_token(self.token_depth),
+            output=(by_token if whole else by_image)(self.output),
+            of_tokens={name: by_token(values) for name, values in self.of_tokens.items()},
+            of_images={name: by_image(values) for name, values in self.of_images.items()},
+        )
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)

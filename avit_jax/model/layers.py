@@ -1,13 +1,13 @@
 """The layers of a vision transformer: patch embedding, attention with a mass for every key, MLP, block."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, PRNGKeyArray, Shaped
 
 from avit_jax.model.config import AViTConfig
 from avit_jax.model.seen import Facts
@@ -215,6 +215,32 @@ class Attention(nnx.Module):
         width = self.qkv.out_features // 3 // self.num_heads
         return columns.reshape(*columns.shape[:2], -1, self.num_heads, width).transpose(2, 0, 3, 1, 4)
 
+    def of_groups(
+        self,
+        x: Float[Array, "t d"],
+        split: Callable[[Array], list[Array]],
+        masses: Sequence[Shaped[Array, "b _"]],
+        reads: frozenset[str],
+    ) -> tuple[Float[Array, "t d"], list[Facts]]:
+        """The attention output of tokens that lie in one array, and the facts of each group of images.
+
+        split: a flat array as one array [images, tokens, ...] for each group; tokens see their own image. masses: of
+        the keys of each group. A group may have no tokens, and then has no facts; but not all.
+        """
+        dim = x.shape[-1]
+        outputs, facts = [], []
+        for part, mass in zip(split(self.qkv(x).astype(self.qkv.dtype)), masses, strict=True):
+            images, tokens, _ = part.shape
+            shape = (images, tokens, 3, self.num_heads, dim // self.num_heads)
+            query, key, value = part.reshape(shape).transpose(2, 0, 3, 1, 4)
+            if tokens:
+                weights, total = _attention_weights(query, key, mass)
+                outputs.append(self._mixed(weights, total, value).reshape(images * tokens, dim))
+                facts.append(self._facts(weights, total, key, value, reads))
+            else:
+                facts.append({})
+        return self.proj(jnp.concatenate(outputs)), facts
+
     def _heads(self, rows: Float[Array, "b n d"], first: int, last: int) -> Float[Array, "_ b h n c"]:
         return self._cut(self._columns(rows, first, last))
 
@@ -281,8 +307,11 @@ class Mlp(nnx.Module):
 
     def __call__(self, x: Float[Array, "b n d"], key: PRNGKeyArray | None) -> Array:
         """The output for each token. key: draws dropout; None: no dropout."""
-        hidden = gelu(self.fc1(x))
-        return self.fc2(self.drop(hidden, deterministic=key is None, rngs=key))
+        return self.fc2(self.drop(self.hidden(x), deterministic=key is None, rngs=key))
+
+    def hidden(self, x: Float[Array, "... d"]) -> Float[Array, "... m"]:
+        """The hidden values."""
+        return gelu(self.fc1(x))
 
 
 def drop_path(branch: Float[Array, "b n d"], rate: Float[Array, ""], key: PRNGKeyArray) -> Float[Array, "b n d"]:

@@ -6,6 +6,7 @@ from types import TracebackType
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 
 from avit_jax.evaluate.figures import Evaluation
@@ -96,3 +97,9 @@ def read_metrics(workdir: Path) -> list[dict[str, Any]]:
         if isinstance(found, dict) and isinstance(found.get("step"), int) and isinstance(found.get("split"), str):
             lines.append(found)
     return lines
+
+
+def means_of(window: list[dict[str, Any]]) -> dict[str, Any]:
+    """The means of the metrics of several steps; those by layer, layer by layer."""
+    means = {name: np.mean([metrics[name] for metrics in window], axis=0) for name in window[0]}
+    return {name: value.tolist() for name, value in means.items()}

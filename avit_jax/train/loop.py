@@ -6,11 +6,10 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
-from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array
 
@@ -18,17 +17,21 @@ from avit_jax.checkpoints.run_checkpoints import Restored, RunCheckpoints
 from avit_jax.data.device import DeviceBatches
 from avit_jax.data.pipeline import training_batches
 from avit_jax.data.sources import Dataset
-from avit_jax.evaluate.figures import Evaluation, evaluate
+from avit_jax.execution.stages import PlannedPlan
 from avit_jax.model.vit import AViT
-from avit_jax.runtime.mesh import global_batch, place, replicated, state_shardings, training_mesh
+from avit_jax.runtime.mesh import global_batch, place, state_shardings, training_mesh
 from avit_jax.runtime.signals import StopAsked, StopRequest
 from avit_jax.train.clock import StepClock
 from avit_jax.train.display import Display
-from avit_jax.train.logs import RunLog
+from avit_jax.train.logs import RunLog, means_of
+from avit_jax.train.planner import WINDOW
 from avit_jax.train.progress import Metrics, Progress
 from avit_jax.train.settings import TrainSettings
-from avit_jax.train.setup import prepare
+from avit_jax.train.setup import Setup, prepare
 from avit_jax.train.state import TrainState, initial_state, state_items, state_with, teacher_weights
+from avit_jax.train.validation import Validation
+
+Step = Callable[[TrainState, dict[str, Array]], tuple[TrainState, dict[str, Array]]]
 
 
 class Stopped(Exception):
@@ -76,13 +79,14 @@ def train(
     state = initial_state(model, setup.optimizer, settings.optim.ema_decay, mesh)
     weights = teacher_weights(teacher, mesh)
 
-    def step(state: TrainState, batch: dict[str, Array]) -> tuple[TrainState, dict[str, Array]]:
-        return setup.step(state, batch, weights)
+    def step(plan: PlannedPlan | None) -> Step:
+        program = setup.step if plan is None else setup.planned_step(plan)
+        return lambda state, batch: program(state, batch, weights)
 
     kept = settings.keep_checkpoints, settings.keep_every, settings.keep_best
     with contextlib.closing(batches), RunCheckpoints(workdir / "checkpoints", *kept) as checkpoints:
         display = Display(setup.steps, settings.batch_size)
-        run = _Run(settings, dataset, model, setup.steps, mesh, step, batches, checkpoints, display, state, began)
+        run = _Run(settings, dataset, model, setup, mesh, step, batches, checkpoints, display, state, began)
         display.begin(model.config, sum(leaf.size for leaf in jax.tree.leaves(state.params)), dataset, workdir)
         run.restore(workdir)
         begun = run.progress
@@ -100,9 +104,9 @@ class _Run:
     settings: TrainSettings
     dataset: Dataset
     model: AViT
-    steps: int
+    setup: Setup
     mesh: Mesh
-    train_step: Callable[[TrainState, dict[str, Array]], tuple[TrainState, dict[str, Array]]]
+    step_with: Callable[[PlannedPlan | None], Step]
     batches: DeviceBatches
     checkpoints: RunCheckpoints
     display: Display
@@ -110,6 +114,11 @@ class _Run:
     began: float  # of this process, as time.perf_counter()
     earlier: float = 0.0  # seconds that earlier, stopped processes took
     progress: Progress = dataclasses.field(default_factory=Progress)
+
+    def __post_init__(self) -> None:
+        self.steps, self.planner = self.setup.steps, self.setup.planner
+        self.train_step = self.step_with(None)
+        self.validation = Validation(self.settings, self.dataset.val, self.model, self.mesh)
 
     def seconds(self) -> float:
         """Seconds that the run has taken so far in all its processes."""
@@ -127,6 +136,9 @@ class _Run:
     def _take(self, found: Restored) -> None:
         try:
             self.progress = Progress.from_json(found.progress, found.step)
+            if self.planner is not None:
+                self.planner.take(self.progress.planning)
+                self.train_step = self.step_with(self.planner.plan)
         except ValueError as error:
             raise ValueError(f"the checkpoint {found.folder} is damaged: {error}") from error
         state = state_with(self.state, found.items, found.step)
@@ -153,9 +165,9 @@ class _Run:
                 self.display.start(self.progress.step)
         self.checkpoints.wait()
         try:
-            self._show(self.state.params if self.state.ema is None else self.state.ema)
-            if self.state.ema is not None and self.settings.optim.compare_ema:
-                self._keep_better(stop)
+            kept = self.validation.keep(self.state, stop)
+            if kept:
+                self.display.say(kept)
             stop.check()
         except StopAsked:
             self._stop(stop)
@@ -176,7 +188,7 @@ class _Run:
             # The previous step's metrics are read while this step runs, so that the device never waits for Python.
             if pending is not None:
                 with clock.waiting_for("device"):
-                    progress.window.append(_checked(*pending))
+                    self._take_in(*pending)
             pending = (step, metrics)
             stopping = stop.signal is not None or self.checkpoints.preempted(step)
             if stopping:
@@ -185,13 +197,16 @@ class _Run:
             logs = last or step % settings.log_every == 0
             progress.evaluation_due = last or step % settings.eval_every == 0
             saves = last or stopping or step % settings.checkpoint_every == 0
-            if logs or progress.evaluation_due or saves:
+            plans = self.planner is not None and step % WINDOW == 0
+            if logs or progress.evaluation_due or saves or plans:
                 with clock.waiting_for("device"):
-                    progress.window.append(_checked(*pending))
+                    self._take_in(*pending)
                 pending = None
             progress.step = step
+            if plans:
+                self._plan(step)
             if logs:
-                means = _means(progress.window) | clock.figures(step)
+                means = means_of(progress.window) | clock.figures(step)
                 log.train(step, means)
                 self.display.means(step, means)
                 progress.window.clear()
@@ -206,6 +221,23 @@ class _Run:
             if stopping:
                 self._stop(stop)
 
+    def _take_in(self, step: int, metrics: dict[str, Any]) -> None:
+        counts = metrics.pop("counts", None)
+        self.progress.window.append(_checked(step, metrics))
+        if self.planner is not None and counts is not None:
+            self.planner.saw(jax.device_get(counts))
+
+    def _plan(self, step: int) -> None:
+        """Use another plan from the next step on, if recent batches call for one."""
+        assert self.planner is not None
+        if self.planner.renewed(step):
+            plan = self.planner.plan
+            shapes = (
+                "every token is computed" if plan is None else f"{plan.share():.0%} of all tokens are planned: {plan}"
+            )
+            self.display.say(f"after step {step}: {shapes}")
+            self.train_step = self.step_with(plan)
+
     def _stop(self, stop: StopRequest) -> NoReturn:
         stop.agreed()
         self.checkpoints.wait()
@@ -216,6 +248,7 @@ class _Run:
 
     def _save(self, now: bool) -> None:
         self.progress.seconds = self.seconds()
+        self.progress.planning = None if self.planner is None else self.planner.to_json()
         # The progress holds the metrics since the last line, so that a resumed run logs the same means.
         step, items = self.progress.step, state_items(self.state)
         self.checkpoints.save(
@@ -226,13 +259,8 @@ class _Run:
 
     def _evaluate(self, log: RunLog, stop: StopRequest) -> bool:
         """Evaluate and log it. Returns False, without logging, if a signal interrupted it."""
-        raw = None
         try:
-            self._show(self.state.params if self.state.ema is None else self.state.ema)
-            result = self._on_validation(stop)
-            if self.state.ema is not None and self.settings.optim.compare_ema:
-                self._show(self.state.params)
-                raw = self._on_validation(stop)
+            result, raw = self.validation.of_state(self.state, stop)
         except StopAsked:
             return False
         log.val(self.progress.step, result, "val")
@@ -242,25 +270,6 @@ class _Run:
         self.progress.top1 = result.top1 if raw is None else max(result.top1, raw.top1)
         self.progress.evaluation_due = False
         return True
-
-    def _on_validation(self, stop: StopRequest) -> Evaluation:
-        return evaluate(self.model, self.dataset.val, self.settings.eval_batch_size, before_batch=stop.check)
-
-    def _keep_better(self, stop: StopRequest) -> None:
-        """Leave the model with the moving average or the raw weights, whichever is better on validation; say which."""
-        average = self._on_validation(stop).top1
-        assert self.state.ema is not None
-        self._show(self.state.params)
-        raw = self._on_validation(stop).top1
-        better = "the moving average" if average >= raw else "the raw weights"
-        self.display.say(f"validation top-1: moving average {average:.2%}, raw weights {raw:.2%}; kept: {better}")
-        if average >= raw:
-            self._show(self.state.ema)
-
-    def _show(self, params: nnx.State) -> None:
-        """Give the model the weights, whole and on one device of this process, for evaluation."""
-        whole = place(params, replicated(self.mesh))
-        nnx.update(self.model, jax.tree.map(lambda x: x.addressable_data(0), whole))
 
     def _roll_back(self, error: FloatingPointError) -> None:
         """Continue from the last checkpoint and skip the data since, but only once, and if config.on_nan says so."""
@@ -275,11 +284,6 @@ class _Run:
         self.batches.set_state(data)
         self.progress.rolled_back = bad
         self.display.say(f"{error}\nrolled back to step {self.progress.step}; the data up to step {bad} are skipped")
-
-
-def _means(window: list[Metrics]) -> Metrics:
-    means = {name: np.mean([line[name] for line in window], axis=0) for name in window[0]}
-    return {name: value.tolist() for name, value in means.items()}
 
 
 def _checked(step: int, metrics: dict[str, Array]) -> Metrics:

@@ -18,10 +18,11 @@ class Progress:
     top1: float = 0.0  # on the validation images, at the last evaluation
     rolled_back: int = 0  # the step whose loss was not finite, after which the run went back; 0: none
     evaluation_due: bool = False  # the run was stopped before, or while, it evaluated after this step
+    planning: dict[str, Any] | None = None  # of planned execution (train.planner); None: every step is masked
 
     def to_json(self) -> dict[str, Any]:
-        """The progress as a checkpoint holds it."""
-        return dict(vars(self))
+        """The progress as a checkpoint holds it; without planning, it is what older versions wrote."""
+        return {name: value for name, value in vars(self).items() if name != "planning" or value is not None}
 
     @classmethod
     def from_json(cls, content: dict[str, Any], step: int) -> "Progress":
@@ -29,7 +30,10 @@ class Progress:
 
         Raises ValueError, naming the key, if one is missing, unknown, of another type, or of another step.
         """
-        plain = {name: value for name, value in content.items() if name != "window"}
+        plain = {name: value for name, value in content.items() if name not in ("window", "planning")}
+        planning = content.get("planning")
+        if not isinstance(planning, dict | None):
+            raise ValueError("planning must be a table or null")
         fields = typed_fields(cls, plain, "its progress", ("step", "seconds", "top1", "rolled_back"))
         if fields["step"] != step:
             raise ValueError(f"step is {fields['step']} in its progress: it must be {step}, as the folder's name")
@@ -38,7 +42,7 @@ class Progress:
                 raise ValueError(f"{name} is {fields[name]}: it must be at least 0")
         if not _is_window(content.get("window")):
             raise ValueError("window must be a list of tables of numbers, all with the same names")
-        return cls(**fields, window=content["window"])
+        return cls(**fields, window=content["window"], planning=planning)
 
 
 def _is_window(value: Any) -> bool:

@@ -12,6 +12,7 @@ from avit_jax.train.objective import ClassificationLoss
 from avit_jax.train.optim import OptimSettings
 
 ON_NAN = ("stop", "roll back")
+EXECUTIONS = ("masked", "planned", "auto")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +25,7 @@ class StepSettings:
     seed: int = 0
     accumulation: int = 1
     ema_decay: float = 0.0
+    counts: bool = False  # whether the metrics have what plans are made from
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +45,11 @@ class TrainSettings(Settings):
     optim: OptimSettings = part(OptimSettings)
     mesh: MeshSettings = part(MeshSettings)
     accumulation: int = setting(1, "Parts in which a batch is processed, one after the other, to save memory.", least=1)
+    execution: str = setting(
+        "auto",
+        "masked: every token is computed; planned: halted tokens are gone; auto: planned if the training is long.",
+        choices=EXECUTIONS,
+    )
     on_nan: str = setting(
         "stop",
         "At a loss that is not finite: stop, or roll back once to the last checkpoint and skip the data since.",

@@ -1,14 +1,17 @@
 """The set-up of training from settings, model, mesh and number of images; --dry_run uses it as training does."""
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import optax
 from flax import nnx
 from jax.sharding import Mesh
 
+from avit_jax.execution.stages import PlannedPlan
 from avit_jax.model.vit import AViT
 from avit_jax.train.optim import learning_rate_schedule, make_optimizer
+from avit_jax.train.planner import Planner, plans
 from avit_jax.train.settings import TrainSettings
 from avit_jax.train.state import TrainState, state_shapes
 from avit_jax.train.step import make_train_step
@@ -22,7 +25,9 @@ class Setup:
     schedule: optax.Schedule
     optimizer: optax.GradientTransformation
     state: TrainState  # shapes and types
-    step: jax.stages.Wrapped  # (state, batch, the teacher's weights or None) -> (state, metrics)
+    step: jax.stages.Wrapped  # (state, batch, the teacher's weights or None) -> (state, metrics); masked
+    planned_step: Callable[[PlannedPlan], jax.stages.Wrapped]  # the same by planned execution
+    planner: Planner | None  # None: every step is masked
 
 
 def prepare(settings: TrainSettings, model: AViT, mesh: Mesh, images: int, teacher: AViT | None = None) -> Setup:
@@ -35,6 +40,13 @@ def prepare(settings: TrainSettings, model: AViT, mesh: Mesh, images: int, teach
     schedule = learning_rate_schedule(settings.optim, steps, epochs=settings.epochs, batch_size=settings.batch_size)
     optimizer = make_optimizer(settings.optim, schedule)
     state = state_shapes(model, optimizer, settings.optim.ema_decay)
-    teacher_graphdef = None if teacher is None else nnx.graphdef(teacher)
-    step = make_train_step(nnx.graphdef(model), optimizer, settings.step, mesh, state, teacher_graphdef)
-    return Setup(steps, schedule, optimizer, state, step)
+    planner = None
+    if plans(settings.execution, model.config, steps):
+        planner = Planner(model.config, settings.batch_size // (mesh.size * settings.accumulation), steps)
+    step_settings = dataclasses.replace(settings.step, counts=planner is not None)
+
+    def step(plan: PlannedPlan | None) -> jax.stages.Wrapped:
+        teacher_graphdef = None if teacher is None else nnx.graphdef(teacher)
+        return make_train_step(nnx.graphdef(model), optimizer, step_settings, mesh, state, teacher_graphdef, plan)
+
+    return Setup(steps, schedule, optimizer, state, step(None), step, planner)

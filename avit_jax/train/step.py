@@ -11,6 +11,8 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 
 from avit_jax.data.mix import augment_on_device
+from avit_jax.execution import planned
+from avit_jax.execution.stages import PlannedPlan, sorted_loads
 from avit_jax.halting.image_mean import image_mean
 from avit_jax.model.config import rule_of_training
 from avit_jax.runtime.mesh import batch_sharding, replicated, state_shardings
@@ -27,16 +29,21 @@ def make_train_step(
     mesh: Mesh,
     state: TrainState,
     teacher_graphdef: nnx.GraphDef | None = None,
+    plan: PlannedPlan | None = None,
 ) -> jax.stages.Wrapped:
     """The jitted step: (state, batch, the teacher's weights or None) -> (state, metrics). It donates the old state.
 
     graphdef: of the model. state: arrays or shapes, which give the layout of the state. The batch is split over the
     mesh, and means are over the whole batch. With accumulation above 1 it is processed in as many parts, and the prior,
     which is not a mean over images, is the mean of the parts' priors. Images whose batch["weight"] is 0 do not count.
+
+    plan: of planned execution, for the images that a device has in a part. A part that does not fit is computed again
+    with every token. With settings.counts, metrics["counts"] has what a plan is made from, each the largest of all
+    parts and devices: "loads" [l, b], the sorted loads, and "overflow", whether something did not fit.
     """
     layout, everywhere = state_shardings(mesh, state), replicated(mesh)
     return jax.jit(
-        build_train_step(graphdef, optimizer, settings, mesh, teacher_graphdef),
+        build_train_step(graphdef, optimizer, settings, mesh, teacher_graphdef, plan),
         donate_argnums=0,
         in_shardings=(layout, batch_sharding(mesh), everywhere),
         out_shardings=(layout, everywhere),
@@ -49,14 +56,22 @@ def build_train_step(
     settings: StepSettings,
     mesh: Mesh,
     teacher_graphdef: nnx.GraphDef | None,
+    plan: PlannedPlan | None = None,
 ) -> Callable[[TrainState, dict[str, Array], Any], tuple[TrainState, dict[str, Array]]]:
     """The function that make_train_step compiles: (state, batch, the teacher's weights) -> (state, metrics)."""
     classifying, parts = settings.classification, settings.accumulation
 
-    def loss_function(params: nnx.State, batch: dict[str, Array], key: Array, teacher_state: Any) -> Any:
+    def loss_function(
+        params: nnx.State, batch: dict[str, Array], key: Array, teacher_state: Any, plan: PlannedPlan | None
+    ) -> Any:
         model = nnx.merge(graphdef, params)
-        output, trace, final = model.forward(batch["image"], nnx.Rngs(dropout=key).dropout())
         weight, rule = batch.get("weight"), rule_of_training(model.config)
+        draws, overflow = nnx.Rngs(dropout=key).dropout(), jnp.zeros((), bool)
+        if plan is None or rule is None:
+            output, trace, final = model.forward(batch["image"], draws)
+        else:
+            output, ran = planned.forward(model, rule, batch["image"], plan, key=draws, mesh=mesh)
+            trace, final, overflow = ran.trace, ran.state, ran.overflow
         teacher, teacher_logits = None, None
         if teacher_graphdef is not None:
             instructor = nnx.merge(teacher_graphdef, teacher_state)
@@ -91,9 +106,28 @@ def build_train_step(
             "mean_depth": image_mean(output.token_depth.astype(jnp.float32), weight),
             "halting_by_layer": jax.vmap(image_mean, (0, None))(output.halting_scores, weight),
         }
-        return total, metrics
+        counts = {}
+        if settings.counts:
+            counts = {"loads": sorted_loads(output.token_depth, model.config, mesh.size), "overflow": overflow}
+        return total, (metrics, counts)
 
-    gradient = jax.grad(loss_function, has_aux=True)
+    def gradient(params: nnx.State, batch: dict[str, Array], key: Array, teacher_state: Any) -> Any:
+        """Gradient, metrics and counts of a part."""
+
+        def run(plan: PlannedPlan | None) -> Any:
+            grads, (metrics, counts) = jax.grad(loss_function, has_aux=True)(params, batch, key, teacher_state, plan)
+            return grads, metrics, counts
+
+        if plan is None:
+            return run(None)
+        fast = run(plan)
+        overflow = fast[2]["overflow"]
+
+        def whole() -> Any:
+            grads, metrics, counts = run(None)
+            return grads, metrics, counts | {"overflow": overflow}
+
+        return jax.lax.cond(overflow, whole, lambda: fast)
 
     def gradients(params: nnx.State, batch: dict[str, Array], key: Array, teacher_state: Any) -> Any:
         if parts == 1:
@@ -104,13 +138,14 @@ def build_train_step(
             return jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:])[:, index], batch)
 
         def add(total: Any, index: Array) -> tuple[Any, None]:
-            found = gradient(params, part(index), jax.random.fold_in(key, index), teacher_state)
-            return jax.tree.map(jnp.add, total, found), None
+            *found, counts = gradient(params, part(index), jax.random.fold_in(key, index), teacher_state)
+            *sums, largest = total
+            return (*jax.tree.map(jnp.add, sums, found), jax.tree.map(jnp.maximum, largest, counts)), None
 
         shapes = jax.eval_shape(gradient, params, part(jnp.zeros((), int)), key, teacher_state)
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-        total, _ = jax.lax.scan(add, zeros, jnp.arange(parts))
-        return jax.tree.map(lambda x: x / parts, total)
+        (*sums, largest), _ = jax.lax.scan(add, zeros, jnp.arange(parts))
+        return *jax.tree.map(lambda x: x / parts, sums), largest
 
     def train_step(
         state: TrainState, batch: dict[str, Array], teacher_state: Any
@@ -129,12 +164,14 @@ def build_train_step(
         batch = batch | {"image": images, "target": targets}
         # If fsdp splits the parameters, gather them once: otherwise the compiler may move activations instead.
         whole = jax.lax.with_sharding_constraint(state.params, replicated(mesh))
-        grads, metrics = gradients(whole, batch, key, teacher_state)
+        grads, metrics, counts = gradients(whole, batch, key, teacher_state)
         grads = jax.lax.with_sharding_constraint(grads, state_shardings(mesh, grads))
         updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
         ema = None if state.ema is None else update_average(state.ema, params, settings.ema_decay)
         metrics["gradient_norm"] = optax.tree.norm(grads)
+        if counts:
+            metrics["counts"] = counts
         return TrainState(state.step + 1, params, ema, optimizer_state), metrics
 
     return train_step

@@ -1,0 +1,153 @@
+"""Where tokens lie between the stages of planned execution, and how they move; gradients move back the same way."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Shaped
+
+from avit_jax.halting.rule import State
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """A flat array of tokens: for each group of images in turn, image by image, `capacities[group]` places."""
+
+    group_size: int
+    capacities: tuple[int, ...]
+
+    @property
+    def tokens(self) -> int:
+        """Places in all."""
+        return self.group_size * sum(self.capacities)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Places of each group."""
+        return tuple(self.group_size * capacity for capacity in self.capacities)
+
+    def of_rows(self) -> tuple[Int[np.ndarray, " b"], Int[np.ndarray, " b"]]:
+        """For each image, in the order of the layout: its first place, and its number of places."""
+        capacities = np.repeat(np.array(self.capacities), self.group_size)
+        return np.concatenate([[0], np.cumsum(capacities)[:-1]]), capacities
+
+    def flat(self, values: Shaped[Array, "b n ..."]) -> Shaped[Array, "t ..."]:
+        """The values of the places, from one for each token of each image."""
+        parts = [
+            values[g * self.group_size : (g + 1) * self.group_size, :capacity].reshape(-1, *values.shape[2:])
+            for g, capacity in enumerate(self.capacities)
+        ]
+        return jnp.concatenate(parts)
+
+    def split(self, values: Shaped[Array, "t ..."]) -> list[Shaped[Array, "g c ..."]]:
+        """The values of each group, image by image. (lax.split, because the gradient of slices is a sum of arrays.)"""
+        parts = jax.lax.split(values, self.sizes)
+        return [
+            part.reshape(self.group_size, capacity, *part.shape[1:])
+            for part, capacity in zip(parts, self.capacities, strict=True)
+        ]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Move:
+    """A new order of images, and of the tokens in each, with its inverse."""
+
+    rows: Int[Array, " b"]  # the old row of each new one
+    slots: Int[Array, "b n"]  # the old slot of each new one, for each new row
+    old_rows: Int[Array, " b"]  # the new row of each old one
+    old_slots: Int[Array, "b n"]  # the new slot of each old one, for each new row
+
+    @classmethod
+    def packing(cls, needed: Bool[Array, "b n"]) -> "Move":
+        """Images by rising number of needed tokens, and in each image the needed tokens first, in order."""
+        tokens = needed.shape[1]
+        rows = jnp.argsort(needed.sum(1))
+        needed = needed[rows]
+        # Where each token goes: the number of needed ones before it, or all of them and the others before it.
+        count = needed.sum(1, keepdims=True)
+        places = jnp.where(needed, jnp.cumsum(needed, 1) - 1, count + jnp.cumsum(~needed, 1) - 1)
+        # Each part in its order: what an argsort of `places` gives, but faster on a CPU.
+        index = jnp.arange(tokens)
+        slots = jnp.sort(jnp.where(needed, index, index + tokens), axis=1) % tokens
+        return cls(rows, slots, jnp.argsort(rows), places)
+
+    def apply(self, values: Shaped[Array, "b n ..."]) -> Shaped[Array, "b n ..."]:
+        """One value for each token, moved."""
+        return _permuted(values, self.rows, self.slots, self.old_rows, self.old_slots)
+
+    def apply_rows(self, values: Shaped[Array, "b ..."]) -> Shaped[Array, "b ..."]:
+        """One value for each image, moved."""
+        return _rows_permuted(values, self.rows, self.old_rows)
+
+    def state(self, state: State) -> State:
+        """The state, moved."""
+        return state.mapped(self.apply, self.apply_rows)
+
+    def tokens(self, x: Float[Array, "t d"], before: Layout, after: Layout) -> Float[Array, "u d"]:
+        """The tokens of a layout in the next one; places that no token takes are zero."""
+        first, capacity = map(jnp.asarray, before.of_rows())
+        new_first, new_capacity = map(jnp.asarray, after.of_rows())
+        forth = after.flat(first[self.rows][:, None] + self.slots)
+        there = after.flat(self.slots < capacity[self.rows][:, None])
+        back_rows = self.old_slots[self.old_rows]  # for each old row
+        back = before.flat(new_first[self.old_rows][:, None] + back_rows)
+        stays = before.flat(back_rows < new_capacity[self.old_rows][:, None])
+        return _moved(x, jnp.where(there, forth, 0), there, jnp.where(stays, back, 0), stays)
+
+
+@jax.custom_vjp
+def _moved(x: Array, forth: Array, there: Array, back: Array, stays: Array) -> Array:
+    return jnp.where(there[:, None], x[forth], 0)
+
+
+def _moved_forward(x: Array, *where: Array) -> tuple[Array, Any]:
+    return _moved(x, *where), where
+
+
+def _moved_backward(where: Any, gradient: Array) -> tuple[Array | None, ...]:
+    # A gather again: the gradient that JAX derives is a scatter, which is slow everywhere.
+    _, _, back, stays = where
+    return jnp.where(stays[:, None], gradient[back], 0), None, None, None, None
+
+
+_moved.defvjp(_moved_forward, _moved_backward)
+
+
+def _along(values: Array, slots: Array) -> Array:
+    return jnp.take_along_axis(values, slots.reshape(*slots.shape, *[1] * (values.ndim - 2)), axis=1)
+
+
+@jax.custom_vjp
+def _permuted(values: Array, rows: Array, slots: Array, old_rows: Array, old_slots: Array) -> Array:
+    return _along(values[rows], slots)
+
+
+def _permuted_forward(values: Array, *where: Array) -> tuple[Array, Any]:
+    return _permuted(values, *where), where
+
+
+def _permuted_backward(where: Any, gradient: Array) -> tuple[Array | None, ...]:
+    _, _, old_rows, old_slots = where
+    return _along(gradient, old_slots)[old_rows], None, None, None, None
+
+
+_permuted.defvjp(_permuted_forward, _permuted_backward)
+
+
+@jax.custom_vjp
+def _rows_permuted(values: Array, rows: Array, old_rows: Array) -> Array:
+    return values[rows]
+
+
+def _rows_permuted_forward(values: Array, rows: Array, old_rows: Array) -> tuple[Array, Array]:
+    return values[rows], old_rows
+
+
+def _rows_permuted_backward(old_rows: Array, gradient: Array) -> tuple[Array | None, ...]:
+    return gradient[old_rows], None, None
+
+
+_rows_permuted.defvjp(_rows_permuted_forward, _rows_permuted_backward)

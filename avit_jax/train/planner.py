@@ -1,0 +1,108 @@
+"""Plans of a training run: when shapes are planned, and planned anew, from the tokens that recent batches needed."""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+
+from avit_jax.execution.plan import whole_number
+from avit_jax.execution.stages import PlannedPlan, plan_fullest
+from avit_jax.model.config import AViTConfig, rule_of_training
+
+WINDOW = 50  # steps; at the end of each a plan may change
+MOST_PLANS = 8  # of a run; each is a program to compile
+_MARGIN = 0.05  # places beyond the fullest batch of the window
+_WORTH = 0.92  # a new plan must have at most this part of the present one's places
+_TOO_OFTEN = 10  # steps of a window that did not fit, after which a plan that cannot be replaced is given up
+_LEAST_STEPS = 100  # that must be left for a compilation to pay
+_LONG = 1000  # steps from which a run plans by itself
+
+
+def plans(execution: str, config: AViTConfig, steps: int) -> bool:
+    """Whether a run plans its shapes. execution: config.execution. steps: of the run.
+
+    Raises ValueError if "planned" does not fit the model's rule.
+    """
+    rule = rule_of_training(config)
+    fits = (
+        rule is not None
+        and config.reduction is None
+        and rule.masks_in_training
+        and not rule.self_visible
+        and not rule.teacher_tokens
+    )
+    if execution == "planned" and not fits:
+        name = config.rule_in_force.name if config.rule_in_force is not None else "none"
+        raise ValueError(
+            f"config.execution is planned and the rule is {name}: training with it masks no token that could be "
+            "removed; give config.execution=masked"
+        )
+    return fits and (execution == "planned" or (execution == "auto" and steps >= _LONG))
+
+
+@dataclasses.dataclass
+class Planner:
+    """The plan in force, and what recent batches needed.
+
+    At the end of a window there is a new plan if a step did not fit or if many fewer places are enough. Only the
+    counts of steps decide, never time, so a resumed run plans as an uninterrupted one does.
+    """
+
+    config: AViTConfig
+    images: int  # in a part of a step on one device
+    steps: int  # of the run
+    plan: PlannedPlan | None = None
+    plans: int = 0  # made so far
+    fullest: Int[np.ndarray, "l b"] | None = None  # the largest sorted loads since the last window
+    overflows: int = 0  # steps since then that did not fit
+
+    def saw(self, counts: dict[str, Any]) -> None:
+        """Take in the counts of a step (train.step)."""
+        loads = np.asarray(counts["loads"], int)
+        self.fullest = loads if self.fullest is None else np.maximum(self.fullest, loads)
+        self.overflows += int(counts["overflow"])
+
+    def renewed(self, step: int) -> bool:
+        """At the end of a window: whether the steps after this one have another plan, or none any more."""
+        fullest, overflows = self.fullest, self.overflows
+        self.fullest, self.overflows = None, 0
+        if fullest is None:
+            return False
+        if self.plans >= MOST_PLANS or self.steps - step < _LEAST_STEPS:
+            given_up = self.plan is not None and overflows > _TOO_OFTEN
+            self.plan = None if given_up else self.plan
+            return given_up
+        found = plan_fullest(fullest, self.config, self.images, margin=_MARGIN)
+        before = 1.0 if self.plan is None else self.plan.share()
+        if found.share() > _WORTH * before and overflows == 0:
+            return False
+        self.plan, self.plans = found, self.plans + 1
+        return True
+
+    def to_json(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        return {
+            "plan": None if self.plan is None else dataclasses.asdict(self.plan),
+            "plans": self.plans,
+            "fullest": None if self.fullest is None else self.fullest.tolist(),
+            "overflows": self.overflows,
+        }
+
+    def take(self, content: dict[str, Any] | None) -> None:
+        """Go on from what `to_json` gave, or begin if a checkpoint has None. Raises ValueError for something else."""
+        self.plan, self.plans, self.fullest, self.overflows = None, 0, None, 0
+        if content is None:
+            return
+        try:
+            if content["plan"] is not None:
+                self.plan = PlannedPlan.from_json(content["plan"])
+                self.plan.check(self.config, self.images)
+            self.plans = whole_number("plans", content["plans"], 0)
+            self.overflows = whole_number("overflows", content["overflows"], 0)
+            if content["fullest"] is not None:
+                self.fullest = np.asarray(content["fullest"])
+                if self.fullest.shape != (self.config.depth, self.images) or self.fullest.dtype.kind != "i":
+                    raise ValueError(f"fullest must be {self.config.depth} lists of {self.images} whole numbers")
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"planning: {error}") from error
