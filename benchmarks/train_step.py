@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -97,7 +98,8 @@ def jax_step(model_config: AViTConfig, batch_size: int, execution: str) -> Step:
         if made is not None and metrics["counts"]["overflow"]:
             print("a batch did not fit its plan")
 
-    return Step(run, compiled.memory_analysis().temp_size_in_bytes, seconds)
+    memory: Any = compiled.memory_analysis()
+    return Step(run, memory.temp_size_in_bytes, seconds)
 
 
 def class_depth(model_config: AViTConfig) -> int:
