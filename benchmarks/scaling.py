@@ -13,6 +13,7 @@ Medians are reported. Writes runs/benchmarks/scaling.json.
 
 import argparse
 import contextlib
+import dataclasses
 import io
 import json
 import os
@@ -41,7 +42,8 @@ def take_steps(model: str) -> None:
     """The worker process: for each line of standard input, take a round of steps and print the seconds a step."""
     from benchmarks.train_step import MODELS, jax_step
 
-    step = jax_step(MODELS[model][0], BATCHES[model])
+    gated = dataclasses.replace(MODELS[model][0], gate_scale=40.0, gate_center=20.0)
+    step = jax_step(gated, BATCHES[model], "masked").run
     for _ in range(2):
         step()
     print("ready", flush=True)

@@ -1,21 +1,24 @@
-"""Images per second of one training step: dense and A-ViT, remat on and off, and eager PyTorch if it is installed.
+"""Images per second of one training step: dense, A-ViT masked and planned, and eager PyTorch if it is installed.
 
-    python benchmarks/train_step.py                     the default model (28x28) and A-ViT-Tiny at 224, about 4 minutes
-    python benchmarks/train_step.py --models=mnist --rounds=5
+    python benchmarks/train_step.py          the default model (28x28), A-ViT-Tiny and A-ViT-Small at 224, 15 minutes
+    python benchmarks/train_step.py --models=mnist --rounds=5 --remat
 
-Every variant takes its real step (forward, three losses, backward, clipping, AdamW). All variants run in turn, and
-medians are reported. PyTorch has the same architecture and optimiser, dense and eager (pip install -r
-requirements-peers.txt). Writes runs/benchmarks/train_step.json.
+Every variant takes its real step (forward, three losses, backward, clipping, AdamW). The images draw the depth of each
+patch (benchmarks/drawn.py), 60 % of the layers on average, and the learning rate is 0, so that depths stay. All
+variants run in turn, and medians are reported. PyTorch has the same architecture and optimiser, dense and eager (pip
+install -r requirements-peers.txt). Writes runs/benchmarks/train_step.json.
 """
 
 import argparse
 import dataclasses
 import functools
+import itertools
 import statistics
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -25,45 +28,103 @@ from flax import nnx
 
 from avit_jax import PRESETS, AViT, AViTConfig
 from avit_jax.commands.typed_config import parse
+from avit_jax.execution.compiled import predict
+from avit_jax.execution.plan import layer_loads
+from avit_jax.execution.stages import plan_loads
+from avit_jax.model.config import NO_RULE
 from avit_jax.model.presets import config_from
 from avit_jax.runtime.hints import nearest
 from avit_jax.runtime.mesh import available_cores, global_batch, training_mesh, use_all_cores
 from avit_jax.train.optim import learning_rate_schedule, make_optimizer
 from avit_jax.train.state import initial_state
 from avit_jax.train.step import make_train_step
+from benchmarks.drawn import drawn_depths, drawn_images, drawn_model
 from benchmarks.results import machine, save_results
 from configs import mnist_avit
 
 MNIST = config_from(None, image_size=28, in_channels=1, num_classes=10, **parse(mnist_avit.get_config()).model.given)
-MODELS = {"mnist": (MNIST, 100), "tiny224": (PRESETS["avit_tiny_patch16_224"], 16)}
+MODELS = {
+    "mnist": (MNIST, 100),
+    "tiny224": (PRESETS["avit_tiny_patch16_224"], 16),
+    "small224": (PRESETS["avit_small_patch16_224"], 16),
+}
+DEPTH, TOKEN_SPREAD, IMAGE_SPREAD = 0.6, 0.2, 0.05  # as shares of the layers
+PLAN_BATCHES = 8  # from which a plan is made
 
 
-def jax_step(model_config: AViTConfig, batch_size: int) -> Callable[[], None]:
-    """A function that takes one training step, as train.py does."""
+@dataclasses.dataclass
+class Step:
+    """A training step that can be timed."""
+
+    run: Callable[[], None]
+    memory: int = 0  # bytes of the step's temporaries, by the compiler; 0: unknown
+    compile_seconds: float = 0.0
+
+
+def jax_step(model_config: AViTConfig, batch_size: int, execution: str) -> Step:
+    """One training step as train.py takes it; execution: dense, masked or planned."""
     experiment = mnist_avit.get_config()
     experiment.batch_size = batch_size
     experiment.loss.distillation, experiment.teacher = "none", ""  # its forward pass is not part of the comparison
+    experiment.optim.update({"learning_rate": 0.0, "final_learning_rate": 0.0})
     settings = parse(experiment)
+    images, labels = drawn_batches(model_config, batch_size)
+    model = drawn_model(model_config, class_depth(model_config))
+    mesh = training_mesh(settings.mesh, batch_size)
+    made = None
+    if execution == "planned":
+        loads = layer_loads(depths_by_batch(model, images, batch_size), model_config, image_exit=False)
+        made = plan_loads(loads, model_config, batch_size // mesh.size, margin=0.05)
+    if execution == "dense":
+        model = model.with_config(**NO_RULE)
     optimizer = make_optimizer(
         settings.optim, learning_rate_schedule(settings.optim, 10_000, epochs=100.0, batch_size=batch_size)
     )
-    model = AViT(model_config, rngs=nnx.Rngs(0))
-    mesh = training_mesh(settings.mesh, batch_size)
     state = initial_state(model, optimizer, 0.0, mesh)
-    step = make_train_step(nnx.graphdef(model), optimizer, settings.step, mesh, state)
-    images, labels = random_batch(model_config, batch_size)
-    batch = global_batch({"image": images, "label": labels}, mesh)
+    counted = dataclasses.replace(settings.step, counts=made is not None)
+    step = make_train_step(nnx.graphdef(model), optimizer, counted, mesh, state, plan=made)
+    batches = [
+        global_batch({"image": images[i : i + batch_size], "label": labels[i : i + batch_size]}, mesh)
+        for i in range(0, len(images), batch_size)
+    ]
+    began = time.perf_counter()
+    compiled = step.lower(state, batches[0], None).compile()
+    seconds, turn = time.perf_counter() - began, itertools.cycle(batches)
 
     def run() -> None:
         nonlocal state
-        state, metrics = step(state, batch, None)
+        state, metrics = compiled(state, next(turn), None)
         jax.block_until_ready(metrics)
+        if made is not None and metrics["counts"]["overflow"]:
+            print("a batch did not fit its plan")
 
-    return run
+    memory: Any = compiled.memory_analysis()
+    return Step(run, memory.temp_size_in_bytes, seconds)
 
 
-def torch_step(model_config: AViTConfig, batch_size: int) -> Callable[[], None]:
-    """A function that takes one training step of the dense model in eager PyTorch."""
+def class_depth(model_config: AViTConfig) -> int:
+    """The class token's layers: three quarters of all."""
+    return round(0.75 * model_config.depth)
+
+
+def drawn_batches(model_config: AViTConfig, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Images of several batches whose patches stop at drawn layers, and random labels."""
+    count, depth = PLAN_BATCHES * batch_size, model_config.depth
+    depths = drawn_depths(
+        model_config, count, DEPTH * depth, TOKEN_SPREAD * depth, IMAGE_SPREAD * depth, class_depth(model_config)
+    )
+    labels = np.random.default_rng(0).integers(0, model_config.num_classes, count).astype(np.int32)
+    return drawn_images(model_config, depths), labels
+
+
+def depths_by_batch(model: AViT, images: np.ndarray, batch_size: int) -> np.ndarray:
+    """The depth of every token."""
+    parts = [predict(model, images[i : i + batch_size]).token_depth for i in range(0, len(images), batch_size)]
+    return np.concatenate([np.asarray(part) for part in parts])
+
+
+def torch_step(model_config: AViTConfig, batch_size: int) -> Step:
+    """One training step of the dense model in eager PyTorch."""
     import torch
     from torch.nn import functional
 
@@ -72,7 +133,7 @@ def torch_step(model_config: AViTConfig, batch_size: int) -> Callable[[], None]:
     torch.set_num_threads(available_cores())
     model = torch_vit(model_config).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-    images, labels = random_batch(model_config, batch_size)
+    images, labels = (values[:batch_size] for values in drawn_batches(model_config, batch_size))
     x, y = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(labels).long()
 
     def run() -> None:
@@ -81,24 +142,18 @@ def torch_step(model_config: AViTConfig, batch_size: int) -> Callable[[], None]:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
 
-    return run
+    return Step(run)
 
 
-def random_batch(model_config: AViTConfig, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Random images and labels of the right shapes."""
-    rng = np.random.default_rng(0)
-    images = rng.normal(size=(batch_size, *model_config.image_shape, model_config.in_channels)).astype(np.float32)
-    return images, rng.integers(0, model_config.num_classes, batch_size).astype(np.int32)
-
-
-def variants(model_config: AViTConfig, batch_size: int) -> dict[str, Callable[[], Callable[[], None]]]:
-    """The variants: name -> a function that builds the step."""
-    dense = dataclasses.replace(model_config, gate_scale=None, gate_center=None)
-    found: dict[str, Callable[[], Callable[[], None]]] = {}
-    for name, base in (("dense", dense), ("A-ViT", model_config)):
-        for remat in (True, False):
-            label = f"{name}, remat {'on' if remat else 'off'}"
-            found[label] = functools.partial(jax_step, dataclasses.replace(base, remat=remat), batch_size)
+def variants(model_config: AViTConfig, batch_size: int, remat: bool) -> dict[str, Callable[[], Step]]:
+    """The variants: name -> a function that builds the step. remat: also with activations computed again."""
+    gated = dataclasses.replace(model_config, gate_scale=40.0, gate_center=20.0)  # what drawn_model needs
+    found: dict[str, Callable[[], Step]] = {}
+    for again in (False, True) if remat else (False,):
+        config = dataclasses.replace(gated, remat=again)
+        for execution in ("dense", "masked", "planned"):
+            name = ("dense" if execution == "dense" else f"A-ViT, {execution}") + (", remat" if again else "")
+            found[name] = functools.partial(jax_step, config, batch_size, execution)
     try:
         import torch  # noqa: F401
 
@@ -108,14 +163,13 @@ def variants(model_config: AViTConfig, batch_size: int) -> dict[str, Callable[[]
     return found
 
 
-def measure(model_config: AViTConfig, batch_size: int, rounds: int) -> dict[str, float]:
-    """Median seconds per step of each variant, measured in turn."""
-    steps = {name: build() for name, build in variants(model_config, batch_size).items()}
+def measure(steps: dict[str, Step], rounds: int) -> dict[str, float]:
+    """Median seconds of each step, measured in turn."""
     times: dict[str, list[float]] = {name: [] for name in steps}
     for timed in [False, False] + [True] * rounds:
         for name, step in steps.items():
             began = time.perf_counter()
-            step()
+            step.run()
             if timed:
                 times[name].append(time.perf_counter() - began)
     return {name: statistics.median(seconds) for name, seconds in times.items()}
@@ -124,8 +178,10 @@ def measure(model_config: AViTConfig, batch_size: int, rounds: int) -> dict[str,
 def main() -> None:
     """Measure, print the table, write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", default="mnist,tiny224", help="comma-separated: " + ", ".join(MODELS))
+    parser.add_argument("--models", default=",".join(MODELS), help="comma-separated: " + ", ".join(MODELS))
+    parser.add_argument("--batch", type=int, default=0, help="images in a step; 0: each model's own")
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--remat", action="store_true", help="also with activations computed again")
     arguments = parser.parse_args()
     use_all_cores()
     where = machine()
@@ -134,16 +190,29 @@ def main() -> None:
         if name not in MODELS:
             parser.error(f"there is no model {name!r}: {nearest(name, MODELS)}")
         config, batch_size = MODELS[name]
-        seconds = measure(config, batch_size, arguments.rounds)
-        reference = seconds.get("PyTorch eager, dense", seconds["dense, remat on"])
+        batch_size = arguments.batch or batch_size
+        steps = {label: build() for label, build in variants(config, batch_size, arguments.remat).items()}
+        seconds = measure(steps, arguments.rounds)
         print(f"\n{name}, batch {batch_size} ({where})")
-        against = "time / PyTorch" if "PyTorch eager, dense" in seconds else "time / dense"
-        print(f"{'variant':24}{'ms/step':>9}{'images/s':>10}{against:>16}")
-        for variant, value in seconds.items():
-            print(f"{variant:24}{value * 1e3:>9.0f}{batch_size / value:>10.1f}{value / reference:>16.2f}")
+        print(f"{'variant':24}{'ms/step':>9}{'images/s':>10}{'time / dense':>14}{'MB':>7}{'compile, s':>12}")
+        for label, value in seconds.items():
+            step = steps[label]
+            print(
+                f"{label:24}{value * 1e3:>9.0f}{batch_size / value:>10.1f}{value / seconds['dense']:>14.2f}"
+                f"{step.memory / 1e6:>7.0f}{step.compile_seconds:>12.0f}",
+                flush=True,
+            )
         results[name] = {
             "batch_size": batch_size,
-            "variants": {k: {"seconds": v, "images_per_second": batch_size / v} for k, v in seconds.items()},
+            "variants": {
+                label: {
+                    "seconds": value,
+                    "images_per_second": batch_size / value,
+                    "memory_bytes": steps[label].memory,
+                    "compile_seconds": steps[label].compile_seconds,
+                }
+                for label, value in seconds.items()
+            },
         }
     save_results(Path("runs/benchmarks/train_step.json"), results)
 

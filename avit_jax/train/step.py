@@ -62,9 +62,16 @@ def build_train_step(
     classifying, parts = settings.classification, settings.accumulation
 
     def loss_function(
-        params: nnx.State, batch: dict[str, Array], key: Array, teacher_state: Any, plan: PlannedPlan | None
+        params: nnx.State,
+        batch: dict[str, Array],
+        key: Array,
+        teacher_state: Any,
+        plan: PlannedPlan | None,
+        remat: bool,
     ) -> Any:
         model = nnx.merge(graphdef, params)
+        if remat:
+            model = model.with_config(remat=True)
         weight, rule = batch.get("weight"), rule_of_training(model.config)
         draws, overflow = nnx.Rngs(dropout=key).dropout(), jnp.zeros((), bool)
         if plan is None or rule is None:
@@ -114,8 +121,9 @@ def build_train_step(
     def gradient(params: nnx.State, batch: dict[str, Array], key: Array, teacher_state: Any) -> Any:
         """Gradient, metrics and counts of a part."""
 
-        def run(plan: PlannedPlan | None) -> Any:
-            grads, (metrics, counts) = jax.grad(loss_function, has_aux=True)(params, batch, key, teacher_state, plan)
+        def run(plan: PlannedPlan | None, remat: bool = False) -> Any:
+            gradient_of = jax.grad(loss_function, has_aux=True)
+            grads, (metrics, counts) = gradient_of(params, batch, key, teacher_state, plan, remat)
             return grads, metrics, counts
 
         if plan is None:
@@ -124,7 +132,8 @@ def build_train_step(
         overflow = fast[2]["overflow"]
 
         def whole() -> Any:
-            grads, metrics, counts = run(None)
+            # Activations are computed again, so that the rare case does not set the memory of every step.
+            grads, metrics, counts = run(None, remat=True)
             return grads, metrics, counts | {"overflow": overflow}
 
         return jax.lax.cond(overflow, whole, lambda: fast)
