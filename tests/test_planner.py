@@ -49,7 +49,7 @@ def plan_often(patch: pytest.MonkeyPatch) -> None:
 def experiment(folder: Path, execution: str) -> ConfigDict:
     """16 patches, most of which stop before the last of three layers."""
     config = tiny_experiment(folder / "toy.npz")
-    config.model.update({"patch_size": 2, "gate_center": -1.0, "drop_path_rate": 0.3})
+    config.model.update({"patch_size": 2, "gate_center": -4.0, "drop_path_rate": 0.3})
     config.log_every = 1
     config.execution = execution
     return config
@@ -184,6 +184,7 @@ def test_a_plan_is_made_when_places_can_be_saved() -> None:
     assert found.renewed(150)
     assert found.plan is not None and found.plans == 1
     found.plan.check(CONFIG, 8)
+    assert str(found).startswith(f"shapes are planned for {100 * found.plan.share():.0f}% of all tokens; groups of 2 ")
     assert found.plan.fits(np.tile(np.array([65, 20, 20, 2])[:, None], (1, 8))), "the fullest of both steps"
     assert not found.plan.fits(np.tile(np.array([65, 40, 20, 2])[:, None], (1, 8)))
     found.saw(counts(65, 19, 19, 2))
@@ -202,6 +203,7 @@ def test_plans_are_not_made_without_end() -> None:
     for _ in range(11):
         found.saw(counts(65, 65, 65, 65, overflow=True))
     assert found.renewed(2000) and found.plan is None, "a plan that rarely fits is given up"
+    assert str(found) == "every token is computed"
     late = planner(steps=100)
     late.saw(counts(65, 2, 2, 2))
     assert not late.renewed(50) and late.plan is None, "compiling takes longer than 50 steps save"

@@ -40,7 +40,7 @@ class Noise:
         inner = self._dropped(block.mlp.hidden(x), block.mlp.drop, hidden)
         return self._path(self._dropped(block.mlp.fc2(inner), block.drop, drop), path)
 
-    def _keys(self, key: PRNGKeyArray) -> PRNGKeyArray:
+    def _keys(self, key: PRNGKeyArray) -> Array:
         """The five keys of a layer in Block: dropout and path of attention, hidden values, dropout and path of MLP."""
         return jax.random.split(jax.random.fold_in(key, self.layer), 5)
 

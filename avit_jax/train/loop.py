@@ -231,12 +231,8 @@ class _Run:
         """Use another plan from the next step on, if recent batches call for one."""
         assert self.planner is not None
         if self.planner.renewed(step):
-            plan = self.planner.plan
-            shapes = (
-                "every token is computed" if plan is None else f"{plan.share():.0%} of all tokens are planned: {plan}"
-            )
-            self.display.say(f"after step {step}: {shapes}")
-            self.train_step = self.step_with(plan)
+            self.display.say(f"after step {step}: {self.planner}")
+            self.train_step = self.step_with(self.planner.plan)
 
     def _stop(self, stop: StopRequest) -> NoReturn:
         stop.agreed()

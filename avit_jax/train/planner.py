@@ -80,6 +80,11 @@ class Planner:
         self.plan, self.plans = found, self.plans + 1
         return True
 
+    def __str__(self) -> str:
+        if self.plan is None:
+            return "every token is computed"
+        return f"shapes are planned for {self.plan.share():.0%} of all tokens; {self.plan}"
+
     def to_json(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
         return {
