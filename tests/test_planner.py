@@ -219,8 +219,8 @@ def test_what_a_checkpoint_keeps_of_planning() -> None:
     other.take(kept)
     assert json.loads(json.dumps(other.to_json())) == kept and other.plan == found.plan
     assert other.renewed(100) and found.renewed(100) and other.plan == found.plan
-    other.take(None)
-    assert other == planner(), "a checkpoint of an older version: from the beginning"
+    other.take(kept | {"images": 4})
+    assert other == planner(), "other devices have other numbers of images: from the beginning"
     read = Progress.from_json(Progress(planning=kept).to_json(), 0)
     assert read.planning == kept
 
@@ -232,6 +232,7 @@ def test_what_a_checkpoint_keeps_of_planning() -> None:
         {"plan": 3},
         {"plans": None},
         {"plans": -1},
+        {"images": "8"},
         {"overflows": True},
         {"fullest": [[1]]},
         {"fullest": "many"},

@@ -90,16 +90,17 @@ class Planner:
         return {
             "plan": None if self.plan is None else dataclasses.asdict(self.plan),
             "plans": self.plans,
+            "images": self.images,
             "fullest": None if self.fullest is None else self.fullest.tolist(),
             "overflows": self.overflows,
         }
 
-    def take(self, content: dict[str, Any] | None) -> None:
-        """Go on from what `to_json` gave, or begin if a checkpoint has None. Raises ValueError for something else."""
+    def take(self, content: dict[str, Any]) -> None:
+        """Go on from what `to_json` gave; with other devices, begin anew. Raises ValueError for something else."""
         self.plan, self.plans, self.fullest, self.overflows = None, 0, None, 0
-        if content is None:
-            return
         try:
+            if whole_number("images", content["images"]) != self.images:
+                return
             if content["plan"] is not None:
                 self.plan = PlannedPlan.from_json(content["plan"])
                 self.plan.check(self.config, self.images)
