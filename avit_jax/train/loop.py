@@ -138,7 +138,7 @@ class _Run:
             self.progress = Progress.from_json(found.progress, found.step)
             if self.progress.planning is None:
                 self.planner = None  # a run that began before there were plans goes on with every token computed
-            if self.planner is not None:
+            elif self.planner is not None:
                 self.planner.take(self.progress.planning)
                 self.train_step = self.step_with(self.planner.plan)
         except ValueError as error:
