@@ -87,7 +87,7 @@ def started() -> AViT:
     return model
 
 
-@pytest.mark.parametrize("work", [0.7, 0.5])
+@pytest.mark.parametrize("work", [pytest.param(0.7, marks=pytest.mark.slow), 0.5])
 def test_a_vits_own_gate_meets_a_budget(started: AViT, work: float) -> None:
     images = pictures(started.config)
     rule = calibrate(started, images, started.config.halting, work=work)

@@ -88,7 +88,7 @@ def test_groups_of_every_size(num_special: int, patches: int, r: int) -> None:
         attention_received=jnp.asarray(RNG.uniform(0.01, 0.1, (2, tokens)), jnp.float32),
         size=jnp.asarray(RNG.integers(1, 5, (2, tokens)), jnp.float32),
     )
-    groups = MCTF(r).groups(known, layer=1, num_special=num_special)
+    groups = jax.jit(lambda known: MCTF(r).groups(known, layer=1, num_special=num_special))(known)
     assert groups is not None and known.size is not None and known.attention_received is not None
     np.testing.assert_array_equal(groups.size.sum(1), known.size.sum(1))
     np.testing.assert_allclose(groups.weight, known.size * known.attention_received, rtol=1e-6)
@@ -177,7 +177,7 @@ def test_reduced_attention_is_the_sum_over_queries_and_keys(dropped: bool) -> No
         mixed = jnp.einsum("bhgj,bjhc->bghc", reduced, value).reshape(2, 3, 16)
         return (attention.proj(mixed) * direction).sum()
 
-    pairs = (jax.value_and_grad(f, (0, 1))(weights, x) for f in (found, expected))
+    pairs = (jax.jit(jax.value_and_grad(f, (0, 1)))(weights, x) for f in (found, expected))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), *pairs)
 
 
@@ -286,14 +286,15 @@ def test_the_gradient_of_the_reduced_attention_reaches_queries_and_keys() -> Non
     def chosen(facts: Any) -> Groups | None:
         return rule.groups(Seen(before=x, size=size, **facts), layer=0, num_special=1)
 
-    def value(params: Any, choose: Any) -> jax.Array:
-        return (nnx.merge(graphdef, params).attend_reduced(x, None, None, None, reads, choose)[0] * direction).sum()
+    def value(params: Any, choose: Any) -> tuple[jax.Array, Groups | None]:
+        mixed, groups = nnx.merge(graphdef, params).attend_reduced(x, None, None, None, reads, choose)
+        return (mixed * direction).sum(), groups
 
-    _, groups = nnx.merge(graphdef, params).attend_reduced(x, None, None, None, reads, chosen)
-    found = jax.grad(value)(params, chosen)
+    found, groups = jax.jit(jax.grad(lambda params: value(params, chosen), has_aux=True))(params)
+    at = jax.jit(lambda params, groups: value(params, lambda facts: groups)[0])
     slope = sum(jax.tree.leaves(jax.tree.map(lambda g, d: float((g * d).sum()), found, step)))
     ends = (jax.tree.map(lambda p, d, s=s: p + s * d, params, step) for s in (1e-2, -1e-2))
-    high, low = (float(value(end, lambda facts: groups)) for end in ends)
+    high, low = (float(at(end, groups)) for end in ends)
     np.testing.assert_allclose(slope, (high - low) / 2e-2, rtol=1e-2)
     assert abs(slope) > 0.1
 

@@ -70,7 +70,7 @@ def in_numpy(model: AViT, image: np.ndarray, rule: Any) -> Result:
     return dropping(model, image, between=between)
 
 
-@pytest.mark.parametrize("name", ["evit-fuse-0.7", "evit-fuse-0.5", "topk-0.7"])
+@pytest.mark.parametrize("name", ["evit-fuse-0.7", pytest.param("evit-fuse-0.5", marks=pytest.mark.slow), "topk-0.7"])
 def test_recorded_outputs(name: str) -> None:
     recorded = dict(np.load(DATA / f"{name}.npz"))
     meta = json.loads(str(recorded["meta"]))
