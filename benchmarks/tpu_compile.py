@@ -64,7 +64,7 @@ def compiled_row(program: str, size: str, topology: str) -> dict[str, Any]:
     else:
         settings = experiment(size, topology)
         model, images, parts = model_of(settings), settings.batch_size // mesh.size, settings.accumulation
-        allowed = {"gradients", "scalars", "statistics"} | ({"parameters"} if fsdp > 1 else set())
+        allowed = {"gradients", "scalars", "statistics", "counts"} | ({"parameters"} if fsdp > 1 else set())
         compiled = compile_train_step(settings, mesh)
     seconds = time.perf_counter() - began
     row = {"program": program, "model": size, "topology": topology, "images_a_chip": images, "parts": parts}

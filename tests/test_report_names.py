@@ -46,13 +46,13 @@ def split() -> Split:
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
     """The figures that are saved, and they are saved too."""
     figures: list[Figure] = []
-    save = pictures._save
+    save = pictures.save_picture
 
     def recording(figure: Figure, path: Path) -> Path:
         figures.append(figure)
         return save(figure, path)
 
-    monkeypatch.setattr(pictures, "_save", recording)
+    monkeypatch.setattr(pictures, "save_picture", recording)
     return figures
 
 

@@ -115,11 +115,12 @@ def what_crosses(
     """The collectives by what they carry: {what: {"count", "bytes"}} for one call on one device, of whole arrays.
 
     "gradients" are sums with as many elements as a parameter, one layer of it, or a device's part of it. "parameters"
-    are gathers of these, "statistics" have one number per layer, and "scalars" are single numbers. Everything else, and
-    a gather along the layers, is "other". "in loops" counts collectives in loops whose length depends on the data; they
-    do not add to "count" and "bytes". parameters: names and shapes; with "blocks" in its name, a parameter is stacked,
-    the layer axis first. layers: how many. fsdp: over how many devices parameters are split. Raises ValueError if sizes
-    do not distinguish one layer's parameters from those of all layers.
+    are gathers of these, "statistics" have one number per layer, "counts" are whole numbers for each layer, from which
+    shapes are planned, and "scalars" are single numbers. Everything else, and a gather along the layers, is "other".
+    "in loops" counts collectives in loops whose length depends on the data; they do not add to "count" and "bytes".
+    parameters: names and shapes; with "blocks" in its name, a parameter is stacked, the layer axis first. layers: how
+    many. fsdp: over how many devices parameters are split. Raises ValueError if sizes do not distinguish one layer's
+    parameters from those of all layers.
     """
     stacked = {math.prod(shape) for name, shape in parameters if "blocks" in name}
     single = {math.prod(shape[1:] if "blocks" in name else shape) for name, shape in parameters}
@@ -133,7 +134,7 @@ def what_crosses(
     for one in found:
         kinds = set()
         for before, after in one.arrays:
-            what = _what(one.kind, before[1], after[1], whole, sums, stacked, layers)
+            what = _what(one.kind, before, after, whole, sums, stacked, layers)
             size = max(BYTES[dtype] * math.prod(shape) for dtype, shape in (before, after))
             total[what]["bytes"] += one.times * size
             kinds.add(what)
@@ -143,17 +144,20 @@ def what_crosses(
 
 
 def _what(
-    kind: str, before: Shape, after: Shape, whole: set[int], sums: set[int], stacked: set[int], layers: int
+    kind: str, before: Array, after: Array, whole: set[int], sums: set[int], stacked: set[int], layers: int
 ) -> str:
-    size = math.prod(before)
+    dtype, shape = before
+    size = math.prod(shape)
     if kind in ("all-reduce", "reduce-scatter"):
+        if dtype == "s32" and shape[:1] == (layers,):
+            return "counts"
         if size == 1:
             return "scalars"
         if size == layers:
             return "statistics"
         return "gradients" if size in sums else "other"
-    gathered = math.prod(after)
-    along_layers = gathered in stacked and layers not in before
+    gathered = math.prod(after[1])
+    along_layers = gathered in stacked and layers not in shape
     return "parameters" if kind == "all-gather" and gathered in whole and not along_layers else "other"
 
 

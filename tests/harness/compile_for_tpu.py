@@ -31,7 +31,7 @@ _, params = nnx.split(nnx.eval_shape(lambda: AViT(model, rngs=nnx.Rngs(0))), nnx
 state = 4 * 4 * sum(leaf.size for leaf in jax.tree.leaves(params))  # weights, average, two moments, float32
 
 step = compile_train_step(settings, topology_mesh("v5e:2x4", fsdp=2))
-crossing = check_crossing(step, model, {"gradients", "parameters", "scalars", "statistics"}, fsdp=2)
+crossing = check_crossing(step, model, {"gradients", "parameters", "scalars", "statistics", "counts"}, fsdp=2)
 print(said(crossing), f"{bytes_needed(step) / 1e6:.1f} MB, state {state / 1e6:.1f} MB")
 assert crossing["statistics"] == {"count": 1, "bytes": 4 * 2}
 # Each parameter is gathered once, kernels as bfloat16, and its gradient summed once.
