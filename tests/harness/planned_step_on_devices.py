@@ -61,10 +61,10 @@ def step(devices: int, plan: PlannedPlan | None) -> tuple[np.ndarray, np.ndarray
 
 
 def fitted(loads: np.ndarray, missing: int = 0) -> PlannedPlan:
-    """Groups of two images without a place to spare; in layer 3, places are missing in the fullest. loads: sorted."""
+    """Two stages without a place to spare in any group; places are missing in the second's fullest. loads: sorted."""
     most = np.pad(loads, ((0, 0), (loads.shape[1] % 2, 0))).reshape(4, -1, 2).max(-1)
     most[2, -1] -= missing
-    stages = tuple(Stage(first, tuple(map(int, most[first]))) for first in range(4))
+    stages = tuple(Stage(first, tuple(map(int, most[first]))) for first in (0, 2))
     return PlannedPlan(8, 4, loads.shape[1], 2, stages)
 
 
