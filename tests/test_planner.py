@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from avit_jax.halting.pondernet import PonderNet
 from avit_jax.model.config import NO_RULE
 from avit_jax.reduction.dynamicvit import DynamicViT
 from avit_jax.reduction.tome import ToMe
+from avit_jax.runtime.mesh import data_mesh
 from avit_jax.train import loop as training
 from avit_jax.train import planner as planning
 from avit_jax.train.planner import Planner, plans
@@ -30,6 +32,7 @@ from tests.harness.devices import run_on_devices
 from tests.test_training import Killed, leaves, lines_without_times
 
 CONFIG = small_config(image_size=32)  # 65 tokens, 4 layers
+MESH = data_mesh(1)
 
 
 def test_steps_are_those_of_masked_training() -> None:
@@ -144,14 +147,17 @@ def test_a_rule_that_masks_nothing_in_training_is_refused(tmp_path: Path) -> Non
 )
 def test_who_plans(fields: dict[str, Any], fits: bool) -> None:
     config = small_config(**fields)
-    assert not plans("masked", config, 10**6)
-    assert not plans("auto", config, 999), "compiling takes longer than a short run saves"
-    assert plans("auto", config, 1000) == fits
+    assert not plans("masked", config, 10**6, MESH)
+    assert not plans("auto", config, 999, MESH), "compiling takes longer than a short run saves"
+    assert plans("auto", config, 1000, MESH) == fits
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "process_count", lambda: 2)
+        assert not plans("auto", config, 1000, MESH), "not measured with several processes"
     if fits:
-        assert plans("planned", config, 8)
+        assert plans("planned", config, 8, MESH)
     else:
         with pytest.raises(ValueError, match="training with it masks no token that could be removed; give config"):
-            plans("planned", config, 8)
+            plans("planned", config, 8, MESH)
 
 
 def test_the_loads_of_a_step_are_those_of_layer_loads() -> None:

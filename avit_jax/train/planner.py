@@ -3,7 +3,9 @@
 import dataclasses
 from typing import Any
 
+import jax
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Int
 
 from avit_jax.execution.plan import whole_number
@@ -19,8 +21,8 @@ _LEAST_STEPS = 100  # that must be left for a compilation to pay
 _LONG = 1000  # steps from which a run plans by itself
 
 
-def plans(execution: str, config: AViTConfig, steps: int) -> bool:
-    """Whether a run plans its shapes. execution: config.execution. steps: of the run.
+def plans(execution: str, config: AViTConfig, steps: int, mesh: Mesh) -> bool:
+    """Whether a run plans its shapes. execution: config.execution. steps: of the run. mesh: its devices.
 
     Raises ValueError if "planned" does not fit the model's rule.
     """
@@ -38,7 +40,9 @@ def plans(execution: str, config: AViTConfig, steps: int) -> bool:
             f"config.execution is planned and the rule is {name}: training with it masks no token that could be "
             "removed; give config.execution=masked"
         )
-    return fits and (execution == "planned" or (execution == "auto" and steps >= _LONG))
+    # Planned training has been measured on CPUs of one process only.
+    measured = mesh.devices.flat[0].platform == "cpu" and jax.process_count() == 1
+    return fits and (execution == "planned" or (execution == "auto" and steps >= _LONG and measured))
 
 
 @dataclasses.dataclass

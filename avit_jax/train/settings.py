@@ -47,7 +47,7 @@ class TrainSettings(Settings):
     accumulation: int = setting(1, "Parts in which a batch is processed, one after the other, to save memory.", least=1)
     execution: str = setting(
         "auto",
-        "masked: every token is computed; planned: halted tokens are gone; auto: planned if the training is long.",
+        "masked: every token is computed; planned: halted tokens are gone; auto: planned for long runs on a CPU.",
         choices=EXECUTIONS,
     )
     on_nan: str = setting(

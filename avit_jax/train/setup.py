@@ -41,7 +41,7 @@ def prepare(settings: TrainSettings, model: AViT, mesh: Mesh, images: int, teach
     optimizer = make_optimizer(settings.optim, schedule)
     state = state_shapes(model, optimizer, settings.optim.ema_decay)
     planner = None
-    if plans(settings.execution, model.config, steps):
+    if plans(settings.execution, model.config, steps, mesh):
         planner = Planner(model.config, settings.batch_size // (mesh.size * settings.accumulation), steps)
     step_settings = dataclasses.replace(settings.step, counts=planner is not None)
 
