@@ -15,6 +15,7 @@ from avit_jax.halting.avit import AViTGate
 from avit_jax.halting.rule import State
 from avit_jax.model import layers
 from avit_jax.model.layers import Block, drop_path
+from avit_jax.model.linear import gelu, matmul
 from avit_jax.model.seen import Seen
 from tests.harness.builders import answers, small_config, spread_gate
 
@@ -213,7 +214,7 @@ def test_gelu_is_the_exact_one() -> None:
     for dtype, relative in ((jnp.float32, 2e-7), (jnp.bfloat16, 0.5**8)):
         rounded = np.asarray(jnp.asarray(x, dtype), np.float64)
         expected = rounded * scipy.stats.norm.cdf(rounded)
-        found = np.asarray(layers.gelu(jnp.asarray(x, dtype)), np.float64)
+        found = np.asarray(gelu(jnp.asarray(x, dtype)), np.float64)
         np.testing.assert_allclose(found, expected, rtol=relative, atol=1e-6)  # tanh's differs by 4e-4
 
 
@@ -222,7 +223,7 @@ def test_linear_layers_have_the_gradients_of_a_matrix_product() -> None:
     for inputs, outputs in ((3, 7), (7, 3)):
         x, kernel, g = (rng.normal(size=shape) for shape in ((2, 5, inputs), (inputs, outputs), (2, 5, outputs)))
         to_jax = [jnp.asarray(v, jnp.float32) for v in (x, kernel, g)]
-        dx, dkernel = jax.grad(lambda x, k, g=to_jax[2]: (layers._matmul(x, k) * g).sum(), (0, 1))(*to_jax[:2])
+        dx, dkernel = jax.grad(lambda x, k, g=to_jax[2]: (matmul(x, k) * g).sum(), (0, 1))(*to_jax[:2])
         np.testing.assert_allclose(dx, g @ kernel.T, atol=1e-5)
         np.testing.assert_allclose(dkernel, np.einsum("bni,bno->io", x, g), atol=1e-5)
 

@@ -1,23 +1,19 @@
-"""The layers of a vision transformer: patch embedding, attention with a mass for every key, MLP, block."""
+"""The layers of a vision transformer: patch embedding, MLP, block."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, PRNGKeyArray, Shaped
+from jaxtyping import Array, Float, PRNGKeyArray
 
+from avit_jax.model.attention import Attention, Mass
 from avit_jax.model.config import AViTConfig
+from avit_jax.model.linear import gelu, layer_norm, linear
 from avit_jax.model.seen import Facts
-from avit_jax.reduction.groups import Groups, reduce, spread
-
-# Weight of each key in attention: whether the token is there (bool) or how much it counts (float). None: all the same.
-Mass = Bool[Array, "b n"] | Float[Array, "b n"] | None
-
-# timm's trunc_normal_(std=0.02) truncates at +-2, which is +-100 standard deviations.
-INIT = nnx.initializers.truncated_normal(0.02, lower=-100.0, upper=100.0)
+from avit_jax.reduction.groups import Groups, reduce
 
 
 @dataclasses.dataclass(frozen=True)  # compares by its bound: with a closure, every model would be compiled again
@@ -26,75 +22,6 @@ class _Uniform:
 
     def __call__(self, key: PRNGKeyArray, shape: tuple[int, ...], dtype: Any, *_: Any) -> Array:
         return jax.random.uniform(key, shape, dtype, -self.bound, self.bound)
-
-
-def _wide_matmul(a: Array, b: Array) -> Float[Array, "..."]:
-    """a @ b as float32."""
-    if a.dtype == jnp.float32:
-        return a @ b
-    # On a CPU, bfloat16 matmul is fast only with float32 output. Elsewhere the output is bfloat16, to write less
-    # memory.
-    return jax.lax.platform_dependent(
-        a,
-        b,
-        cpu=lambda a, b: jnp.matmul(a, b, preferred_element_type=jnp.float32),
-        default=lambda a, b: (a @ b).astype(jnp.float32),
-    )
-
-
-@jax.custom_vjp
-def _matmul(x: Float[Array, "... i"], kernel: Float[Array, "i o"]) -> Float[Array, "... o"]:
-    return _wide_matmul(x, kernel)
-
-
-def _matmul_forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
-    return _wide_matmul(x, kernel), (x, kernel)
-
-
-def _matmul_backward(saved: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
-    x, kernel = saved
-    gradient = gradient.astype(x.dtype)
-    rows, gradient_rows = x.reshape(-1, x.shape[-1]), gradient.reshape(-1, gradient.shape[-1])
-    # Only reverse mode is defined. A CPU copies the operand that it transposes; transposing the narrower one takes 10 %
-    # off a training step.
-    if rows.shape[1] > gradient_rows.shape[1]:
-        kernel_gradient = _wide_matmul(gradient_rows.T, rows).T
-    else:
-        kernel_gradient = _wide_matmul(rows.T, gradient_rows)
-    return _wide_matmul(gradient, kernel.T).astype(x.dtype), kernel_gradient.astype(kernel.dtype)
-
-
-_matmul.defvjp(_matmul_forward, _matmul_backward)
-
-
-def _dot_general(x: Array, kernel: Array, *_: Any, **__: Any) -> Array:
-    """nnx.Linear's contraction of the last axis with the first."""
-    return _matmul(x, kernel)
-
-
-def gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """x * Phi(x), exactly. jax.nn.gelu's erfc form is the same function, but a tenth slower in training on a CPU."""
-    wide = x.astype(jnp.float32)  # 1 + erf cancels for negative x, which needs float32
-    return (0.5 * wide * (1 + jax.lax.erf(wide * 0.5**0.5))).astype(x.dtype)
-
-
-def linear(inputs: int, outputs: int, dtype: str, rngs: nnx.Rngs, *, use_bias: bool = True) -> nnx.Linear:
-    """A linear layer that multiplies in `dtype`; its parameters and its output are float32."""
-    return nnx.Linear(
-        inputs,
-        outputs,
-        use_bias=use_bias,
-        dtype=jnp.dtype(dtype),
-        kernel_init=INIT,
-        dot_general=_dot_general,
-        rngs=rngs,
-    )
-
-
-def layer_norm(config: AViTConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    """LayerNorm in float32."""
-    # The fast variance E[x^2] - E[x]^2 loses precision if a token's mean is large.
-    return nnx.LayerNorm(config.embed_dim, epsilon=config.norm_epsilon, use_fast_variance=False, rngs=rngs)
 
 
 class PatchEmbed(nnx.Module):
@@ -124,177 +51,6 @@ class PatchEmbed(nnx.Module):
     def __call__(self, images: Float[Array, "b h w c"]) -> Float[Array, "b p d"]:
         """Patches row by row, embedded."""
         return self.proj(self.patches(images))
-
-
-class Attention(nnx.Module):
-    """Multi-head self-attention in which every key has a mass.
-
-    Query i gives key n the weight mass[n] * exp(score[i, n]) / sum_m mass[m] * exp(score[i, m]). A boolean mass leaves
-    out keys, such as halted tokens. A float mass is the number of patches that a token stands for, or the probability
-    that it is kept.
-    """
-
-    def __init__(self, config: AViTConfig, *, rngs: nnx.Rngs) -> None:
-        self.num_heads = config.num_heads
-        self.class_rows = config.class_token + config.distilled
-        self.qkv = linear(config.embed_dim, 3 * config.embed_dim, config.dtype, rngs, use_bias=config.qkv_bias)
-        self.proj = linear(config.embed_dim, config.embed_dim, config.dtype, rngs)
-
-    def query_key_value(self, x: Float[Array, "b n d"]) -> tuple[Array, Array, Array]:
-        """Query, key and value, each [B, H, N, d]; on a CPU, batched matmuls are twice as fast as with [B, N, H, d]."""
-        batch, tokens, dim = x.shape
-        shape = (batch, tokens, self.num_heads, dim // self.num_heads)
-        mixed = self.qkv(x).astype(self.qkv.dtype)
-        query, key, value = (y.reshape(shape).transpose(0, 2, 1, 3) for y in jnp.split(mixed, 3, axis=-1))
-        return query, key, value
-
-    def __call__(
-        self,
-        x: Float[Array, "b n d"],
-        mass: Mass = None,
-        reads: frozenset[str] = frozenset(),
-        *,
-        self_visible: bool = False,
-    ) -> tuple[Float[Array, "b n d"], Facts]:
-        """The attention output of every token, and the facts that `reads` names (fields of Seen).
-
-        mass: None: all 1. self_visible: a query sees its own key with mass 1 (DynamicViT's training).
-        """
-        query, key, value = self.query_key_value(x)
-        if self_visible and mass is not None:
-            weights, total = _self_visible_weights(query, key, mass)
-        else:
-            weights, total = _attention_weights(query, key, mass)
-        return self._projected(weights, total, value), self._facts(weights, total, key, value, reads)
-
-    def read(self, x: Float[Array, "b n d"], mass: Mass, queries: int) -> Float[Array, "b q d"]:
-        """The attention output of the first `queries` tokens; for the others only key and value are computed."""
-        (query,) = self._heads(x[:, :queries], 0, 1)
-        key, value = self._heads(x, 1, 3)
-        return self._projected(*_attention_weights(query, key, mass), value)
-
-    def weights(
-        self, x: Float[Array, "b n d"], mass: Mass, reads: frozenset[str]
-    ) -> tuple[Float[Array, "b h n n"], Float[Array, "b h n 1"], Facts]:
-        """The weight of each key for each query, their sum, and the facts that `reads` names but value_norm."""
-        query, key = self._heads(x, 0, 2)
-        weights, total = _attention_weights(query, key, mass)
-        return weights, total, self._facts(weights, total, key, None, reads)
-
-    def mixed(
-        self,
-        weights: Float[Array, "b h n n"],
-        total: Float[Array, "b h n 1"],
-        x: Float[Array, "b k d"],
-        groups: Groups | None,
-    ) -> Float[Array, "b k d"]:
-        """The attention output of the shorter sequence x, by the weights of the longer one.
-
-        groups: how the longer one became x; None: x is the longer one.
-
-        The attention matrix of the shorter sequence has the weighted mean of a slot's queries and the sum of a slot's
-        keys. It is not computed: each key has the value of its slot, and the outputs of a slot's queries are averaged.
-        """
-        columns = self._columns(x, 2, 3)
-        if groups is None:
-            return self._projected(weights, total, self._cut(columns)[0])
-        (value,) = self._cut(spread(columns, groups))
-        return self.proj(reduce(self._mixed(weights, total, value), dataclasses.replace(groups, mean=True)))
-
-    def _columns(self, rows: Float[Array, "b n d"], first: int, last: int) -> Float[Array, "b n _"]:
-        """Query, key and value (parts 0, 1 and 2) from the first part to before the last one, side by side."""
-        kernel, bias = self.qkv.kernel[...], self.qkv.bias[...] if self.qkv.bias is not None else None
-        columns = slice(first * rows.shape[-1], last * rows.shape[-1])
-        rows = rows.astype(self.qkv.dtype)
-        y = _matmul(rows, kernel[:, columns].astype(rows.dtype))
-        y = y if bias is None else y + bias[None, None, columns].astype(rows.dtype)
-        return y.astype(rows.dtype)
-
-    def _cut(self, columns: Float[Array, "b n _"]) -> Float[Array, "_ b h n c"]:
-        """Columns cut into heads: one array for each of query, key and value that is there."""
-        width = self.qkv.out_features // 3 // self.num_heads
-        return columns.reshape(*columns.shape[:2], -1, self.num_heads, width).transpose(2, 0, 3, 1, 4)
-
-    def of_groups(
-        self,
-        x: Float[Array, "t d"],
-        split: Callable[[Array], list[Array]],
-        masses: Sequence[Shaped[Array, "b _"]],
-        reads: frozenset[str],
-    ) -> tuple[Float[Array, "t d"], list[Facts]]:
-        """The attention output of tokens that lie in one array, and the facts of each group of images.
-
-        split: a flat array as one array [images, tokens, ...] for each group; tokens see their own image. masses: of
-        the keys of each group. A group may have no tokens, and then has no facts; but not all.
-        """
-        dim = x.shape[-1]
-        outputs, facts = [], []
-        for part, mass in zip(split(self.qkv(x).astype(self.qkv.dtype)), masses, strict=True):
-            images, tokens, _ = part.shape
-            shape = (images, tokens, 3, self.num_heads, dim // self.num_heads)
-            query, key, value = part.reshape(shape).transpose(2, 0, 3, 1, 4)
-            if tokens:
-                weights, total = _attention_weights(query, key, mass)
-                outputs.append(self._mixed(weights, total, value).reshape(images * tokens, dim))
-                facts.append(self._facts(weights, total, key, value, reads))
-            else:
-                facts.append({})
-        return self.proj(jnp.concatenate(outputs)), facts
-
-    def _heads(self, rows: Float[Array, "b n d"], first: int, last: int) -> Float[Array, "_ b h n c"]:
-        return self._cut(self._columns(rows, first, last))
-
-    def _projected(self, weights: Array, total: Array, value: Array) -> Array:
-        return self.proj(self._mixed(weights, total, value))
-
-    def _mixed(self, weights: Array, total: Array, value: Array) -> Float[Array, "b q d"]:
-        mixed = jnp.matmul(weights.astype(value.dtype), value, preferred_element_type=jnp.float32) / total
-        batch, heads, queries, width = mixed.shape
-        return mixed.transpose(0, 2, 1, 3).reshape(batch, queries, heads * width)
-
-    def _facts(self, weights: Array, total: Array, key: Array, value: Array | None, reads: frozenset[str]) -> Facts:
-        facts: Facts = {}
-        if "class_attention" in reads:
-            rows = slice(self.class_rows)
-            facts["class_attention"] = (weights[:, :, rows] / total[:, :, rows]).mean((1, 2))
-        if "attention_received" in reads:
-            facts["attention_received"] = (weights / total).mean((1, 2))
-        if "key_mean" in reads:
-            facts["key_mean"] = key.astype(jnp.float32).mean(1)
-        if "value_norm" in reads and value is not None:
-            facts["value_norm"] = jnp.sqrt(jnp.square(value.astype(jnp.float32)).sum((1, 3)))
-        return facts
-
-
-def _has_mass(mass: Bool[Array, "b n"] | Float[Array, "b n"]) -> Bool[Array, "b n"]:
-    return mass if mass.dtype == bool else mass > 0
-
-
-def _attention_weights(query: Array, key: Array, mass: Mass) -> tuple[Array, Array]:
-    """mass * exp(score - maximum) for every query and key, and its sum over the keys; [B, H, Q, N] and [B, H, Q, 1]."""
-    scores = jnp.matmul(query * query.shape[-1] ** -0.5, key.swapaxes(-1, -2), preferred_element_type=jnp.float32)
-    if mass is not None:
-        # Finite, so that an image without any active token gives no NaN.
-        scores = jnp.where(_has_mass(mass)[:, None, None, :], scores, jnp.finfo(jnp.float32).min)
-    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
-    if mass is not None and mass.dtype != bool:
-        weights = weights * mass[:, None, None, :]
-        # If no key has any mass, the weights and their sum are 0.
-        return weights, jnp.maximum(weights.sum(-1, keepdims=True), jnp.finfo(jnp.float32).tiny)
-    return weights, weights.sum(-1, keepdims=True)
-
-
-def _self_visible_weights(query: Array, key: Array, mass: Float[Array, "b n"]) -> tuple[Array, Array]:
-    """As _attention_weights, but query i gives its own key the mass 1, and every key a trace of attention.
-
-    (exp(score - maximum) * allow + 1e-6 / N) / (its sum + 1e-6), maximum over all keys, as in DynamicViT's published
-    code, so that a token without mass still has a value of its own.
-    """
-    scores = jnp.matmul(query * query.shape[-1] ** -0.5, key.swapaxes(-1, -2), preferred_element_type=jnp.float32)
-    tokens = mass.shape[1]
-    allow = mass[:, None, :] + (1 - mass[:, None, :]) * jnp.eye(tokens)
-    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True))) * allow[:, None]
-    return weights + 1e-6 / tokens, weights.sum(-1, keepdims=True) + 1e-6
 
 
 class Mlp(nnx.Module):

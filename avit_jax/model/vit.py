@@ -12,7 +12,8 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray, Shaped
 from avit_jax.halting.rule import Halting, State, Teacher, Trace, drop_halted
 from avit_jax.model.check_images import check_images
 from avit_jax.model.config import WEIGHTS_DEPEND_ON, AViTConfig, changed
-from avit_jax.model.layers import INIT, Block, PatchEmbed, layer_norm, linear
+from avit_jax.model.layers import Block, PatchEmbed
+from avit_jax.model.linear import INIT, layer_norm, linear
 from avit_jax.model.output import AViTOutput
 from avit_jax.model.positions import resize_positions
 from avit_jax.model.presets import config_from

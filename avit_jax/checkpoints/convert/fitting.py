@@ -12,7 +12,7 @@ from flax.traverse_util import unflatten_dict
 from avit_jax.checkpoints.convert.architecture import square
 from avit_jax.halting.avit import AViTGate
 from avit_jax.model.config import NO_RULE, AViTConfig
-from avit_jax.model.layers import linear
+from avit_jax.model.linear import linear
 from avit_jax.model.positions import resize_positions
 from avit_jax.model.vit import AViT
 
