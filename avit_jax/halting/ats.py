@@ -9,16 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from avit_jax.halting.patches import active_patches, acts_in, marked_state, stop_all, stop_patches
-from avit_jax.halting.rule import Halting, State, Trace
-from avit_jax.model.rule import Keys, check_class_attention, check_layers, plain_layers
+from avit_jax.halting.patches import StopsPatches, active_patches, acts_in, stop_all, stop_patches
+from avit_jax.halting.rule import State, Trace
+from avit_jax.model.rule import check_class_attention, check_layers, plain_layers
 from avit_jax.model.seen import Seen
 from avit_jax.runtime.files import shown_value
 from avit_jax.runtime.numbers import is_whole
 
 
 @dataclasses.dataclass(frozen=True)
-class ATS(Halting):
+class ATS(StopsPatches):
     """Sample patches in each of the layers (from 0; None: all from layer 3 on). No parameters.
 
         score_n = A[class, n] |v_n|                         A: mean over heads; v: the values of all heads as one vector
@@ -45,7 +45,6 @@ class ATS(Halting):
     sweeps: ClassVar[tuple[str, ...]] = ("samples",)
     neutral: ClassVar[Mapping[str, Any] | None] = {"layers": ()}
     reads: ClassVar[frozenset[str]] = frozenset({"class_attention", "value_norm"})
-    reads_last_layer: ClassVar[bool] = False
     advice: ClassVar[str] = "fewer samples let more patches stop"
 
     def __post_init__(self) -> None:
@@ -84,10 +83,6 @@ class ATS(Halting):
             return ATS(samples, tuple(layers[left_out:]))
 
         return at
-
-    def initial(self, batch: int, config: Any, draw: Keys | None = None) -> State:
-        """All tokens active, the special ones marked."""
-        return marked_state(batch, config)
 
     def advance(
         self,

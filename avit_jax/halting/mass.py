@@ -9,16 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from avit_jax.halting.patches import active_patches, acts_in, marked_state, stop_all, stop_patches
-from avit_jax.halting.rule import Halting, State, Trace
-from avit_jax.model.rule import Keys, check_class_attention, check_layers, plain_layers
+from avit_jax.halting.patches import StopsPatches, active_patches, acts_in, stop_all, stop_patches
+from avit_jax.halting.rule import State, Trace
+from avit_jax.model.rule import check_class_attention, check_layers, plain_layers
 from avit_jax.model.seen import Seen
 from avit_jax.runtime.files import shown_value
 from avit_jax.runtime.numbers import is_real
 
 
 @dataclasses.dataclass(frozen=True)
-class AttentionMass(Halting):
+class AttentionMass(StopsPatches):
     """In each of the layers (from 0), keep the patches with the most class attention. No parameters.
 
     The attention from the class token (mean over heads; with a distillation token, of both) is normalised over the
@@ -38,7 +38,6 @@ class AttentionMass(Halting):
     sweeps: ClassVar[tuple[str, ...]] = ("share",)
     neutral: ClassVar[Mapping[str, Any] | None] = {"share": 1.0, "layers": ()}
     reads: ClassVar[frozenset[str]] = frozenset({"class_attention"})
-    reads_last_layer: ClassVar[bool] = False
     advice: ClassVar[str] = "a lower share lets more patches stop"
 
     def __post_init__(self) -> None:
@@ -59,10 +58,6 @@ class AttentionMass(Halting):
     def levels(self, model: Any, images: Float[Array | np.ndarray, "b h w c"]) -> Callable[[float], "AttentionMass"]:
         """Share 1 - (1 - level)^4: small steps near 1, where a few patches have nearly all the attention."""
         return lambda level: dataclasses.replace(self, share=1.0 - (1 - level) ** 4)
-
-    def initial(self, batch: int, config: Any, draw: Keys | None = None) -> State:
-        """All tokens active, the special ones marked."""
-        return marked_state(batch, config)
 
     def advance(
         self,

@@ -1,20 +1,26 @@
 """What rules that stop single patches have in common: special tokens are marked, and never stop early."""
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from avit_jax.halting.rule import State, first_state, keep_last
+from avit_jax.halting.rule import Halting, State, keep_last
+from avit_jax.model.rule import Keys
 from avit_jax.model.seen import Seen
 
 
-def marked_state(batch: int, config: Any) -> State:
-    """The state before layer 1 with "special" in of_tokens: packed execution moves these marks with the tokens."""
-    state = first_state(batch, config.num_tokens, config.num_outputs, config.embed_dim)
-    special = jnp.arange(config.num_tokens) < config.num_special
-    return dataclasses.replace(state, of_tokens={"special": jnp.broadcast_to(special, state.active.shape)})
+class StopsPatches(Halting):
+    """A rule that stops single patches; its base marks the special tokens and runs a short last layer."""
+
+    reads_last_layer: ClassVar[bool] = False
+
+    def initial(self, batch: int, config: Any, draw: Keys | None = None) -> State:
+        """All tokens active, with "special" in of_tokens: packed execution moves these marks with the tokens."""
+        state = super().initial(batch, config, draw)
+        special = jnp.arange(config.num_tokens) < config.num_special
+        return dataclasses.replace(state, of_tokens={"special": jnp.broadcast_to(special, state.active.shape)})
 
 
 def active_patches(state: State) -> Bool[Array, "b n"]:

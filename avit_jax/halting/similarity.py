@@ -10,9 +10,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from avit_jax.halting.patches import active_patches, marked_state, stop_all, stop_patches
-from avit_jax.halting.rule import Halting, State, Trace, keep_last
-from avit_jax.model.rule import Keys
+from avit_jax.halting.patches import StopsPatches, active_patches, stop_all, stop_patches
+from avit_jax.halting.rule import State, Trace, keep_last
 from avit_jax.model.seen import Seen
 from avit_jax.runtime.files import shown_value
 from avit_jax.runtime.numbers import is_real
@@ -21,7 +20,7 @@ FORMS = ("token", "image")
 
 
 @dataclasses.dataclass(frozen=True)
-class Similarity(Halting):
+class Similarity(StopsPatches):
     """Stop after layer l if x_l is nearly x_{l-1}; the first layer stops nothing. No parameters.
 
         sim_l(n) = cosine of x_l(n) and x_{l-1}(n), both without their mean over channels, as LayerNorm sees them
@@ -42,7 +41,6 @@ class Similarity(Halting):
     sweeps: ClassVar[tuple[str, ...]] = ("thresholds",)
     neutral: ClassVar[Mapping[str, Any] | None] = {"thresholds": 2.0}
     reads: ClassVar[frozenset[str]] = frozenset({"before"})
-    reads_last_layer: ClassVar[bool] = False
     advice: ClassVar[str] = "lower thresholds let tokens stop earlier"
 
     def __post_init__(self) -> None:
@@ -96,10 +94,6 @@ class Similarity(Halting):
             return dataclasses.replace(self, thresholds=tuple(np.quantile(values, level, axis=1).tolist()))
 
         return at
-
-    def initial(self, batch: int, config: Any, draw: Keys | None = None) -> State:
-        """All tokens active, the special ones marked."""
-        return marked_state(batch, config)
 
     def advance(
         self,
