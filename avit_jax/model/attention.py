@@ -118,15 +118,12 @@ class Attention(nnx.Module):
         split: a flat array as one array [images, tokens, ...] for each group; tokens see their own image. masses: of
         the keys of each group. A group may have no tokens, and then has no facts; but not all.
         """
-        dim = x.shape[-1]
         outputs, facts = [], []
         for part, mass in zip(split(self.qkv(x).astype(self.qkv.dtype)), masses, strict=True):
-            images, tokens, _ = part.shape
-            shape = (images, tokens, 3, self.num_heads, dim // self.num_heads)
-            query, key, value = part.reshape(shape).transpose(2, 0, 3, 1, 4)
-            if tokens:
+            if part.shape[1]:
+                query, key, value = self._cut(part)
                 weights, total = _attention_weights(query, key, mass)
-                outputs.append(self._mixed(weights, total, value).reshape(images * tokens, dim))
+                outputs.append(self._mixed(weights, total, value).reshape(-1, x.shape[-1]))
                 facts.append(self._facts(weights, total, key, value, reads))
             else:
                 facts.append({})
