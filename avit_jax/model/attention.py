@@ -1,12 +1,11 @@
-"""Attention in which every key has a mass; over one batch, part of its queries, or groups of images."""
+"""Attention in which every key has a mass; over one batch, or part of its queries."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Shaped
+from jaxtyping import Array, Bool, Float
 
 from avit_jax.model.config import AViTConfig
 from avit_jax.model.linear import linear, matmul
@@ -105,29 +104,6 @@ class Attention(nnx.Module):
         """Columns cut into heads: one array for each of query, key and value that is there."""
         width = self.qkv.out_features // 3 // self.num_heads
         return columns.reshape(*columns.shape[:2], -1, self.num_heads, width).transpose(2, 0, 3, 1, 4)
-
-    def of_groups(
-        self,
-        x: Float[Array, "t d"],
-        split: Callable[[Array], list[Array]],
-        masses: Sequence[Shaped[Array, "b _"]],
-        reads: frozenset[str],
-    ) -> tuple[Float[Array, "t d"], list[Facts]]:
-        """The attention output of tokens that lie in one array, and the facts of each group of images.
-
-        split: a flat array as one array [images, tokens, ...] for each group; tokens see their own image. masses: of
-        the keys of each group. A group may have no tokens, and then has no facts; but not all.
-        """
-        outputs, facts = [], []
-        for part, mass in zip(split(self.qkv(x).astype(self.qkv.dtype)), masses, strict=True):
-            if part.shape[1]:
-                query, key, value = self._cut(part)
-                weights, total = _attention_weights(query, key, mass)
-                outputs.append(self._mixed(weights, total, value).reshape(-1, x.shape[-1]))
-                facts.append(self._facts(weights, total, key, value, reads))
-            else:
-                facts.append({})
-        return self.proj(jnp.concatenate(outputs)), facts
 
     def _heads(self, rows: Float[Array, "b n d"], first: int, last: int) -> Float[Array, "_ b h n c"]:
         return self._cut(self._columns(rows, first, last))

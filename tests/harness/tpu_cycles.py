@@ -1,7 +1,7 @@
 """The cycles of a compiled TPU program by the compiler's own account, from the text of the program.
 
-libtpu writes `estimated_cycles` beside most operations. A fusion has one figure for all that is fused. What a loop's body
-holds counts once for each trip, and what a conditional's branch holds by the share of times that the branch is taken.
+libtpu writes `estimated_cycles` beside most operations. A fusion has one figure for all that is fused. The body of a
+loop counts once for each trip, and the branch of a conditional by the share of times that it is taken.
 Gathers and sorts have no figure. They are charged by the schedules that libtpu 0.0.42.1 writes for them when
 LIBTPU_INIT_ARGS has --xla_jf_dump_to and --xla_jf_dump_llo_text: see GATHERED_ROW, GATHERED_ELEMENT and SORTED_TILE.
 Copies between memories run beside the computation; they have no figure and are not counted.
@@ -113,7 +113,8 @@ def counted(text: str, shares: Callable[[int, float], Sequence[float]]) -> list[
 
 def trips(condition: Sequence[Operation]) -> int:
     """The trips of a loop that counts from 0, from its condition. Raises ValueError if it is another loop."""
-    bounds = [re.search(r"constant\((\d+)\)", operation.text) for operation in condition if operation.code == "constant"]
+    constants = [operation.text for operation in condition if operation.code == "constant"]
+    bounds = [re.search(r"constant\((\d+)\)", text) for text in constants]
     compares = [operation for operation in condition if operation.code == "compare"]
     if len(bounds) != 1 or bounds[0] is None or len(compares) != 1 or "direction=LT" not in compares[0].text:
         raise ValueError(f"a loop does not count up to a constant: {[operation.text for operation in condition]}")
