@@ -118,6 +118,7 @@ def _run(
     overflow = jnp.zeros((), bool)
     index = jnp.broadcast_to(jnp.arange(config.num_tokens), (plan.rows, config.num_tokens))
     image = jnp.arange(plan.rows)
+    read = jnp.broadcast_to(jnp.asarray(config.tokens_read), index.shape)
     capacities, moved, traces = layout.capacities, False, []
     least = state.output.shape[1] % config.num_tokens  # the heads' tokens have places wherever an image has
     for stage, end in zip(plan.stages, plan.ends(), strict=True):
@@ -128,9 +129,9 @@ def _run(
             move = Move.packing(needed)
             overflow |= (needed.sum(1)[move.rows] > np.repeat(capacities, plan.group_size)).any()
             parts, state = new.split(move.tokens(layout.joined(parts), layout, new)), move.state(state)
-            index, image = move.apply(index), move.apply_rows(image)
+            index, read, image = move.apply(index), move.apply(read), move.apply_rows(image)
             moved, layout = True, new
-        parts, state, trace = layers.stage(parts, state, index, image, stage.first, end)
+        parts, state, trace = layers.stage(parts, state, index, image, read, stage.first, end)
         if moved:
             back = _original(index, image)
             trace = Trace(
@@ -167,12 +168,13 @@ class _Layers:
         state: State,
         index: Int[Array, "b n"],
         image: Int[Array, " b"],
+        read: Bool[Array, "b n"],
         first: int,
         end: int,
     ) -> tuple[list[Array], State, Trace]:
         """Layers first to end - 1 with the same places; the trace [l b n] is in the order of `image` and `index`.
 
-        parts: the tokens of each group.
+        parts: the tokens of each group. read: tokens that the logits read.
         """
         config = self.model.config
         graphdef, stacked = nnx.split(self.model.blocks)
@@ -181,9 +183,9 @@ class _Layers:
         short = self.image_exit and config.pool == "token" and not self.rule.reads_last_layer
         own = self.rows.first + jnp.minimum(image, self.batch - 1)  # rows that fill the last group: any image
         size = len(image) // len(parts)
-        states, indices, images = (
+        states, indices, images, reads = (
             [jax.tree.map(lambda v, at=at: v[at : at + size], tree) for at in range(0, len(image), size)]
-            for tree in (state, index, own)
+            for tree in (state, index, own, read)
         )
         # A group without places has slots for the tokens that the rule looks at.
         least = max(state.output.shape[1] % config.num_tokens, 1)
@@ -194,10 +196,10 @@ class _Layers:
             block = nnx.merge(graphdef, params)
             noise = Noise.of_layer(config, block, self.key, number, rate, self.rows.total)
             groups, traces = [], []
-            for (x, state), index, image in zip(carry, indices, images, strict=True):
-                index = index[:, : state.active.shape[1]]
-                z, facts = self._block(block, x, state, noise.of(image, index), read_only)
-                state, trace = self._advanced(z, state, facts, index, number, read_only)
+            for (x, state), index, image, read in zip(carry, indices, images, reads, strict=True):
+                width = state.active.shape[1]
+                z, facts = self._block(block, x, state, noise.of(image, index[:, :width]), read_only)
+                state, trace = self._advanced(z, state, facts, read[:, :width], number, read_only)
                 groups.append((z[:, : x.shape[1]], state))
                 traces.append(trace)
             return groups, traces
@@ -249,7 +251,7 @@ class _Layers:
         x: Float[Array, "g w d"],
         state: State,
         facts: Facts,
-        index: Int[Array, "g w"],
+        read: Bool[Array, "g w"],
         number: Int[Array, ""] | int,
         read_only: bool,
     ) -> tuple[State, Trace]:
@@ -259,7 +261,6 @@ class _Layers:
         seen = model.seen(rule, x, state.active, facts)
         state, trace = rule.advance(state, seen, layer=number, is_last=last, module=model.rule_module)
         if self.image_exit:  # drop the rest of the images whose logits are final
-            read = jnp.asarray(model.config.tokens_read)[index]
             going = (state.active & read).any(1, keepdims=True)
             ended = rule.finish(state, ~going)
             state = jax.tree.map(lambda a, b: jnp.where(last, a, b), state, ended)
