@@ -11,10 +11,11 @@ which run beside the computation, are not in them.
 
 bfloat16, batch 256 in inference and 128 in training. Depths are drawn as in benchmarks/throughput.py (mean 0.60 of 12
 layers for Tiny, 0.78 for Small, token spread 2 layers, image spread 0.8). They decide the plan of planned execution,
-and how often each branch of packed execution is taken. One planned batch in 1,000 does not fit. The training step is
-that of configs/imagenet_avit.py without mixup, CutMix and erasing, and of configs/imagenet_deit.py for the dense model.
-Every program is compiled in a process of its own, and rows are kept in runs/benchmarks/tpu_estimate.json: a run goes on
-where an earlier one with the same compiler stopped. --only compiles the programs whose names begin so again.
+which has at most 4 stages, and how often each branch of packed execution is taken. One planned batch in 1,000 does not
+fit. The training step is that of configs/imagenet_avit.py without mixup, CutMix and erasing, and of
+configs/imagenet_deit.py for the dense model. Every program is compiled in a process of its own, and rows are kept in
+runs/benchmarks/tpu_estimate.json: a run goes on where an earlier one with the same compiler stopped. --only compiles
+the programs whose names begin so again.
 """
 
 import argparse
@@ -52,6 +53,7 @@ from tests.harness.tpu_programs import (
 
 BATCH = {"inference": 256, "training": 128}
 EXECUTIONS = {"inference": ("dense", "masked", "packed", "planned"), "training": ("dense", "masked", "planned")}
+STAGES = 4  # of plans; libtpu takes minutes to compile more
 OVERFLOWS = 0.001  # share of planned batches that do not fit
 TRAINING_MARGIN = 0.05  # of a plan in training (avit_jax.train.planner)
 OUT = Path("runs/benchmarks/tpu_estimate.json")
@@ -78,7 +80,7 @@ def inference(size: str, execution: str) -> tuple[Any, Shares]:
     if execution == "packed":
         return compile_packed_evaluation(config, batch, mesh), packed_shares(size, config, batch)
     if execution == "planned":
-        plan = plan_loads(loads_of(size, config, image_exit=True), config, batch)
+        plan = plan_loads(loads_of(size, config, image_exit=True), config, batch, most_stages=STAGES)
         print(plan, flush=True)
         return compile_planned_evaluation(config, plan, mesh), planned_shares
     return compile_masked_evaluation(config, batch, mesh), planned_shares
@@ -111,7 +113,7 @@ def training(size: str, execution: str) -> tuple[Any, Shares]:
     if execution == "planned":
         config = model_of(settings)
         loads = loads_of(size, config, image_exit=False)
-        plan = plan_loads(loads, config, settings.batch_size, margin=TRAINING_MARGIN)
+        plan = plan_loads(loads, config, settings.batch_size, margin=TRAINING_MARGIN, most_stages=STAGES)
         print(plan, flush=True)
     return compile_train_step(settings, topology_mesh("v5e:1x1"), plan), planned_shares
 
