@@ -37,6 +37,7 @@ from avit_jax.data.pipeline import evaluation_images
 from avit_jax.data.preprocessing import normalize
 from avit_jax.data.sources import Dataset, Split
 from avit_jax.evaluate.position_share import explained_by_position
+from avit_jax.evaluate.rows import STATIC_SHORT
 from avit_jax.execution.program import AUTO, compile, suited_execution
 from avit_jax.execution.work import image_gmacs
 from avit_jax.model.config import NO_RULE
@@ -61,7 +62,13 @@ SINGLE = (
     *("image", "dynamicvit_own"),
 )
 WORKS = {"layers": {"0.71": "9", "0.6": "8", "0.49": "7"}, "image": {"0.71": "24", "0.49": "20"}}  # the nearest
-NAMES = {"image": "image size", "dynamicvit_own": "dynamicvit"}  # of methods in the results
+# Of methods in the results.
+NAMES = {
+    "static": STATIC_SHORT,
+    "layers": "fewer layers",
+    "image": "smaller image",
+    "dynamicvit_own": "DynamicViT, its own losses",
+}
 BATCH = 200
 
 
@@ -82,6 +89,11 @@ class Row:
         method = self.method + ("_sampled" if self.sampled else "")
         end = f"s{self.seed}" if self.rate is None else f"rate_{self.rate:g}"
         return "_".join(part for part in (method, self.work or self.budget, end) if part)
+
+    @property
+    def label(self) -> str:
+        """Of its method in the results."""
+        return "PonderNet, sampled" if self.sampled else NAMES.get(self.method, self.method)
 
     @property
     def run(self) -> str:
@@ -134,7 +146,6 @@ def rows() -> list[Row]:
         if seed == 0:
             found += [row(method, budget) for method in SINGLE for budget in BUDGETS]
             found += [row("pondernet", budget, sampled=True) for budget in BUDGETS]
-            found += [Row("layers", "0.71", "10"), Row("layers", "0.49", "6")]
     return found
 
 
@@ -145,7 +156,10 @@ def run(row: Row) -> None:
     checked = figures(model, dataset.val)
     rule = model.config.rule_in_force
     result: dict[str, Any] = {"data": "fashion_mnist", "group": "fine-tuned"}
-    result |= {"method": NAMES.get(row.method, row.method), "rule": None if rule is None else rule_to_json(rule)}
+    result |= {
+        "method": row.label if row.rate is None else row.method,
+        "rule": None if rule is None else rule_to_json(rule),
+    }
     result |= {"budget": float(row.budget) if row.budget else None, "seed": row.seed}
     if row.rate is None:
         result |= figures(model, dataset.test, execution=AUTO)

@@ -224,22 +224,42 @@ def test_curves_are_interpolated_linearly_and_seeds_averaged() -> None:
     assert tome.gain_at("gmacs", 0.5) == pytest.approx(0.65)  # a quarter of the way
     assert tome.gain_at("ratio", 1.8) == pytest.approx(0.65)
     assert tome.gain_at("speed", 180.0) == pytest.approx(0.65)
-    assert tome.gain_at("gmacs", 0.39) is None and tome.gain_at("gmacs", 0.81) is None
+    assert tome.gain_at("gmacs", 0.39) is None and tome.gain_at("gmacs", 0.82) is None
+    assert tome.gain_at("gmacs", 0.395) == tome.gain_at("gmacs", 0.4)  # within 2 % of the end
     assert tome.gain_at("gmacs", 0.8) == pytest.approx(0.8) and tome.gain_at("gmacs", 0.4) == pytest.approx(0.6)
     (point,) = act.points
     assert (point.gain, point.low, point.high) == pytest.approx((0.6, 0.5, 0.7))
     assert point.speed == pytest.approx(160) and act.gain_at("gmacs", 0.5) == pytest.approx(0.6)
-    low, high = tome.difference_at("gmacs", 0.5, static) or (0, 0)
+    low, high = tome.difference_at("gmacs", 0.5, [static]) or (0, 0)
     assert low < 0.65 - 0.9 < high and high - low < 0.06
-    table = comparison_table([static, *ours], works=(0.5, 0.2), speed_ups=(1.8,))
-    assert f"| {ToMe.label} | 65.0 (" in table and table.count("| - |") == 3  # two at 20 %, and ACT at 1.8 x
+    short = made_row("topk", 0.5, 0.5, 1.5, first(0.7))
+    table = comparison_table([static, *ours, short], works=(0.5, 0.7, 0.2), speed_ups=(1.8,))
+    assert f"| {ToMe.label} | 65.0 (" in table and table.count("| - |") == 2  # top-k has neither 70 % nor 1.8 x
+    assert "20%" not in table and table.count("1.8 x static") == 1  # nothing to show there
     assert "fine-tuned: top-1 (%) at equal work" in table and "0.5 GMACs (50%)" in table
 
 
 def test_a_paired_interval_is_zero_for_the_same_answers() -> None:
     static = made_row(rows.STATIC_SHORT, None, 1.0, 1.0, first(0.9))
     (same,) = curves.curves([static, made_row("tome", 0.8, 0.8, 1.2, first(0.9))])
-    assert same.difference_at("gmacs", 0.8, static) == (0.0, 0.0)
+    assert same.difference_at("gmacs", 0.8, [static]) == (0.0, 0.0)
+
+
+def test_fine_tuned_rules_are_compared_with_the_static_model_that_was_trained_as_long() -> None:
+    tuned = {"group": "fine-tuned"}
+    static = [made_row(rows.STATIC_SHORT, None, 1.0, 1.0, first(0.9))]
+    static += [made_row(rows.STATIC_SHORT, None, 1.0, 1.0, first(0.8), seed=seed, **tuned) for seed in range(2)]
+    act = made_row("act", 0.5, 0.5, 1.5, first(0.8), seed=0, **tuned)
+    free = made_row("tome", 0.5, 0.5, 1.5, first(0.8))
+    every = [*static[1:], act, static[0], free]  # in the order of their files
+    assert (
+        curves.references(every, "fine-tuned") == static[1:] and curves.references(every, "training-free") == static[:1]
+    )
+    assert [curve.method for curve in curves.curves(every)] == ["act", "tome"]
+    table = comparison_table(every, works=(0.5,), speed_ups=())
+    assert "| ACT | 80.0 (+0.0 to +0.0) |" in table and "trained for as long: 80.00 (80.00 to 80.00, 2 seeds)" in table
+    assert "| ToMe | 80.0 (-11." in table or "| ToMe | 80.0 (-12." in table
+    assert curves.references([act], "fine-tuned") == []
 
 
 def test_charts_are_drawn_of_whatever_is_there(compared: tuple[Path, list[rows.Row]], tmp_path: Path, model: AViT,
