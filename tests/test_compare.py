@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
@@ -24,6 +25,7 @@ from avit_jax.execution.work import image_gmacs
 from avit_jax.model.config import NO_RULE
 from avit_jax.model.output import AViTOutput
 from avit_jax.report.frontier_table import comparison_table
+from configs import prior_art
 from tests.harness.builders import answers, quick_start, small_config, spread_gate, toy_arrays
 from tests.harness.command_server import run_command
 
@@ -75,7 +77,7 @@ def test_a_row_says_what_the_plain_evaluation_says(
         own = model.with_config(rule=rule)
         return own, evaluate(own, test_images, 7), answers(own, pixels)
 
-    _, static, static_output = plainly(None)
+    _, static, _ = plainly(None)
     for row in found:
         own, result, output = plainly(None if row["rule"] is None else avit_jax.rules.rule_from_json(row["rule"]))
         right = result.per_image.rank <= 1
@@ -84,9 +86,7 @@ def test_a_row_says_what_the_plain_evaluation_says(
         np.testing.assert_array_equal(rows.correct_images(row), right)
         same = result.per_image.prediction == static.per_image.prediction
         assert row["agreement"] == pytest.approx(same.mean())
-        a, b = (np.asarray(found.logits, np.float64) for found in (output, static_output))
-        cosine = [x @ y / math.sqrt((x @ x) * (y @ y)) for x, y in zip(a, b, strict=True)]
-        assert row["cosine"] == pytest.approx(np.mean(cosine), abs=1e-5)
+        assert row["cosine"] is None  # there are labels
         depth = output.token_depth
         short = row["method"] != rows.STATIC
         assert row["gmacs"] == pytest.approx(float(image_gmacs(own.config, depth, short_last_layer=short).mean()))
@@ -174,11 +174,22 @@ def test_the_work_of_a_vit_is_the_rules_although_its_program_ends_images_early(
 
 def test_without_labels_or_head_there_is_agreement_or_cosine(model: AViT, test_images: Split) -> None:
     plain = dataclasses.replace(test_images, labels=np.full(COUNT, -1))
-    row = bench.Bench(model, plain, data="noise", batches=(1,), rounds=1).row(
+    measured = bench.Bench(model, plain, data="noise", batches=(1,), rounds=1)
+    row = measured.row(
         model.with_config(rule=ConfidenceExit(0.5)), method="confidence", group="training-free", batch=1, budget=0.5
     )
     assert row["top1"] is row["loss"] is row["correct"] is None and 0 < row["agreement"] < 1
+    assert row["cosine"] is None  # it reads class logits
     assert all(decile["top1"] is None for decile in row["deciles"])
+
+    def features(some: AViT) -> np.ndarray:
+        x, _, _ = some._layers(some.embed(jnp.asarray(normalize(plain.images, some.config))), None, None, None)
+        return np.asarray(some.norm(x[:, 0]), np.float64)
+
+    shorter = prior_art.first_layers(model, 3)
+    row = measured.row(shorter, method="fewer layers", group="training-free", batch=1, budget=0.7)
+    cosine = [x @ y / math.sqrt((x @ x) * (y @ y)) for x, y in zip(features(shorter), features(model), strict=True)]
+    assert row["cosine"] == pytest.approx(np.mean(cosine), abs=1e-5) and 0 < row["cosine"] < 1
     headless = spread_gate(small_config(image_size=(24, 16), in_channels=1, num_classes=0, **NO_RULE))
     headless = headless.with_config(preprocessing=avit_jax.Preprocessing((0.5,), (0.3,)))
     row = bench.Bench(headless, plain, data="noise", batches=(1,), rounds=1).row(

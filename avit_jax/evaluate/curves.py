@@ -87,7 +87,7 @@ def fastest(row: Row) -> dict[str, Any]:
 
 
 def gain(row: Row) -> float:
-    """Top-1; without labels the agreement with the static model, and without a head the cosine of the outputs."""
+    """Top-1; without labels the agreement with the static model, and without a head the cosine of the features."""
     return next((row[name] for name in ("top1", "agreement", "cosine") if row.get(name) is not None), float("nan"))
 
 
