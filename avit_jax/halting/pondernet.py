@@ -76,7 +76,7 @@ class PonderNet(Halting):
         return f"PonderNet, prior {self.lambda_p:g}, {'sampled' if self.sampled else f'exit at {self.threshold:g}'}"
 
     def check(self, config: Any) -> None:
-        """Raises ValueError for a model without a class token, which is what the exit is decided by, or without a head."""
+        """Raises ValueError for a model without a class token, which the exit probabilities read, or without a head."""
         if not config.class_token:
             raise ValueError("PonderNet reads the class token and the model has none: use ACT or ConfidenceExit")
         if not config.num_classes:
