@@ -244,7 +244,7 @@ def write_gate(path: Path, split: Split, depth: float) -> None:
     start = fashion_mnist.get_config().gate_start
     chosen = np.linspace(0, len(split) - 1, start.images).astype(int)
     images = normalize(evaluation_images(split, chosen, model.config), model.config)
-    avit_jax.start_gate(model, images, target_depth=depth, deviation=start.deviation)
+    avit_jax.start_gate(model, images, target_depth=depth, deviation=start.deviation, features="pixels")
     avit_jax.save(model.with_config(**NO_RULE), path)
 
 

@@ -67,7 +67,7 @@ def get_config(arg: str = "avit") -> ConfigDict:
     config.epochs = 6.0
     config.optim.update({"learning_rate": 1e-3, "warmup_steps": 100, "ema_decay": 0.99})
     if arg == "avit":
-        config.gate_start.update({"target_depth": 7.4, "deviation": 3.5})
+        config.gate_start.update({"target_depth": 7.4, "deviation": 3.5, "features": "pixels"})
         config.loss.update({"ponder_weight": 2.9e-4, "prior_weight": 5e-3})
         config.loss.update({"prior_target_depth": 8.0, "prior_deviation": 3.0})
     config.init_from = config.teacher = STATIC_MODEL
