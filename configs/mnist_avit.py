@@ -10,7 +10,7 @@ were chosen on the 400 validation images.
 - gate_start: channel 0 of the static model does not say which tokens may halt, and ponder cost and prior, from which
   patches learn about halting, treat all patches alike. So the gate starts from what the class token attends to. At 6.8
   layers with deviation 2.5, validation top-1 is 97.5 % before any training (98.75 % without halting). Deviation 1 gave
-  87 %.
+  87 %. With features "hidden" the run ends at 97.6 % and 7.00 layers: no difference on digits.
 - gate 5 / 10, as in the paper: a token stops if its channel 0 is near 2, a value that the embedding can reach.
 - the static model is also the teacher (temperature 2): in minutes of training its answers teach more than labels. The
   moving average steadies the last steps.
@@ -31,7 +31,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config = mnist_dense.get_config(arg)
     config.name = "mnist_avit"
     config.init_from = config.teacher = "checkpoints/mnist_dense"
-    config.gate_start.update({"images": 1200, "target_depth": 6.8, "deviation": 2.5})
+    config.gate_start.update({"images": 1200, "target_depth": 6.8, "deviation": 2.5, "features": "pixels"})
     config.model.gate_scale = 5.0
     config.model.gate_center = 10.0
     config.model.drop_path_rate = 0.0

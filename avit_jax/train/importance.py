@@ -14,7 +14,9 @@ from jaxtyping import Array, Float
 from avit_jax.model.config import AViTConfig
 from avit_jax.model.vit import AViT
 
-_RIDGE = 1e-3  # as a share of the mean variance of the features
+# Of the regressions, as shares of the mean variance of the features. With less than 1 for hidden units the weights are
+# so large that a little training changes which tokens halt.
+_PIXEL_RIDGE, _UNIT_RIDGE = 1e-3, 1.0
 _BATCH = 100  # images
 
 
@@ -69,7 +71,7 @@ def _by_pixels(
     """A weight for every pixel of a patch, an offset for every position."""
     # Centred by position: the offset of a position fits its mean.
     centred = (patches - patches.mean(0)).reshape(-1, patches.shape[-1])
-    pixels = _ridge(centred.T @ centred, centred.T @ (target - target.mean(0)).ravel())
+    pixels = _ridge(centred.T @ centred, centred.T @ (target - target.mean(0)).ravel(), _PIXEL_RIDGE)
     return pixels, target.mean(0) - patches.mean(0) @ pixels
 
 
@@ -87,13 +89,13 @@ def _by_units(
         total += features.sum(0)
         start += len(hidden)
     mean = total / target.size
-    weights = _ridge(gram - target.size * np.outer(mean, mean), cross - target.size * mean * target.mean())
+    weights = _ridge(gram - target.size * np.outer(mean, mean), cross - target.size * mean * target.mean(), _UNIT_RIDGE)
     return weights, float(target.mean() - mean @ weights)
 
 
-def _ridge(gram: Float[np.ndarray, "f f"], cross: Float[np.ndarray, " f"]) -> Float[np.ndarray, " f"]:
+def _ridge(gram: Float[np.ndarray, "f f"], cross: Float[np.ndarray, " f"], share: float) -> Float[np.ndarray, " f"]:
     # Above 0, so that the matrix can be inverted for blank borders and flat images too.
-    ridge = _RIDGE * max(np.trace(gram), 0.0) / len(gram) + np.finfo(np.float32).tiny
+    ridge = share * max(np.trace(gram), 0.0) / len(gram) + np.finfo(np.float32).tiny
     return np.linalg.solve(gram + ridge * np.eye(len(gram)), cross)
 
 
