@@ -31,7 +31,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config = mnist_dense.get_config(arg)
     config.name = "mnist_avit"
     config.init_from = config.teacher = "checkpoints/mnist_dense"
-    config.gate_start.update({"images": 1200, "target_depth": 6.8, "deviation": 2.5, "features": "pixels"})
+    config.gate_start.update({"images": 1200, "target_depth": 6.8, "deviation": 2.5})
     config.model.gate_scale = 5.0
     config.model.gate_center = 10.0
     config.model.drop_path_rate = 0.0

@@ -30,7 +30,7 @@ class GateStartSettings(Settings):
     target_depth: float = setting(0.0, "Mean token depth that the gate starts at, in layers.")
     deviation: float = setting(0.0, "Standard deviation of that depth between the patches, in layers.")
     features: str = setting(
-        "hidden", "What the gate is fitted by: pixels and position, or hidden units too.", choices=FEATURES
+        "pixels", "What the gate is fitted by: pixels and position, or hidden units too.", choices=FEATURES
     )
 
 
