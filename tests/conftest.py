@@ -1,5 +1,6 @@
 """Shapes and types of every public function are checked at run time while the tests run."""
 
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -51,6 +52,7 @@ def compile_each_program_once(tmp_path_factory: pytest.TempPathFactory) -> None:
     base = tmp_path_factory.getbasetemp()
     programs = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "xla"
     programs.mkdir(exist_ok=True)
+    gc.set_threshold(100_000, 20, 20)  # tracing makes many objects and few cycles: a tenth of the time went into them
     jax.config.update("jax_disable_most_optimizations", True)
     jax.config.update("jax_compilation_cache_dir", str(programs))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
