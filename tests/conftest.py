@@ -76,6 +76,7 @@ def without_pictures() -> Iterator[None]:
 
 # Files that take longest, longest first: xdist begins with them, so that no worker is left alone with one at the end.
 LONGEST = (
+    "test_real_faults",
     "test_training",
     "test_planner",
     "test_planned",
