@@ -10,7 +10,7 @@ RUNS = Path(__file__).parents[1] / "runs"
 RUNS.mkdir(exist_ok=True)  # pytest's --basetemp lies in it
 os.environ.setdefault("MPLCONFIGDIR", str(RUNS / ".matplotlib"))
 
-gc.set_threshold(100_000, 20, 20)  # imports and tracing make many objects and few cycles: a tenth of the time was gc's
+gc.set_threshold(100_000, 20, 20)  # imports and tracing make many objects and few cycles: they took a tenth of the time
 
 from tests.harness.flags import COMPILE_SOONER
 
