@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Check types. xdist's first process runs no test, and the others start when it has imported this file."""
-    if hasattr(config, "workerinput") or not config.getoption("numprocesses"):
+    if hasattr(config, "workerinput") or not config.getoption("numprocesses", None):
         from jaxtyping import install_import_hook
 
         install_import_hook("avit_jax", "beartype.beartype")
