@@ -11,6 +11,7 @@ from avit_jax.execution.shrinking import ShrinkingModel
 from avit_jax.execution.stages import PlannedPlan
 from avit_jax.model.config import AViTConfig
 from avit_jax.model.vit import AViT
+from avit_jax.runtime.mesh import mesh_or_all_cores
 
 # What each execution does, as tables say it.
 EXECUTIONS = {
@@ -38,13 +39,15 @@ def compile(
     for a halting rule, shrinking for a reduction rule, masked without a rule. All executions that fit a rule give the
     same result up to rounding. Without a rule, shrinking computes only what the logits read of the last layer. plan: of
     packed or planned execution (compile_packed, compile_planned); the others have none. image_exit: see compile_packed;
-    of packed and planned execution. mesh: the images are split over its axis `data`; None: one device.
+    of packed and planned execution. mesh: the images are split over its axis `data`; None: all CPU devices, or one
+    accelerator.
 
     The weights are fixed at this point: later changes to the model have no effect. Raises ValueError for an unknown
     execution, one that does not fit the model's rule, a plan of another execution, planned execution without a plan,
     and a batch size below 1.
     """
     check_batch_size(batch_size)
+    mesh = mesh_or_all_cores(mesh, batch_size)
     chosen = checked_execution(model.config, execution)
     if chosen == "planned":
         if plan is None:

@@ -222,13 +222,16 @@ class AViT(nnx.Module):
     def with_config(self, **changes: Any) -> "AViT":
         """The same weights with other settings, such as gate, rule, dtype, image size or drop rates; arrays are shared.
 
-        changes: fields of AViTConfig; **NO_RULE (model.config) makes a plain ViT. Positions are resized for another
-        image size, as `load` does. The new rule's own parameters are those of this model if its rule is of the same
-        kind; otherwise they are made from the norm and heads. Raises ValueError for an unknown field, and for one that
-        the shapes of the weights depend on.
+        changes: fields of AViTConfig; **NO_RULE (model.config) makes a plain ViT. A smaller depth leaves out the last
+        layers, so that every token stops earlier. Positions are resized for another image size, as `load` does. The new
+        rule's own parameters are those of this model if its rule is of the same kind; otherwise they are made from the
+        norm and heads. Raises ValueError for an unknown field, and for one that the shapes of the weights depend on.
         """
         config = changed(self.config, **changes)
+        shorter = config.depth < self.config.depth
         fixed = [name for name in WEIGHTS_DEPEND_ON if getattr(config, name) != getattr(self.config, name)]
+        if shorter:
+            fixed.remove("depth")
         if fixed:
             raise ValueError(
                 f"with_config cannot change {fixed[0]}: the weights are those of {fixed[0]} "
@@ -241,6 +244,8 @@ class AViT(nnx.Module):
             antialias = config.num_registers > 0
             resized = resize_positions(arrays["pos_embed"], config.num_special, *grids, antialias=antialias)
             arrays["pos_embed"] = jnp.asarray(resized)
+        if shorter:
+            arrays["blocks"] = jax.tree.map(lambda p: p[: config.depth], arrays["blocks"])
         own = arrays.pop("rule_module", None)
         rule, before = config.rule_in_force, self.config.rule_in_force
         if rule is not None and "rule_module" in nnx.to_pure_dict(abstract):

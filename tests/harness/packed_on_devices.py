@@ -9,6 +9,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import jax
 import numpy as np
 
+import avit_jax
 from avit_jax import AViTOutput, compile_packed, plan_packed
 from avit_jax.runtime.mesh import data_mesh
 from tests.harness.builders import answers, small_config, spread_gate
@@ -28,7 +29,8 @@ def first(count: int) -> AViTOutput:
 
 
 for image_exit in (False, True):
-    eight = compile_packed(model, 24, image_exit=image_exit, mesh=mesh)
+    eight = compile_packed(model, 24, image_exit=image_exit)  # without a mesh: all CPU devices
+    assert eight.params["norm"]["scale"].sharding.num_devices == 8
     for count in (24, 13, 1):
         if image_exit:
             assert_exited(first(count), eight(images[:count]), 1)
@@ -39,4 +41,15 @@ for image_exit in (False, True):
 plan = plan_packed(model, images, 24, mesh=mesh)
 assert plan.group_size <= 24 // 8, plan  # a device has no more to put together
 assert_exited(masked, compile_packed(model, 24, plan, mesh=mesh)(images), 1)
+few = avit_jax.compile(model, 3)  # no device without an image
+assert few.params["norm"]["scale"].sharding.num_devices == 3
+inside = jax.jit(lambda images: few(images).logits)(images[:3])
+np.testing.assert_allclose(inside, masked.logits[:3], atol=1e-5 * float(np.abs(inside).max()))
+for batch in (6, 11):  # 11: the eighth device has one image of its two
+    made = avit_jax.plan(model, images, batch)
+    planned = avit_jax.compile(model, batch, execution="planned", plan=made)
+    own = {6: 1, 11: 2}[batch]
+    assert made.batch_size == own, made
+    logits = planned(images[:batch]).logits
+    np.testing.assert_allclose(logits, masked.logits[:batch], atol=1e-5 * float(np.abs(logits).max()))
 print("8 devices agree")
