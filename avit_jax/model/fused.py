@@ -36,7 +36,7 @@ def fused_attention(
 ) -> Float[Array, "b q d"]:
     """The mean of the values that each query attends to, heads side by side, in the type of the values.
 
-    mass: which keys there are; None: all. The result for an image without any key is finite, and means nothing.
+    mass: which keys there are; None: all. An image without any key sees its first one.
     implementation: of jax.nn.dot_product_attention; "cudnn" is only for GPUs, "xla" is the same without the kernel.
     """
     query, key, value = (x.swapaxes(1, 2) for x in (query, key, value))
