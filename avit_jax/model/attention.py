@@ -125,7 +125,8 @@ class Attention(nnx.Module):
         outputs, facts = [], []
         for part, mass in zip(split(self.qkv(x).astype(self.qkv.dtype)), masses, strict=True):
             if part.shape[1]:
-                mixed, known = self._attended(*self._cut(part), mass, reads)
+                query, key, value = self._cut(part)
+                mixed, known = self._attended(query, key, value, mass, reads)
                 outputs.append(mixed.reshape(-1, x.shape[-1]))
                 facts.append(known)
             else:
@@ -179,9 +180,10 @@ def _kernel(setting: str, query: Array, mass: Mass, reads: frozenset[str]) -> Im
     """
     if setting == "plain" or reads & _FROM_WEIGHTS or query.shape[2] == 1 or (mass is not None and mass.dtype != bool):
         return None
-    if setting == "cudnn" or setting == "xla":
-        return setting
-    return "cudnn" if cudnn_takes(query.dtype, query.shape[-1]) and cudnn_is_here() else None
+    if setting == "xla":
+        return "xla"
+    takes = setting == "cudnn" or (cudnn_takes(query.dtype, query.shape[-1]) and cudnn_is_here())
+    return "cudnn" if takes else None
 
 
 def _has_mass(mass: Bool[Array, "b n"] | Float[Array, "b n"]) -> Bool[Array, "b n"]:
