@@ -52,10 +52,11 @@ def compile(
     """Compile the model for up to batch_size images: a function of images [b, h, w, c] that returns an AViTOutput.
 
     execution: "masked" (every token is computed), "packed" (halted tokens are removed), "planned" (halted tokens are
-    removed, with shapes fixed ahead by a plan), "shrinking" (merged and dropped tokens are removed), or "auto": shrinking
-    for a reduction rule, masked without a rule, and for a halting rule the execution of the plan, or without a plan what
-    suits the platform. The result's `execution` and `reason` say which one it is and why. All executions that fit a rule
-    give the same result up to rounding. Without a rule, shrinking computes only what the logits read of the last layer.
+    removed, with shapes fixed ahead by a plan), "shrinking" (merged and dropped tokens are removed), or "auto":
+    shrinking for a reduction rule, masked without a rule, and for a halting rule the execution of the plan, or without
+    a plan what suits the platform. The result's `execution` and `reason` say which it is and why. All executions that
+    fit a rule give the same result up to rounding. Without a rule, shrinking computes only what the logits read of the
+    last layer.
     plan: of packed or planned execution (compile_packed, compile_planned); the others have none. image_exit: see
     compile_packed; of packed and planned execution. mesh: the images are split over its axis `data`; None: one device.
 
