@@ -178,6 +178,7 @@ def kernels(function: Any, *arguments: Any) -> tuple[int, int]:
     text = jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
     calls = re.findall(r"@__cudnn\$fmhaSoftmax(\w*)", text)
     assert set(calls) <= {"", "Backward"}, "no bias, no dropout"
+    assert len(re.findall(r"mask_type[^,]*PADDING", text)) == len(calls), "all know the number of keys"
     return calls.count(""), calls.count("Backward")
 
 
