@@ -38,7 +38,7 @@ from avit_jax.data.preprocessing import normalize
 from avit_jax.data.sources import Dataset, Split
 from avit_jax.evaluate.position_share import explained_by_position
 from avit_jax.evaluate.rows import STATIC_SHORT
-from avit_jax.execution.program import AUTO, compile, suited_execution
+from avit_jax.execution.program import AUTO, compile, suited
 from avit_jax.execution.work import image_gmacs
 from avit_jax.model.config import NO_RULE
 from avit_jax.model.vit import AViT, AViTOutput
@@ -308,7 +308,7 @@ def pixels(model: AViT, split: Split) -> np.ndarray:
 def answers(model: AViT, images: np.ndarray, execution: str = "masked") -> dict[str, Any]:
     """Logits, depths and GMACs (last layer short) of each image, and the mean of what was executed."""
     config = model.config
-    chosen = suited_execution(config, execution)
+    chosen = suited(config, execution).execution
     program = compile(model, BATCH, execution=chosen, image_exit=False, mesh=data_mesh(BATCH))
     logits, depths, gmacs, executed = [], [], [], 0.0
     for start in range(0, len(images), BATCH):

@@ -31,6 +31,7 @@ class PackedModel(CompiledModel):
     """
 
     made_by = "compile_packed"
+    execution = "packed"
 
     def __init__(self, model: AViT, batch_size: int, plan: PackedPlan, image_exit: bool, mesh: Mesh | None) -> None:
         self._devices = devices = 1 if mesh is None else mesh.shape["data"]

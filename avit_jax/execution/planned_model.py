@@ -28,6 +28,7 @@ class PlannedModel(CompiledModel):
     """
 
     made_by = "compile_planned"
+    execution = "planned"
 
     def __init__(self, model: AViT, batch_size: int, plan: PlannedPlan, image_exit: bool, mesh: Mesh | None) -> None:
         self.plan = plan
