@@ -81,7 +81,9 @@ class AViTConfig:
     drop_rate: float = setting(0.0, "Dropout rate in training, for embeddings, attention output and MLP.")
     drop_path_rate: float = setting(0.0, "Stochastic depth in training: rate of the last layer; the first has 0.")
     dtype: str = setting("float32", "Type of matrix products: float32 or bfloat16. Parameters are float32.")
-    remat: bool = setting(False, "Recompute activations in the backward pass instead of keeping them.")
+    remat: bool = setting(
+        False, "Recompute all activations in the backward pass; False: only norms, GELU and attention weights."
+    )
     preprocessing: Preprocessing = Preprocessing()
     class_names: Sequence[str] | None = None
 
