@@ -85,7 +85,9 @@ class AViTConfig:
     attention: str = setting(
         "auto", "auto: cuDNN's fused kernel on a GPU if it applies; plain: no kernel; cudnn; xla: JAX's own."
     )
-    remat: bool = setting(False, "Recompute activations in the backward pass instead of keeping them.")
+    remat: bool = setting(
+        False, "Recompute all activations in the backward pass; False: only norms, GELU and attention weights."
+    )
     preprocessing: Preprocessing = Preprocessing()
     class_names: Sequence[str] | None = None
 

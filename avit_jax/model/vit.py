@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray, Shaped
 from avit_jax.halting.rule import Halting, State, Teacher, Trace, drop_halted
 from avit_jax.model.check_images import check_images
 from avit_jax.model.config import WEIGHTS_DEPEND_ON, AViTConfig, changed
-from avit_jax.model.layers import Block, PatchEmbed
+from avit_jax.model.layers import Block, PatchEmbed, checkpointed
 from avit_jax.model.linear import INIT, layer_norm, linear
 from avit_jax.model.output import AViTOutput
 from avit_jax.model.positions import resize_positions
@@ -165,9 +165,9 @@ class AViT(nnx.Module):
             state, trace = rule.advance(state, seen, layer=index, is_last=last, module=self.rule_module)
             return (x, state), trace
 
-        if config.remat:
-            layer = jax.checkpoint(layer, prevent_cse=False)
-        (x, state), trace = jax.lax.scan(layer, (x, state), (stacked, jnp.arange(config.depth), rates))
+        (x, state), trace = jax.lax.scan(
+            checkpointed(layer, config), (x, state), (stacked, jnp.arange(config.depth), rates)
+        )
         return x, state, trace
 
     def seen(self, rule: Halting, tokens: Float[Array, "b n d"], active: Bool[Array, "b n"], facts: Facts) -> Seen:
