@@ -52,6 +52,7 @@ from tests.harness.tpu_programs import (
 
 BATCH = {"inference": 256, "training": 128}
 EXECUTIONS = {"inference": ("dense", "masked", "packed", "planned"), "training": ("dense", "masked", "planned")}
+STAGES = 4  # of plans; libtpu takes minutes to compile more
 OVERFLOWS = 0.001  # share of planned batches that do not fit
 TRAINING_MARGIN = 0.05  # of a plan in training (avit_jax.train.planner)
 OUT = Path("runs/benchmarks/tpu_estimate.json")
@@ -78,7 +79,7 @@ def inference(size: str, execution: str) -> tuple[Any, Shares]:
     if execution == "packed":
         return compile_packed_evaluation(config, batch, mesh), packed_shares(size, config, batch)
     if execution == "planned":
-        plan = plan_loads(loads_of(size, config, image_exit=True), config, batch)
+        plan = plan_loads(loads_of(size, config, image_exit=True), config, batch, most_stages=STAGES)
         print(plan, flush=True)
         return compile_planned_evaluation(config, plan, mesh), planned_shares
     return compile_masked_evaluation(config, batch, mesh), planned_shares
@@ -111,7 +112,7 @@ def training(size: str, execution: str) -> tuple[Any, Shares]:
     if execution == "planned":
         config = model_of(settings)
         loads = loads_of(size, config, image_exit=False)
-        plan = plan_loads(loads, config, settings.batch_size, margin=TRAINING_MARGIN)
+        plan = plan_loads(loads, config, settings.batch_size, margin=TRAINING_MARGIN, most_stages=STAGES)
         print(plan, flush=True)
     return compile_train_step(settings, topology_mesh("v5e:1x1"), plan), planned_shares
 
