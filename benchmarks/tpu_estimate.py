@@ -11,10 +11,11 @@ which run beside the computation, are not in them.
 
 bfloat16, batch 256 in inference and 128 in training. Depths are drawn as in benchmarks/throughput.py (mean 0.60 of 12
 layers for Tiny, 0.78 for Small, token spread 2 layers, image spread 0.8). They decide the plan of planned execution,
-and how often each branch of packed execution is taken. One planned batch in 1,000 does not fit. The training step is
-that of configs/imagenet_avit.py without mixup, CutMix and erasing, and of configs/imagenet_deit.py for the dense model.
-Every program is compiled in a process of its own, and rows are kept in runs/benchmarks/tpu_estimate.json: a run goes on
-where an earlier one with the same compiler stopped. --only compiles the programs whose names begin so again.
+which has at most 4 stages, and how often each branch of packed execution is taken. One planned batch in 1,000 does not
+fit. The training step is that of configs/imagenet_avit.py without mixup, CutMix and erasing, and of
+configs/imagenet_deit.py for the dense model. Every program is compiled in a process of its own, and rows are kept in
+runs/benchmarks/tpu_estimate.json: a run goes on where an earlier one with the same compiler stopped. --only compiles
+the programs whose names begin so again.
 """
 
 import argparse

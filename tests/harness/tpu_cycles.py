@@ -4,7 +4,7 @@ libtpu writes `estimated_cycles` beside most operations. A fusion has one figure
 loop counts once for each trip, and the branch of a conditional by the share of times that it is taken.
 Gathers and sorts have no figure. They are charged by the schedules that libtpu 0.0.42.1 writes for them when
 LIBTPU_INIT_ARGS has --xla_jf_dump_to and --xla_jf_dump_llo_text: see GATHERED_ROW, GATHERED_ELEMENT and SORTED_TILE.
-Copies between memories run beside the computation; they have no figure and are not counted.
+Copies between memories run beside the computation; they, scatters, and a few reshapes have no figure and do not count.
 """
 
 import dataclasses
