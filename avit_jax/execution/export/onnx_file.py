@@ -1,6 +1,10 @@
 """A model as an ONNX file: the graph with its inputs, outputs and metadata."""
 
+import importlib.util
 import json
+import os
+import tempfile
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -11,16 +15,61 @@ from avit_jax.execution.export.graph import Graph
 from avit_jax.execution.export.halting import Compaction, run_gate
 from avit_jax.execution.export.vit import Layers
 from avit_jax.halting.avit import AViTGate
+from avit_jax.model.config import AViTConfig
 from avit_jax.model.vit import AViT
+from avit_jax.runtime.files import writing
 
 if TYPE_CHECKING:
     import onnx
 
-OPSET = 20
-IR_VERSION = 9  # the first that has opset 20
+OPSET = 18  # the first in which Resize smooths as Pillow does
+IR_VERSION = 8  # the first that has this opset
+LARGEST_FILE = 2**31 - 2**20  # bytes of weights in one protobuf file, which must end below 2 GiB
 
 
-def onnx_model(model: AViT, batch_size: int | None, image_exit: bool, step: int) -> "onnx.ModelProto":
+def write_onnx(model: AViT, path: Path, batch_size: int | None, how: Compaction, *, overwrite: bool) -> None:
+    """Write the model in ONNX; see export. Weights above 2 GiB go to a second file beside it, of the name + ".data"."""
+    check_exportable(model.config)
+    if importlib.util.find_spec("onnx") is None:
+        raise ValueError("writing ONNX needs the package onnx, which is not there: pip install onnx")
+    import onnx
+
+    size = sum(param.nbytes for param in jax.tree.leaves(nnx.state(model, nnx.Param)))
+    names = [path.name + ".data", path.name] if size > LARGEST_FILE else [path.name]
+    for target in map(path.with_name, names):
+        if target.is_dir() or (target.exists() and not overwrite):
+            raise ValueError(f"{target} exists already: choose another path, or give overwrite=True to replace a file")
+    if not path.parent.is_dir():
+        raise ValueError(f"{path} cannot be written: there is no folder {path.parent}; make it first")
+    content = onnx_model(model, batch_size, how)
+    with writing(path), tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+        partial = Path(folder, path.name)
+        if size > LARGEST_FILE:
+            for tensor in content.graph.initializer:
+                if len(tensor.raw_data) > 1024:
+                    onnx.external_data_helper.set_external_data(tensor, names[0])
+        onnx.save_model(content, partial, format="protobuf")
+        onnx.checker.check_model(partial, full_check=True)
+        for name in names:
+            os.replace(Path(folder, name), path.with_name(name))
+
+
+def check_exportable(config: AViTConfig) -> None:
+    """Raises ValueError for a rule that has no form in ONNX."""
+    rule = config.rule_in_force
+    if rule is not None and not isinstance(rule, AViTGate):
+        raise ValueError(
+            f"the rule {rule.name!r} cannot be exported to ONNX: export A-ViT's gate, or the plain ViT of the same weights "
+            "with model.with_config(**avit_jax.model.config.NO_RULE)"
+        )
+    if rule is not None and config.pool != "token":
+        raise ValueError(
+            f"a model that halts and whose head reads pool={config.pool!r} cannot be exported to ONNX: "
+            "export one with pool='token', or the plain ViT of the same weights"
+        )
+
+
+def onnx_model(model: AViT, batch_size: int | None, how: Compaction) -> "onnx.ModelProto":
     """The model in ONNX; see export."""
     import onnx
 
@@ -33,7 +82,7 @@ def onnx_model(model: AViT, batch_size: int | None, image_exit: bool, step: int)
     x = layers.embed(images)
     rule = config.halting
     if isinstance(rule, AViTGate):
-        x, token_depth = run_gate(layers, x, rule, Compaction(image_exit, batch_size == 1, step))
+        x, token_depth = run_gate(layers, x, rule, how)
     else:
         x, token_depth = _run_all(layers, x)
     graph.output(layers.logits(x), "logits", "float32", [batch, config.num_classes or config.head_inputs])
@@ -43,7 +92,7 @@ def onnx_model(model: AViT, batch_size: int | None, image_exit: bool, step: int)
     )
     opset = [onnx.helper.make_opsetid("", OPSET)]
     result = onnx.helper.make_model(content, opset_imports=opset, ir_version=IR_VERSION, producer_name="avit_jax")
-    onnx.helper.set_model_props(result, {name: json.dumps(part) for name, part in config.to_json().items()})
+    onnx.helper.set_model_props(result, _metadata(config))
     return result
 
 
@@ -55,3 +104,21 @@ def _run_all(layers: Layers, x: str) -> tuple[str, str]:
         last = layer == config.depth - 1
         x = layers.block(x, None, layer, queries=config.num_outputs if last and config.pool == "token" else None)
     return x, graph.op("Expand", np.array(config.depth, np.int32), shape)
+
+
+def _metadata(config: AViTConfig) -> dict[str, str]:
+    """What a user of the file needs to know, as JSON by name."""
+    height, width = config.image_shape
+    preprocessing = config.preprocessing
+    steps = {
+        "layout": "batch, height, width, channels",
+        "resize_to_cover": [int(side / preprocessing.crop_fraction) for side in (height, width)],
+        "interpolation": preprocessing.interpolation,
+        "antialias": preprocessing.interpolation != "nearest",
+        "centre_crop": [height, width],
+        "divide_by": 255,
+        "mean": preprocessing.mean,
+        "std": preprocessing.std,
+    }
+    content = {"class_names": config.class_names, "preprocessing": steps, "config": config.to_json()}
+    return {name: json.dumps(part) for name, part in content.items()}

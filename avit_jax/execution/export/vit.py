@@ -59,7 +59,7 @@ class Layers:
             x = graph.op("Add", x, mixed)
             with graph.scope("mlp"):
                 normed = self._norm(x, weights["norm2"], layer)
-                hidden = graph.op("Gelu", self._linear(normed, weights["mlp"]["fc1"], layer, "fc1"))
+                hidden = self._gelu(self._linear(normed, weights["mlp"]["fc1"], layer, "fc1"))
                 mixed = self._linear(hidden, weights["mlp"]["fc2"], layer, "fc2")
             return graph.op("Add", x, mixed, name="tokens")
 
@@ -82,6 +82,13 @@ class Layers:
         mixed = graph.op("MatMul", graph.op("Softmax", scores, axis=-1), value)
         mixed = graph.op("Reshape", graph.op("Transpose", mixed, perm=[0, 2, 1, 3]), [0, 0, dim])
         return self._linear(mixed, weights["proj"], layer, "proj")
+
+    def _gelu(self, x: str) -> str:
+        """In the form that runtimes recognise and compute as one operator; ONNX has an operator from opset 20 on."""
+        graph = self.graph
+        with graph.scope("gelu"):
+            erf = graph.op("Erf", graph.op("Div", x, 2**0.5))
+            return graph.op("Mul", graph.op("Mul", x, graph.op("Add", erf, 1.0)), 0.5)
 
     def logits(self, outputs: str) -> str:
         """The logits of the model: the mean over its heads. outputs: the final values of the tokens with a head."""
