@@ -21,6 +21,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--ema", action="store_true", help="use the moving average's weights")
     parser.add_argument("--batch-size", type=int, help="of every call; by default it is free")
     parser.add_argument("--no-image-exit", action="store_true", help="go on when the class token has halted")
+    parser.add_argument("--preprocess", action="store_true", help="take uint8 pictures of any size")
     parser.add_argument("--count-step", type=int, default=1, help="round numbers of tokens up to a multiple of this")
     parser.add_argument("--overwrite", action="store_true", help="replace a file that exists")
     options = parser.parse_args(arguments)
@@ -31,6 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
             options.format,
             batch_size=options.batch_size,
             image_exit=not options.no_image_exit,
+            preprocess=options.preprocess,
             count_step=options.count_step,
             overwrite=options.overwrite,
         )

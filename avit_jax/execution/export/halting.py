@@ -2,7 +2,6 @@
 
 import dataclasses
 
-from avit_jax.execution.export.graph import Graph
 from avit_jax.execution.export.vit import Layers
 from avit_jax.halting.avit import AViTGate
 

@@ -13,6 +13,7 @@ from flax import nnx
 
 from avit_jax.execution.export.graph import Graph
 from avit_jax.execution.export.halting import Compaction, run_gate
+from avit_jax.execution.export.pixels import check_channels, preprocessed
 from avit_jax.execution.export.vit import Layers
 from avit_jax.halting.avit import AViTGate
 from avit_jax.model.config import AViTConfig
@@ -27,9 +28,13 @@ IR_VERSION = 8  # the first that has this opset
 LARGEST_FILE = 2**31 - 2**20  # bytes of weights in one protobuf file, which must end below 2 GiB
 
 
-def write_onnx(model: AViT, path: Path, batch_size: int | None, how: Compaction, *, overwrite: bool) -> None:
+def write_onnx(
+    model: AViT, path: Path, batch_size: int | None, how: Compaction, *, preprocess: bool, overwrite: bool
+) -> None:
     """Write the model in ONNX; see export. Weights above 2 GiB go to a second file beside it, of the name + ".data"."""
     check_exportable(model.config)
+    if preprocess:
+        check_channels(model.config)
     if importlib.util.find_spec("onnx") is None:
         raise ValueError("writing ONNX needs the package onnx, which is not there: pip install onnx")
     import onnx
@@ -38,10 +43,12 @@ def write_onnx(model: AViT, path: Path, batch_size: int | None, how: Compaction,
     names = [path.name + ".data", path.name] if size > LARGEST_FILE else [path.name]
     for target in map(path.with_name, names):
         if target.is_dir() or (target.exists() and not overwrite):
-            raise ValueError(f"{target} exists already: choose another path, or give overwrite=True to replace a file")
+            raise ValueError(
+                f"{target} exists already: choose another path, or replace a file with overwrite=True (--overwrite)"
+            )
     if not path.parent.is_dir():
         raise ValueError(f"{path} cannot be written: there is no folder {path.parent}; make it first")
-    content = onnx_model(model, batch_size, how)
+    content = onnx_model(model, batch_size, how, preprocess)
     with writing(path), tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
         partial = Path(folder, path.name)
         if size > LARGEST_FILE:
@@ -59,8 +66,8 @@ def check_exportable(config: AViTConfig) -> None:
     rule = config.rule_in_force
     if rule is not None and not isinstance(rule, AViTGate):
         raise ValueError(
-            f"the rule {rule.name!r} cannot be exported to ONNX: export A-ViT's gate, or the plain ViT of the same weights "
-            "with model.with_config(**avit_jax.model.config.NO_RULE)"
+            f"the rule {rule.name!r} cannot be exported to ONNX: export A-ViT's gate, or the plain ViT of the same "
+            "weights, model.with_config(**avit_jax.model.config.NO_RULE)"
         )
     if rule is not None and config.pool != "token":
         raise ValueError(
@@ -69,14 +76,18 @@ def check_exportable(config: AViTConfig) -> None:
         )
 
 
-def onnx_model(model: AViT, batch_size: int | None, how: Compaction) -> "onnx.ModelProto":
+def onnx_model(model: AViT, batch_size: int | None, how: Compaction, preprocess: bool) -> "onnx.ModelProto":
     """The model in ONNX; see export."""
     import onnx
 
     config = model.config
     graph = Graph()
     batch: Any = "batch" if batch_size is None else batch_size
-    images = graph.input("images", "float32", [batch, *config.image_shape, config.in_channels])
+    if preprocess:
+        pictures = graph.input("pictures", "uint8", [batch, "height", "width", config.in_channels])
+        images = preprocessed(graph, pictures, config)
+    else:
+        images = graph.input("images", "float32", [batch, *config.image_shape, config.in_channels])
     weights = jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.state(model, nnx.Param)))
     layers = Layers(graph, config, weights)
     x = layers.embed(images)
@@ -92,7 +103,7 @@ def onnx_model(model: AViT, batch_size: int | None, how: Compaction) -> "onnx.Mo
     )
     opset = [onnx.helper.make_opsetid("", OPSET)]
     result = onnx.helper.make_model(content, opset_imports=opset, ir_version=IR_VERSION, producer_name="avit_jax")
-    onnx.helper.set_model_props(result, _metadata(config))
+    onnx.helper.set_model_props(result, _metadata(config, preprocess))
     return result
 
 
@@ -106,11 +117,12 @@ def _run_all(layers: Layers, x: str) -> tuple[str, str]:
     return x, graph.op("Expand", np.array(config.depth, np.int32), shape)
 
 
-def _metadata(config: AViTConfig) -> dict[str, str]:
+def _metadata(config: AViTConfig, inside: bool) -> dict[str, str]:
     """What a user of the file needs to know, as JSON by name."""
     height, width = config.image_shape
     preprocessing = config.preprocessing
     steps = {
+        "in_this_file": inside,
         "layout": "batch, height, width, channels",
         "resize_to_cover": [int(side / preprocessing.crop_fraction) for side in (height, width)],
         "interpolation": preprocessing.interpolation,

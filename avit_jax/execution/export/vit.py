@@ -23,7 +23,7 @@ class Layers:
         self.weights = weights
 
     def embed(self, images: str) -> str:
-        """Special tokens, then patches, with their positions added. images: float32 [batch, height, width, channels]."""
+        """Special tokens, then patches, with their positions. images: float32 [batch, height, width, channels]."""
         graph, config, weights = self.graph, self.config, self.weights
         rows, columns = config.patch_grid
         size, channels, dim = config.patch_size, config.in_channels, config.embed_dim
