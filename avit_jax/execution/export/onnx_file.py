@@ -14,6 +14,7 @@ from flax import nnx
 from avit_jax.execution.export.graph import Graph
 from avit_jax.execution.export.halting import Compaction, run_gate
 from avit_jax.execution.export.pixels import check_channels, preprocessed
+from avit_jax.execution.export.reduction import REDUCTIONS, run_reduction
 from avit_jax.execution.export.vit import Layers
 from avit_jax.halting.avit import AViTGate
 from avit_jax.model.config import AViTConfig
@@ -64,15 +65,15 @@ def write_onnx(
 def check_exportable(config: AViTConfig) -> None:
     """Raises ValueError for a rule that has no form in ONNX."""
     rule = config.rule_in_force
-    if rule is not None and not isinstance(rule, AViTGate):
+    if rule is not None and type(rule) not in (AViTGate, *REDUCTIONS):
         raise ValueError(
-            f"the rule {rule.name!r} cannot be exported to ONNX: export A-ViT's gate, or the plain ViT of the same "
-            "weights, model.with_config(**avit_jax.model.config.NO_RULE)"
+            f"the rule {rule.name!r} cannot be exported to ONNX: choose avit, topk, evit or tome, or export the plain "
+            "ViT of the same weights, model.with_config(**avit_jax.model.config.NO_RULE)"
         )
     if rule is not None and config.pool != "token":
         raise ValueError(
-            f"a model that halts and whose head reads pool={config.pool!r} cannot be exported to ONNX: "
-            "export one with pool='token', or the plain ViT of the same weights"
+            f"a model with a rule whose head reads patches (pool={config.pool!r}) cannot be exported to ONNX: export "
+            "the plain ViT of the same weights, model.with_config(**avit_jax.model.config.NO_RULE)"
         )
 
 
@@ -94,6 +95,8 @@ def onnx_model(model: AViT, batch_size: int | None, how: Compaction, preprocess:
     rule = config.halting
     if isinstance(rule, AViTGate):
         x, token_depth = run_gate(layers, x, rule, how)
+    elif config.reduction is not None:
+        x, token_depth = run_reduction(layers, x, config.reduction)
     else:
         x, token_depth = _run_all(layers, x)
     graph.output(layers.logits(x), "logits", "float32", [batch, config.num_classes or config.head_inputs])

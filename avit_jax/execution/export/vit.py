@@ -49,21 +49,32 @@ class Layers:
 
     def block(self, x: str, bias: str | None, layer: int, queries: int | None = None) -> str:
         """A block. bias: of the scores, [batch, 1, 1, tokens]; queries: only the first tokens are computed."""
+        return self.transform(self.attend(x, bias, layer, queries)[0], layer)
+
+    def attend(self, x: str, bias: str | None, layer: int, queries: int | None = None) -> tuple[str, str, str]:
+        """The attention half of a block; attention [b heads queries n] and keys [b heads width n] beside it."""
         graph, weights = self.graph, self.weights["blocks"]
         with graph.scope(f"blocks.{layer}"):
             with graph.scope("attn"):
                 normed = self._norm(x, weights["norm1"], layer)
-                mixed = self._attention(normed, bias, weights["attn"], layer, queries)
+                mixed, attention, key = self._attention(normed, bias, weights["attn"], layer, queries)
             if queries is not None:
                 x = graph.op("Slice", x, [0], [queries], [1])
-            x = graph.op("Add", x, mixed)
+            return graph.op("Add", x, mixed), attention, key
+
+    def transform(self, x: str, layer: int) -> str:
+        """The MLP half of a block."""
+        graph, weights = self.graph, self.weights["blocks"]
+        with graph.scope(f"blocks.{layer}"):
             with graph.scope("mlp"):
                 normed = self._norm(x, weights["norm2"], layer)
                 hidden = self._gelu(self._linear(normed, weights["mlp"]["fc1"], layer, "fc1"))
                 mixed = self._linear(hidden, weights["mlp"]["fc2"], layer, "fc2")
             return graph.op("Add", x, mixed, name="tokens")
 
-    def _attention(self, x: str, bias: str | None, weights: Weights, layer: int, queries: int | None) -> str:
+    def _attention(
+        self, x: str, bias: str | None, weights: Weights, layer: int, queries: int | None
+    ) -> tuple[str, str, str]:
         graph, heads = self.graph, self.config.num_heads
         dim = self.config.embed_dim
         width = dim // heads
@@ -79,9 +90,9 @@ class Layers:
         scores = graph.op("MatMul", query, key)
         if bias is not None:
             scores = graph.op("Add", scores, bias)
-        mixed = graph.op("MatMul", graph.op("Softmax", scores, axis=-1), value)
-        mixed = graph.op("Reshape", graph.op("Transpose", mixed, perm=[0, 2, 1, 3]), [0, 0, dim])
-        return self._linear(mixed, weights["proj"], layer, "proj")
+        attention = graph.op("Softmax", scores, axis=-1)
+        mixed = graph.op("Transpose", graph.op("MatMul", attention, value), perm=[0, 2, 1, 3])
+        return self._linear(graph.op("Reshape", mixed, [0, 0, dim]), weights["proj"], layer, "proj"), attention, key
 
     def _gelu(self, x: str) -> str:
         """In the form that runtimes recognise and compute as one operator; ONNX has an operator from opset 20 on."""
