@@ -9,6 +9,9 @@ import numpy as np
 if TYPE_CHECKING:
     import onnx
 
+# ONNX's numbers of types, for Cast.
+FLOAT32, INT32, INT64 = 1, 6, 7
+
 # A tensor of the graph by its name, or a value: Python integers become int64, other numbers float32.
 Tensor = str | int | float | Sequence[int] | Sequence[float] | np.ndarray
 

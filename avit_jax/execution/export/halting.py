@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from avit_jax.execution.export.graph import FLOAT32, INT32, INT64
 from avit_jax.execution.export.vit import Layers
 from avit_jax.halting.avit import AViTGate
 
@@ -52,33 +53,42 @@ def run_gate(layers: Layers, tokens: str, rule: AViTGate, how: Compaction) -> tu
             cumulative=graph.op("Expand", 0.0, shape),
             count=graph.op("Identity", [config.num_tokens]),
         )
-    values, reached, places, actives = [], [], [], []
+    values: list[str] = []
+    shares: list[str] = []
+    passed: list[_Slots] = []
     for layer in range(depth - 1):
         x = layers.block(slots.tokens, gate.bias(slots) if layer else None, layer)
         with graph.scope(f"halting.{layer}"):
             values.append(graph.op("Slice", x, [0], [outputs], [1]))
             slots, share = gate.advance(dataclasses.replace(slots, tokens=x))
-        reached.append(share)
-        places.append(slots.place)
-        actives.append(slots.active)
+        shares.append(share)
+        passed.append(slots)
     values.append(layers.block(slots.tokens, gate.bias(slots) if depth > 1 else None, depth - 1, queries=outputs))
     with graph.scope("halting"):
-        # The weights of a token's values are the steps of its cumulative halting, which ends at 1.
-        of_heads = graph.op("Concat", batch, [outputs], axis=0)
-        ends = [graph.op("Expand", end, of_heads) for end in (0.0, 1.0)]
-        shares = graph.op("Concat", ends[0], *reached, ends[1], axis=1)
-        shares = graph.op("Reshape", shares, [-1, depth + 1, outputs])
-        weights = graph.op(
-            "Sub", graph.op("Slice", shares, [1], [depth + 1], [1]), graph.op("Slice", shares, [0], [depth], [1])
-        )
-        weights = graph.op("Unsqueeze", graph.op("Transpose", weights, perm=[0, 2, 1]), [2])
-        every = graph.op("Reshape", graph.op("Concat", *values, axis=1), [-1, depth, outputs, config.embed_dim])
-        output = graph.op("MatMul", weights, graph.op("Transpose", every, perm=[0, 2, 1, 3]))
         token_depth = ones
-        if depth > 1:
-            places, actives = (graph.op("Concat", *each, axis=1) for each in (places, actives))
-            token_depth = graph.op("ScatterElements", ones, places, actives, axis=1, reduction="add")
-        return graph.op("Squeeze", output, [2]), graph.op("Cast", token_depth, to=6)
+        if passed:
+            places = graph.op("Concat", *(slots.place for slots in passed), axis=1)
+            active = graph.op("Concat", *(slots.active for slots in passed), axis=1)
+            token_depth = graph.op("ScatterElements", ones, places, active, axis=1, reduction="add")
+        return _weighted(layers, batch, values, shares), graph.op("Cast", token_depth, to=INT32)
+
+
+def _weighted(layers: Layers, batch: str, values: list[str], shares: list[str]) -> str:
+    """The sum of a token's values in all layers, each [b outputs d], with their weights.
+
+    The weights are the steps of the share of its output that it has by then, which starts at 0 and ends at 1.
+    """
+    graph, config = layers.graph, layers.config
+    depth, outputs = config.depth, config.num_outputs
+    shape = graph.op("Concat", batch, [outputs], axis=0)
+    ends = [graph.op("Expand", end, shape) for end in (0.0, 1.0)]
+    reached = graph.op("Concat", ends[0], *shares, ends[1], axis=1)
+    reached = graph.op("Reshape", reached, [-1, depth + 1, outputs])
+    before, after = (graph.op("Slice", reached, [first], [first + depth], [1]) for first in range(2))
+    weights = graph.op("Unsqueeze", graph.op("Transpose", graph.op("Sub", after, before), perm=[0, 2, 1]), [2])
+    every = graph.op("Reshape", graph.op("Concat", *values, axis=1), [-1, depth, outputs, config.embed_dim])
+    weighted = graph.op("MatMul", weights, graph.op("Transpose", every, perm=[0, 2, 1, 3]))
+    return graph.op("Squeeze", weighted, [2])
 
 
 class _Gate:
@@ -118,7 +128,7 @@ class _Gate:
         share = graph.op("Where", heads_go_on, graph.op("Slice", cumulative, [0], [outputs], [1]), 1.0)
         if self.how.image_exit:
             goes_on = graph.op("And", goes_on, self._any(heads_go_on))
-        active = graph.op("Cast", goes_on, to=1)
+        active = graph.op("Cast", goes_on, to=FLOAT32)
         return self._packed(slots, cumulative, active), share
 
     def _any(self, heads_go_on: str) -> str:
@@ -133,12 +143,12 @@ class _Gate:
         needed = active
         if self.keeps_heads:
             has_head = graph.op("Less", slots.place, self.outputs)
-            needed = graph.op("Max", active, graph.op("Cast", has_head, to=1))
+            needed = graph.op("Max", active, graph.op("Cast", has_head, to=FLOAT32))
         counts = graph.op("ReduceSum", needed, [1], keepdims=self.how.one_image)
         fullest = counts if self.how.one_image else graph.op("ReduceMax", counts, [0])
         if step > 1:
             fullest = graph.op("Mul", graph.op("Ceil", graph.op("Div", fullest, float(step))), float(step))
-        count = graph.op("Reshape", graph.op("Max", graph.op("Cast", fullest, to=7), 1), [1])
+        count = graph.op("Reshape", graph.op("Max", graph.op("Cast", fullest, to=INT64), 1), [1])
         if step > 1:
             count = graph.op("Min", count, slots.count)
         # Of equal values the lower index comes first: the needed tokens in their order, then some of the others.

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from avit_jax.execution.export.graph import Graph
+from avit_jax.execution.export.graph import FLOAT32, INT64, Graph
 from avit_jax.model.config import AViTConfig
 
 # Resize's form of what Pillow does, by our name of the interpolation. On uint8, ONNX Runtime rounds as Pillow does.
@@ -38,10 +38,12 @@ def preprocessed(graph: Graph, pictures: str, config: AViTConfig) -> str:
         by_height = graph.op("Div", graph.op("Mul", given, covered[0]), height)
         by_width = graph.op("Div", graph.op("Mul", given, covered[1]), width)
         resized = graph.op("Max", by_height, by_width)
-        spare = graph.op("Cast", graph.op("Sub", resized, size), to=1)
-        corner = graph.op("Cast", graph.op("Round", graph.op("Mul", spare, 0.5)), to=7)  # halves to even, as Python's
+        spare = graph.op("Cast", graph.op("Sub", resized, size), to=FLOAT32)
+        corner = graph.op(
+            "Cast", graph.op("Round", graph.op("Mul", spare, 0.5)), to=INT64
+        )  # halves to even, as Python's
         axes = [1, 2]
         x = graph.op("Resize", pictures, "", "", resized, axes=axes, **_RESIZE[how.interpolation])
-        x = graph.op("Cast", graph.op("Slice", x, corner, graph.op("Add", corner, size), axes), to=1)
+        x = graph.op("Cast", graph.op("Slice", x, corner, graph.op("Add", corner, size), axes), to=FLOAT32)
         mean, std = (np.asarray(values, np.float32) * 255 for values in (how.mean, how.std))
         return graph.op("Div", graph.op("Sub", x, mean), std)

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from avit_jax.execution.export.graph import Graph
+from avit_jax.execution.export.graph import FLOAT32, INT32, Graph
 from avit_jax.execution.export.vit import Layers
 from avit_jax.reduction.tome import ToMe
 from avit_jax.reduction.topk import EViT, TopK
@@ -24,7 +24,8 @@ def run_reduction(layers: Layers, tokens: str, rule: TopK | ToMe) -> tuple[str, 
         rows = graph.op("Unsqueeze", graph.op("Range", 0, graph.op("Squeeze", batch), 1), [1])
         ones = graph.op("Expand", 1.0, graph.op("Concat", shape, [1], axis=0))
     choice = _Choice(layers, rule, batch, rows)
-    x, size, bias, count, places = tokens, ones, None, config.num_tokens, []
+    x, size, bias, count = tokens, ones, None, config.num_tokens
+    places: list[str] = []
     for layer in range(config.depth):
         places.append(place)
         if layer == config.depth - 1:
@@ -46,7 +47,7 @@ def run_reduction(layers: Layers, tokens: str, rule: TopK | ToMe) -> tuple[str, 
         zeros = graph.op("Expand", 0.0, shape)
         computed = graph.op("Expand", 1.0, graph.op("Shape", every))
         token_depth = graph.op("ScatterElements", zeros, every, computed, axis=1, reduction="add")
-        return x, graph.op("Cast", token_depth, to=6)
+        return x, graph.op("Cast", token_depth, to=INT32)
 
 
 class _Choice:
@@ -107,7 +108,7 @@ class _Choice:
         leading, place = self._gathered(weighted, place, order, before)
         partner = graph.op("GatherElements", graph.op("ArgMax", similarity, axis=2, keepdims=0), chosen, axis=1)
         slot = graph.op("Unsqueeze", graph.op("Add", partner, special + left), [1])
-        joins = graph.op("Cast", graph.op("Equal", slot, np.arange(after)[:, None]), to=1)  # [b after merges]
+        joins = graph.op("Cast", graph.op("Equal", slot, np.arange(after)[:, None]), to=FLOAT32)  # [b after merges]
         summed = graph.op("Add", leading, graph.op("MatMul", joins, joining))
         x, size = graph.ops("Split", 2, summed, [self.config.embed_dim, 1], axis=2)
         return graph.op("Div", x, size), place, size
