@@ -48,8 +48,12 @@ class _Calibration(CalibrationDataReader):
 
 
 def in_int8(path: Path, static: bool, images: np.ndarray) -> Path:
-    """The file with linear layers in int8 by ONNX Runtime's quantiser; attention and gate stay in float32."""
+    """The file with the linear layers of its blocks in int8 by ONNX Runtime's quantiser.
+
+    Attention, gate and patch embedding stay in float32: the drawn depths are in the mean of each patch.
+    """
     result = path.with_suffix(".static.onnx" if static else ".dynamic.onnx")
+    first = ["embed/MatMul"]
     if static:
         options = {"MatMulConstBOnly": True}
         quantize_static(
@@ -57,13 +61,14 @@ def in_int8(path: Path, static: bool, images: np.ndarray) -> Path:
             result,
             _Calibration(images),
             op_types_to_quantize=["MatMul"],
+            nodes_to_exclude=first,
             per_channel=True,
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
             extra_options=options,
         )
     else:
-        quantize_dynamic(path, result, op_types_to_quantize=["MatMul"], per_channel=True)
+        quantize_dynamic(path, result, op_types_to_quantize=["MatMul"], nodes_to_exclude=first, per_channel=True)
     return result
 
 
@@ -74,7 +79,7 @@ def onnx_runtime(path: Path) -> Callable[[np.ndarray], Any]:
     # Otherwise its threads keep spinning after a run and take the cores from whatever is measured next.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    return lambda images: session.run(None, {"images": images})
+    return lambda images: session.run(None, {"images": np.asarray(images)})
 
 
 def openvino(path: Path) -> Callable[[np.ndarray], Any]:
@@ -110,7 +115,12 @@ def variants(name: str, batch: int, folder: Path) -> Iterator[Variant]:
         "adaptive": written("adaptive", model),
         "adaptive, step 32": written("step 32", model, count_step=32),
     }
-    yield Variant("PyTorch eager, dense", batch, cycled(_eager(config)))
+    eager = _eager(config)
+    yield Variant("PyTorch eager, dense", batch, cycled(lambda images: eager(_channels_first(images))))
+    by_torch = onnx_runtime(_exported_by_torch(eager, _channels_first(images[:batch]), folder))
+    yield Variant(
+        "ONNX Runtime, dense, PyTorch's file", batch, cycled(lambda images: by_torch(_channels_first(images)))
+    )
     yield packed_variant("packed, adaptive", model, images[:batch], data_mesh(batch))
     for kind, path in files.items():
         if "step" not in kind:
@@ -121,19 +131,36 @@ def variants(name: str, batch: int, folder: Path) -> Iterator[Variant]:
             yield Variant(f"OpenVINO, {kind}, int8", batch, cycled(openvino(in_int8(path, True, calibration))))
 
 
-def _eager(config: avit_jax.AViTConfig) -> Callable[[np.ndarray], Any]:
+def _eager(config: avit_jax.AViTConfig) -> Any:
     import torch
 
     from benchmarks.torch_vit import torch_vit
 
     torch.set_num_threads(available_cores())
-    model = torch_vit(config).eval()
+    torch.set_grad_enabled(False)
+    return torch_vit(config).eval()
 
-    def run(images: np.ndarray) -> Any:
-        with torch.inference_mode():
-            return model(torch.from_numpy(images).permute(0, 3, 1, 2))
 
-    return run
+def _channels_first(images: np.ndarray) -> Any:
+    import torch
+
+    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
+
+
+def _exported_by_torch(model: Any, images: Any, folder: Path) -> Path:
+    import torch
+
+    path = folder / "torch.onnx"
+    torch.onnx.export(model, (images,), str(path), input_names=["images"], opset_version=17, dynamo=False)
+    return path
+
+
+def _mean_depth(variant: Variant) -> float:
+    """The mean token depth of all images: int8 may change it."""
+    outputs = [variant.run() for _ in range(IMAGES // variant.batch)]
+    if hasattr(outputs[0], "token_depth"):  # packed execution has one batch
+        return float(np.mean(outputs[0].token_depth))
+    return float(np.mean([list(output.values() if hasattr(output, "values") else output)[1] for output in outputs]))
 
 
 def main() -> None:
@@ -153,13 +180,15 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             measured = [v for v in variants(name, batch, Path(folder)) if options.only in v.name]
             measure(measured, options.rounds)
+            depths = {variant.name: _mean_depth(variant) for variant in measured if "adaptive" in variant.name}
         speed = {variant.name: variant.images_per_second for variant in measured}
         for variant, found in speed.items():
             dense = speed.get(variant.replace("adaptive, step 32", "dense").replace("adaptive", "dense"))
             row = {"model": name, "batch": batch, "variant": variant, "images_per_second": found}
             rows.append(row | ({"to_dense": found / dense} if dense else {}))
             ratio = f"  {found / dense:.2f} x dense" if dense else ""
-            print(f"{name:6} {batch:3}  {variant:36} {found:7.1f} images/s{ratio}")
+            depth = f"  mean depth {depths[variant]:.2f}" if variant in depths else ""
+            print(f"{name:6} {batch:3}  {variant:36} {found:7.1f} images/s{ratio}{depth}")
     save_results(Path("runs/benchmarks/export.json"), {"machine": where, "rows": rows})
 
 
