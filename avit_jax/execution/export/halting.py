@@ -2,6 +2,8 @@
 
 import dataclasses
 
+import numpy as np
+
 from avit_jax.execution.export.graph import FLOAT32, INT32, INT64
 from avit_jax.execution.export.vit import Layers
 from avit_jax.halting.avit import AViTGate
@@ -27,7 +29,7 @@ class _Slots:
     """The tokens of the batch between two layers; n is the number of tokens that the fullest image has left."""
 
     tokens: str  # [b n d]
-    place: str  # [b n], each token's position in its image
+    place: str  # [b n], each token's position in its image; float32
     active: str  # [b n], 1 for active tokens, 0 for those that only fill up
     cumulative: str  # [b n], sum of the halting scores so far
     count: str  # [1], n
@@ -48,7 +50,7 @@ def run_gate(layers: Layers, tokens: str, rule: AViTGate, how: Compaction) -> tu
         ones = graph.op("Expand", 1.0, shape)
         slots = _Slots(
             tokens,
-            place=graph.op("Expand", list(range(config.num_tokens)), shape),
+            place=graph.op("Expand", np.arange(config.num_tokens, dtype=np.float32), shape),
             active=ones,
             cumulative=graph.op("Expand", 0.0, shape),
             count=graph.op("Identity", [config.num_tokens]),
@@ -67,7 +69,7 @@ def run_gate(layers: Layers, tokens: str, rule: AViTGate, how: Compaction) -> tu
     with graph.scope("halting"):
         token_depth = ones
         if passed:
-            places = graph.op("Concat", *(slots.place for slots in passed), axis=1)
+            places = graph.op("Cast", graph.op("Concat", *(slots.place for slots in passed), axis=1), to=INT64)
             active = graph.op("Concat", *(slots.active for slots in passed), axis=1)
             token_depth = graph.op("ScatterElements", ones, places, active, axis=1, reduction="add")
         return _weighted(layers, batch, values, shares), graph.op("Cast", token_depth, to=INT32)
@@ -99,6 +101,7 @@ class _Gate:
         self.rule = rule
         self.outputs = layers.config.num_outputs
         self.width = layers.config.embed_dim
+        self.tokens = layers.config.num_tokens
         self.how = how
         # Otherwise the token with the head is the first of the active ones, or the image is finished.
         self.keeps_heads = self.outputs > 1 or not how.image_exit
@@ -142,7 +145,7 @@ class _Gate:
         graph, step = self.graph, self.how.step
         needed = active
         if self.keeps_heads:
-            has_head = graph.op("Less", slots.place, self.outputs)
+            has_head = graph.op("Less", slots.place, float(self.outputs))
             needed = graph.op("Max", active, graph.op("Cast", has_head, to=FLOAT32))
         counts = graph.op("ReduceSum", needed, [1], keepdims=self.how.one_image)
         fullest = counts if self.how.one_image else graph.op("ReduceMax", counts, [0])
@@ -151,14 +154,20 @@ class _Gate:
         count = graph.op("Reshape", graph.op("Max", graph.op("Cast", fullest, to=INT64), 1), [1])
         if step > 1:
             count = graph.op("Min", count, slots.count)
-        # Of equal values the lower index comes first: the needed tokens in their order, then some of the others.
-        values, order = graph.ops("TopK", 2, needed, count, axis=1, largest=1, sorted=1)
+        # The needed tokens in the order of their places, then some of the others. No two values are equal, because
+        # OpenVINO puts equal ones in any order. Those of needed tokens are above 0.
+        ranks = graph.op("Sub", graph.op("Mul", needed, float(self.tokens)), slots.place)
+        values, order = graph.ops("TopK", 2, ranks, count, axis=1)
+        if self.keeps_heads:
+            active = graph.op("GatherElements", active, order, axis=1)
+        else:
+            active = graph.op("Cast", graph.op("Greater", values, 0.0), to=FLOAT32)
         flat = order if self.how.one_image else graph.op("Add", order, graph.op("Mul", self.rows, slots.count))
         tokens = graph.op("Gather", graph.op("Reshape", slots.tokens, [-1, self.width]), flat, name="tokens")
         return _Slots(
             tokens,
             place=graph.op("GatherElements", slots.place, order, axis=1),
-            active=graph.op("GatherElements", active, order, axis=1) if self.keeps_heads else values,
+            active=active,
             cumulative=graph.op("GatherElements", cumulative, order, axis=1),
             count=count,
         )
