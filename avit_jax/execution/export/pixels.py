@@ -5,7 +5,8 @@ import numpy as np
 from avit_jax.execution.export.graph import FLOAT32, INT64, Graph
 from avit_jax.model.config import AViTConfig
 
-# Resize's form of what Pillow does, by our name of the interpolation. On uint8, ONNX Runtime rounds as Pillow does.
+# Resize's form of what Pillow does, by our name of the interpolation. On uint8, ONNX Runtime rounds as Pillow does
+# in pictures that are not tall.
 _RESIZE = {
     "nearest": {"mode": "nearest", "nearest_mode": "round_prefer_ceil"},
     "bilinear": {"mode": "linear", "antialias": 1, "exclude_outside": 1},
