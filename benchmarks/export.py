@@ -175,7 +175,7 @@ def main() -> None:
     logging.disable(logging.WARNING)  # the quantiser advises its own preprocessing
     where = machine()
     print(where)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name, batch in itertools.product(options.models, options.batches):
         with tempfile.TemporaryDirectory() as folder:
             measured = [v for v in variants(name, batch, Path(folder)) if options.only in v.name]
@@ -184,7 +184,7 @@ def main() -> None:
         speed = {variant.name: variant.images_per_second for variant in measured}
         for variant, found in speed.items():
             dense = speed.get(variant.replace("adaptive, step 32", "dense").replace("adaptive", "dense"))
-            row = {"model": name, "batch": batch, "variant": variant, "images_per_second": found}
+            row: dict[str, Any] = {"model": name, "batch": batch, "variant": variant, "images_per_second": found}
             rows.append(row | ({"to_dense": found / dense} if dense else {}))
             ratio = f"  {found / dense:.2f} x dense" if dense else ""
             depth = f"  mean depth {depths[variant]:.2f}" if variant in depths else ""

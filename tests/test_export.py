@@ -212,11 +212,12 @@ def test_the_command(tmp_path: Path) -> None:
     arguments = ["checkpoints/fashion_mnist_avit", str(path), "--batch-size=1"]
     assert main(arguments) == 0
     assert main(arguments) == 1
-    images = random_images(avit_jax.load(arguments[0]).config, 1)
-    wanted = avit_jax.compile(avit_jax.load(arguments[0]), 1)(images)
+    model = avit_jax.load(arguments[0])
+    images = random_images(model.config, 1)
+    wanted = answers(model, images)
     logits, token_depth = run(path, images)
     np.testing.assert_allclose(logits, wanted.logits, atol=1e-5)
-    np.testing.assert_array_equal(token_depth, wanted.token_depth)
+    np.testing.assert_array_equal(token_depth, np.minimum(wanted.token_depth, wanted.token_depth[:, :1]))
 
 
 @pytest.mark.parametrize("first", ["import avit_jax", "import avit_jax.export"])

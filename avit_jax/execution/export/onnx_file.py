@@ -19,6 +19,8 @@ from avit_jax.execution.export.vit import Layers
 from avit_jax.halting.avit import AViTGate
 from avit_jax.model.config import AViTConfig
 from avit_jax.model.vit import AViT
+from avit_jax.reduction.tome import ToMe
+from avit_jax.reduction.topk import TopK
 from avit_jax.runtime.files import writing
 
 if TYPE_CHECKING:
@@ -92,11 +94,11 @@ def onnx_model(model: AViT, batch_size: int | None, how: Compaction, preprocess:
     weights = jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.state(model, nnx.Param)))
     layers = Layers(graph, config, weights)
     x = layers.embed(images)
-    rule = config.halting
+    rule = config.rule_in_force
     if isinstance(rule, AViTGate):
         x, token_depth = run_gate(layers, x, rule, how)
-    elif config.reduction is not None:
-        x, token_depth = run_reduction(layers, x, config.reduction)
+    elif isinstance(rule, TopK | ToMe):
+        x, token_depth = run_reduction(layers, x, rule)
     else:
         x, token_depth = _run_all(layers, x)
     graph.output(layers.logits(x), "logits", "float32", [batch, config.num_classes or config.head_inputs])

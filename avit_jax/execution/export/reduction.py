@@ -24,7 +24,8 @@ def run_reduction(layers: Layers, tokens: str, rule: TopK | ToMe) -> tuple[str, 
         rows = graph.op("Unsqueeze", graph.op("Range", 0, graph.op("Squeeze", batch), 1), [1])
         ones = graph.op("Expand", 1.0, graph.op("Concat", shape, [1], axis=0))
     choice = _Choice(layers, rule, batch, rows)
-    x, size, bias, count = tokens, ones, None, config.num_tokens
+    x, size, count = tokens, ones, config.num_tokens
+    bias: str | None = None
     places: list[str] = []
     for layer in range(config.depth):
         places.append(place)
