@@ -67,17 +67,17 @@ class Curve:
         references: the rows of its seeds. Seeds are averaged before images are drawn. None outside the curve, and
         without labels.
         """
-        found, bases = self.between(cost, value), [correct_images(row) for row in references]
-        base = bases[0] if bases else None
-        if found is None or base is None:
+        found = self.between(cost, value)
+        if found is None or not references:
             return None
-        total = -np.mean([right for right in bases if right is not None], axis=0, dtype=np.float64)
-        for share, point in found:
-            for row in point.rows:
-                right = correct_images(row)
-                if right is None or len(right) != len(base):
-                    return None
-                total += share / len(point.rows) * right
+        parts = [(-1 / len(references), row) for row in references]
+        parts += [(share / len(point.rows), row) for share, point in found for row in point.rows]
+        total = np.zeros(references[0]["images"])
+        for share, row in parts:
+            right = correct_images(row)
+            if right is None or len(right) != len(total):
+                return None
+            total += share * right
         return bootstrap_means(total[None])[0]
 
 

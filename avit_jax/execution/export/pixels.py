@@ -7,7 +7,7 @@ from avit_jax.model.config import AViTConfig
 
 # Resize's form of what Pillow does, by our name of the interpolation. On uint8, ONNX Runtime rounds as Pillow does
 # in pictures that are not tall.
-_RESIZE = {
+_RESIZE: dict[str, dict[str, Any]] = {
     "nearest": {"mode": "nearest", "nearest_mode": "round_prefer_ceil"},
     "bilinear": {"mode": "linear", "antialias": 1, "exclude_outside": 1},
     "bicubic": {"mode": "cubic", "antialias": 1, "exclude_outside": 1, "cubic_coeff_a": -0.5},
@@ -40,9 +40,8 @@ def preprocessed(graph: Graph, pictures: str, config: AViTConfig) -> str:
         by_width = graph.op("Div", graph.op("Mul", given, covered[1]), width)
         resized = graph.op("Max", by_height, by_width)
         spare = graph.op("Cast", graph.op("Sub", resized, size), to=FLOAT32)
-        corner = graph.op(
-            "Cast", graph.op("Round", graph.op("Mul", spare, 0.5)), to=INT64
-        )  # halves to even, as Python's
+        half = graph.op("Round", graph.op("Mul", spare, 0.5))  # halves to even, as Python's
+        corner = graph.op("Cast", half, to=INT64)
         axes = [1, 2]
         x = graph.op("Resize", pictures, "", "", resized, axes=axes, **_RESIZE[how.interpolation])
         x = graph.op("Cast", graph.op("Slice", x, corner, graph.op("Add", corner, size), axes), to=FLOAT32)
