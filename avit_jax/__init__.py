@@ -26,6 +26,7 @@ from avit_jax.reduction.positions import PositionDepths, position_depths
 from avit_jax.reduction.random_drop import RandomDrop
 from avit_jax.reduction.tome import ToMe
 from avit_jax.reduction.topk import EViT, TopK
+from avit_jax.runtime.mesh import use_all_cores
 from avit_jax.train.gate_start import start_gate
 
 if TYPE_CHECKING:
@@ -73,6 +74,7 @@ __all__ = [
     "start_gate",
     "to_torch_state_dict",
     "train_model",
+    "use_all_cores",
 ]
 
 

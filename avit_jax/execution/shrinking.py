@@ -224,6 +224,8 @@ class _Layers:
 class ShrinkingModel(CompiledForward):
     """Shrinking execution of up to `batch_size` images; the last layer computes only what the logits read."""
 
+    execution = "shrinking"
+
     def __init__(self, model: AViT, batch_size: int, mesh: Mesh | None = None) -> None:
         super().__init__(model, batch_size, _to_the_logits, mesh)
 

@@ -9,12 +9,15 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Shaped
 
 from avit_jax.model.config import AViTConfig
+from avit_jax.model.fused import Implementation, cudnn_is_here, cudnn_takes, fused_attention
 from avit_jax.model.linear import linear, matmul
 from avit_jax.model.seen import Facts
 from avit_jax.reduction.groups import Groups, reduce, spread
 
 # Weight of each key in attention: whether the token is there (bool) or how much it counts (float). None: all the same.
 Mass = Bool[Array, "b n"] | Float[Array, "b n"] | None
+# Facts that need the attention weights, which a fused kernel never writes.
+_FROM_WEIGHTS = frozenset({"class_attention", "attention_received"})
 
 
 class Attention(nnx.Module):
@@ -27,6 +30,7 @@ class Attention(nnx.Module):
 
     def __init__(self, config: AViTConfig, *, rngs: nnx.Rngs) -> None:
         self.num_heads = config.num_heads
+        self.attention = config.attention
         self.class_rows = config.class_token + config.distilled
         self.qkv = linear(config.embed_dim, 3 * config.embed_dim, config.dtype, rngs, use_bias=config.qkv_bias)
         self.proj = linear(config.embed_dim, config.embed_dim, config.dtype, rngs)
@@ -51,9 +55,9 @@ class Attention(nnx.Module):
         query, key, value = self.query_key_value(x)
         if self_visible and mass is not None:
             weights, total = _self_visible_weights(query, key, mass)
-        else:
-            weights, total = _attention_weights(query, key, mass)
-        return self._projected(weights, total, value), self._facts(weights, total, key, value, reads)
+            return self._projected(weights, total, value), self._facts(weights, total, key, value, reads)
+        mixed, facts = self._attended(query, key, value, mass, reads)
+        return self.proj(mixed), facts
 
     def read(self, x: Float[Array, "b n d"], mass: Mass, queries: int) -> Float[Array, "b q d"]:
         """The attention output of the first `queries` tokens; for the others only key and value are computed."""
@@ -120,12 +124,22 @@ class Attention(nnx.Module):
         for part, mass in zip(split(self.qkv(x).astype(self.qkv.dtype)), masses, strict=True):
             if part.shape[1]:
                 query, key, value = self._cut(part)
-                weights, total = _attention_weights(query, key, mass)
-                outputs.append(self._mixed(weights, total, value).reshape(-1, x.shape[-1]))
-                facts.append(self._facts(weights, total, key, value, reads))
+                mixed, known = self._attended(query, key, value, mass, reads)
+                outputs.append(mixed.reshape(-1, x.shape[-1]))
+                facts.append(known)
             else:
                 facts.append({})
         return self.proj(jnp.concatenate(outputs)), facts
+
+    def _attended(
+        self, query: Array, key: Array, value: Array, mass: Mass, reads: frozenset[str]
+    ) -> tuple[Float[Array, "b q d"], Facts]:
+        """The mean of the values that each query attends to, and the facts; by a fused kernel where there is one."""
+        kernel = _kernel(self.attention, query, mass, reads)
+        if kernel is not None:
+            return fused_attention(query, key, value, mass, kernel), self._facts(None, None, key, value, reads)
+        weights, total = _attention_weights(query, key, mass)
+        return self._mixed(weights, total, value), self._facts(weights, total, key, value, reads)
 
     def _heads(self, rows: Float[Array, "b n d"], first: int, last: int) -> list[Float[Array, "b h n c"]]:
         return self._cut(self._columns(rows, first, last))
@@ -138,18 +152,36 @@ class Attention(nnx.Module):
         batch, heads, queries, width = mixed.shape
         return mixed.transpose(0, 2, 1, 3).reshape(batch, queries, heads * width)
 
-    def _facts(self, weights: Array, total: Array, key: Array, value: Array | None, reads: frozenset[str]) -> Facts:
+    def _facts(
+        self, weights: Array | None, total: Array | None, key: Array, value: Array | None, reads: frozenset[str]
+    ) -> Facts:
         facts: Facts = {}
-        if "class_attention" in reads:
-            rows = slice(self.class_rows)
-            facts["class_attention"] = (weights[:, :, rows] / total[:, :, rows]).mean((1, 2))
-        if "attention_received" in reads:
-            facts["attention_received"] = (weights / total).mean((1, 2))
+        if weights is not None and total is not None:
+            if "class_attention" in reads:
+                rows = slice(self.class_rows)
+                facts["class_attention"] = (weights[:, :, rows] / total[:, :, rows]).mean((1, 2))
+            if "attention_received" in reads:
+                facts["attention_received"] = (weights / total).mean((1, 2))
         if "key_mean" in reads:
             facts["key_mean"] = key.astype(jnp.float32).mean(1)
         if "value_norm" in reads and value is not None:
             facts["value_norm"] = jnp.sqrt(jnp.square(value.astype(jnp.float32)).sum((1, 3)))
         return facts
+
+
+def _kernel(setting: str, query: Array, mass: Mass, reads: frozenset[str]) -> Implementation | None:
+    """The one place that chooses how attention is computed: the fused kernel; None: by its weights, as below.
+
+    setting: AViTConfig.attention. A kernel is for keys that are there or not, and for rules that do not read weights.
+    One query has no matrix of weights that would be worth a kernel. The platform is that of JAX's default device while
+    the program is traced.
+    """
+    if setting == "plain" or reads & _FROM_WEIGHTS or query.shape[2] == 1 or (mass is not None and mass.dtype != bool):
+        return None
+    if setting == "xla":
+        return "xla"
+    takes = setting == "cudnn" or (cudnn_takes(query.dtype, query.shape[-1]) and cudnn_is_here())
+    return "cudnn" if takes else None
 
 
 def _has_mass(mass: Bool[Array, "b n"] | Float[Array, "b n"]) -> Bool[Array, "b n"]:
