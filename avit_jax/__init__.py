@@ -6,6 +6,7 @@ from avit_jax.checkpoints.convert import from_torch_state_dict, save_torch, to_t
 from avit_jax.checkpoints.model_folder import load, save
 from avit_jax.data.preprocessing import preprocess
 from avit_jax.evaluate.budget import calibrate
+from avit_jax.execution.export.formats import export
 from avit_jax.execution.packed import PackedModel, compile_packed
 from avit_jax.execution.plan import PackedPlan, plan_packed
 from avit_jax.execution.planned_model import PlannedModel, compile_planned
@@ -63,6 +64,7 @@ __all__ = [
     "compile_packed",
     "compile_planned",
     "create",
+    "export",
     "from_torch_state_dict",
     "load",
     "plan",

@@ -5,55 +5,78 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from avit_jax.execution.places import Layout
 from avit_jax.model.config import AViTConfig
 from avit_jax.model.layers import Block
 
 
 @dataclasses.dataclass(frozen=True)
 class Noise:
-    """The noise of one layer for the images of one device."""
+    """The noise of one layer.
 
-    config: AViTConfig
-    key: PRNGKeyArray | None  # of the step; None: no noise
-    layer: Int[Array, ""] | int  # from 0
-    rate: Float[Array, ""] | None  # of stochastic depth in this layer
-    images: int  # of the whole batch: the noise is drawn for all, so that every number of devices draws the same
-    image: Int[Array, " b"]  # position in the batch of each row's image
-    index: Int[Array, "b n"]  # position in its image of each slot's token
-    layout: Layout
+    It is drawn for the whole batch, so that every number of devices draws the same, and `of` takes that of some images.
+    """
 
-    def attention(self, branch: Float[Array, "t d"], block: Block) -> Float[Array, "t d"]:
+    factors: tuple[Float[Array, "b n _"] | None, ...] = (None, None, None)  # of dropout: attention, hidden values, MLP
+    kept: tuple[Bool[Array, " b"] | None, ...] = (None, None)  # by stochastic depth: attention, MLP
+    rate: Float[Array, ""] | None = None  # of stochastic depth in this layer
+
+    @classmethod
+    def of_layer(
+        cls,
+        config: AViTConfig,
+        block: Block,
+        key: PRNGKeyArray | None,
+        layer: Int[Array, ""] | int,
+        rate: Float[Array, ""] | None,
+        images: int,
+    ) -> "Noise":
+        """The noise of a layer. key: of the step; None: no noise. layer: from 0. images: of the whole batch."""
+        if key is None:
+            return cls()
+        # As in Block: dropout and path of attention, hidden values, dropout and path of the MLP.
+        drop, path, hidden, drop_mlp, path_mlp = jax.random.split(jax.random.fold_in(key, layer), 5)
+
+        def factors(dropout: nnx.Dropout, key: PRNGKeyArray, width: int) -> Array | None:
+            if not dropout.rate:
+                return None
+            return dropout(jnp.ones((images, config.num_tokens, width)), deterministic=False, rngs=key)
+
+        def kept(key: PRNGKeyArray) -> Array | None:
+            if not config.drop_path_rate or rate is None:
+                return None
+            return jax.random.bernoulli(key, 1 - rate, (images, 1, 1))[:, 0, 0]
+
+        return cls(
+            (
+                factors(block.drop, drop, config.embed_dim),
+                factors(block.mlp.drop, hidden, config.mlp_dim),
+                factors(block.drop, drop_mlp, config.embed_dim),
+            ),
+            (kept(path), kept(path_mlp)),
+            rate,
+        )
+
+    def of(self, image: Int[Array, " g"], index: Int[Array, "g c"]) -> "Noise":
+        """The noise of tokens. image: position in the batch of each image; index: in its image of each token."""
+        factors = tuple(None if f is None else f[image[:, None], index] for f in self.factors)
+        return Noise(factors, tuple(None if k is None else k[image] for k in self.kept), self.rate)
+
+    def attention(self, branch: Float[Array, "g c d"]) -> Float[Array, "g c d"]:
         """The branch of attention, with noise."""
-        if self.key is None:
-            return branch
-        drop, path, *_ = self._keys(self.key)
-        return self._path(self._dropped(branch, block.drop, drop), path)
+        return self._path(_dropped(branch, self.factors[0]), self.kept[0])
 
-    def mlp(self, x: Float[Array, "t d"], block: Block) -> Float[Array, "t d"]:
+    def mlp(self, x: Float[Array, "g c d"], block: Block) -> Float[Array, "g c d"]:
         """The branch of the MLP, with noise, from its normalised input."""
-        if self.key is None:
-            return block.mlp(x[None], None)[0]
-        _, _, hidden, drop, path = self._keys(self.key)
-        inner = self._dropped(block.mlp.hidden(x), block.mlp.drop, hidden)
-        return self._path(self._dropped(block.mlp.fc2(inner), block.drop, drop), path)
+        inner = _dropped(block.mlp.hidden(x), self.factors[1])
+        return self._path(_dropped(block.mlp.fc2(inner), self.factors[2]), self.kept[1])
 
-    def _keys(self, key: PRNGKeyArray) -> Array:
-        """The five keys of a layer in Block: dropout and path of attention, hidden values, dropout and path of MLP."""
-        return jax.random.split(jax.random.fold_in(key, self.layer), 5)
-
-    def _dropped(self, values: Float[Array, "t m"], drop: nnx.Dropout, key: PRNGKeyArray) -> Float[Array, "t m"]:
-        if not drop.rate:
-            return values
-        ones = jnp.ones((self.images, self.config.num_tokens, values.shape[1]))
-        factors = drop(ones, deterministic=False, rngs=key)
-        return values * self.layout.flat(factors[self.image[:, None], self.index])
-
-    def _path(self, branch: Float[Array, "t d"], key: PRNGKeyArray) -> Float[Array, "t d"]:
-        if not self.config.drop_path_rate or self.rate is None:
+    def _path(self, branch: Float[Array, "g c d"], kept: Bool[Array, " g"] | None) -> Float[Array, "g c d"]:
+        if kept is None or self.rate is None:
             return branch
-        keep = jax.random.bernoulli(key, 1 - self.rate, (self.images, 1, 1))[:, 0, 0]
-        kept = self.layout.flat(jnp.broadcast_to(keep[self.image][:, None], self.index.shape))
-        return jnp.where(kept[:, None], branch / (1 - self.rate), 0)
+        return jnp.where(kept[:, None, None], branch / (1 - self.rate), 0)
+
+
+def _dropped(values: Float[Array, "g c m"], factors: Float[Array, "g c m"] | None) -> Float[Array, "g c m"]:
+    return values if factors is None else values * factors

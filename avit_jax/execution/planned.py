@@ -5,15 +5,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Shaped
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from avit_jax.execution.noise import Noise
 from avit_jax.execution.packing import load
 from avit_jax.execution.places import Layout, Move
 from avit_jax.execution.stages import PlannedPlan
-from avit_jax.halting.rule import Halting, State, Trace
+from avit_jax.halting.rule import Halting, State, Trace, drop_halted
 from avit_jax.model.layers import Block, checkpointed
 from avit_jax.model.output import AViTOutput
 from avit_jax.model.seen import Facts, of_attention
@@ -111,31 +112,37 @@ def _run(
     batch, missing = len(x), plan.rows - len(x)
     # Rows that only fill the last group are inactive from the start.
     x, state = jax.tree.map(lambda v: jnp.pad(v, ((0, missing), *[(0, 0)] * (v.ndim - 1))), (x, state))
-    layers = _Layers(model, rule, plan, key, batch, rows, image_exit)
+    layers = _Layers(model, rule, key, batch, rows, image_exit)
     layout = Layout(plan.group_size, (config.num_tokens,) * plan.groups)
-    flat = x.reshape(-1, config.embed_dim)
+    parts = layout.split(x.reshape(-1, config.embed_dim))
     overflow = jnp.zeros((), bool)
     index = jnp.broadcast_to(jnp.arange(config.num_tokens), (plan.rows, config.num_tokens))
     image = jnp.arange(plan.rows)
-    traces = []
+    read = jnp.broadcast_to(jnp.asarray(config.tokens_read), index.shape)
+    capacities, moved, traces = layout.capacities, False, []
+    least = state.output.shape[1] % config.num_tokens  # the heads' tokens have places wherever an image has
     for stage, end in zip(plan.stages, plan.ends(), strict=True):
-        needed, _ = load(state)
-        move = Move.packing(needed)
-        new = Layout(plan.group_size, stage.capacities)
-        overflow |= (needed.sum(1)[move.rows] > jnp.asarray(new.of_rows()[1])).any()
-        flat, state, layout = move.tokens(flat, layout, new), move.state(state), new
-        index, image = move.apply(index), move.apply_rows(image)
-        flat, state, trace = layers.stage(flat, state, index, image, layout, stage.first, end)
-        back = _original(index, image)
-        traces.append(
-            Trace(
+        if stage.capacities != capacities:  # not where the first layers have all places, so that nothing moves
+            capacities = stage.capacities
+            new = Layout(plan.group_size, tuple(max(c, least) if c else 0 for c in capacities))
+            needed, _ = load(state)
+            move = Move.packing(needed)
+            overflow |= (needed.sum(1)[move.rows] > np.repeat(capacities, plan.group_size)).any()
+            parts, state = new.split(move.tokens(layout.joined(parts), layout, new)), move.state(state)
+            index, read, image = move.apply(index), move.apply(read), move.apply_rows(image)
+            moved, layout = True, new
+        parts, state, trace = layers.stage(parts, state, index, image, read, stage.first, end)
+        if moved:
+            back = _original(index, image)
+            trace = Trace(
                 jax.tree.map(jax.vmap(back.apply), trace.of_tokens),
                 jax.tree.map(jax.vmap(back.apply_rows), trace.of_images),
             )
-        )
+        traces.append(trace)
     trace = jax.tree.map(lambda *parts: jnp.concatenate(parts)[:, :batch], *traces)
-    state = jax.tree.map(lambda v: v[:batch], _original(index, image).state(state))
-    return Ran(state, trace, overflow)
+    if moved:
+        state = _original(index, image).state(state)
+    return Ran(jax.tree.map(lambda v: v[:batch], state), trace, overflow)
 
 
 def _original(index: Int[Array, "b n"], image: Int[Array, " b"]) -> Move:
@@ -146,41 +153,59 @@ def _original(index: Int[Array, "b n"], image: Int[Array, " b"]) -> Move:
 
 @dataclasses.dataclass(frozen=True)
 class _Layers:
-    """The layers of a model, run on a flat array of tokens."""
+    """The layers of a model, run group by group."""
 
     model: AViT
     rule: Halting
-    plan: PlannedPlan
     key: PRNGKeyArray | None
     batch: int  # images of this device, without the rows that fill the last group
     rows: _Rows
     image_exit: bool
 
     def stage(
-        self, x: Array, state: State, index: Array, image: Array, layout: Layout, first: int, end: int
-    ) -> tuple[Array, State, Trace]:
-        """Layers first to end - 1 with one layout; the trace [l b n] is in the layout's order of images and tokens."""
+        self,
+        parts: list[Float[Array, "g _ d"]],
+        state: State,
+        index: Int[Array, "b n"],
+        image: Int[Array, " b"],
+        read: Bool[Array, "b n"],
+        first: int,
+        end: int,
+    ) -> tuple[list[Array], State, Trace]:
+        """Layers first to end - 1 with the same places; the trace [l b n] is in the order of `image` and `index`.
+
+        parts: the tokens of each group. read: tokens that the logits read.
+        """
         config = self.model.config
         graphdef, stacked = nnx.split(self.model.blocks)
         rates = jnp.linspace(0, config.drop_path_rate, config.depth) if self.key is not None else None
         # The losses of training read the scores of all tokens, and some rules need the whole last layer.
         short = self.image_exit and config.pool == "token" and not self.rule.reads_last_layer
         own = self.rows.first + jnp.minimum(image, self.batch - 1)  # rows that fill the last group: any image
+        size = len(image) // len(parts)
+        states, indices, images, reads = (
+            [jax.tree.map(lambda v, at=at: v[at : at + size], tree) for at in range(0, len(image), size)]
+            for tree in (state, index, own, read)
+        )
+        # A group without places has slots for the tokens that the rule looks at.
+        least = max(state.output.shape[1] % config.num_tokens, 1)
+        near = [_slots(state, max(part.shape[1], least)) for part, state in zip(parts, states, strict=True)]
 
-        def layer(carry: Any, inputs: Any, read_only: bool = False) -> tuple[Any, Trace]:
-            x, state = carry
+        def layer(carry: Any, inputs: Any, read_only: bool = False) -> tuple[Any, list[Trace]]:
             params, number, rate = inputs
             block = nnx.merge(graphdef, params)
-            last = number == config.depth - 1
-            active = layout.flat(state.active)
-            x = jnp.where(active[:, None], x, 0)
-            noise = Noise(config, self.key, number, rate, self.rows.total, own, index, layout)
-            x, parts, facts = _run_block(block, x, layout, state, self.rule, noise, read_only)
-            state, trace = self._advanced(state, parts, facts, index, number, last, read_only)
-            return (x, state), trace
+            noise = Noise.of_layer(config, block, self.key, number, rate, self.rows.total)
+            groups, traces = [], []
+            for (x, state), index, image, read in zip(carry, indices, images, reads, strict=True):
+                width = state.active.shape[1]
+                z, facts = self._block(block, x, state, noise.of(image, index[:, :width]), read_only)
+                state, trace = self._advanced(z, state, facts, read[:, :width], number, read_only)
+                groups.append((z[:, : x.shape[1]], state))
+                traces.append(trace)
+            return groups, traces
 
         stop = end - 1 if short and end == config.depth else end
-        carry, traces = (x, state), []
+        carry, traces = list(zip(parts, near, strict=True)), []
         if stop > first:
             weights = jax.tree.map(lambda p: jax.lax.slice_in_dim(p, first, stop), stacked)
             inputs = weights, jnp.arange(first, stop), None if rates is None else rates[first:stop]
@@ -190,80 +215,58 @@ class _Layers:
             params = jax.tree.map(lambda p: p[stop], stacked)
             carry, trace = layer(carry, (params, stop, None), read_only=True)
             traces.append(jax.tree.map(lambda v: v[None], trace))
-        return *carry, jax.tree.map(lambda *parts: jnp.concatenate(parts), *traces)
+        of_groups = jax.tree.map(lambda *layers: jnp.concatenate(layers), *traces)
+        ended = [_with_slots(old, new) for old, (_, new) in zip(states, carry, strict=True)]
+        state = jax.tree.map(lambda *groups: jnp.concatenate(groups), *ended)
+        return [x for x, _ in carry], state, _all_traces(of_groups, config.num_tokens)
+
+    def _block(
+        self, block: Block, x: Float[Array, "g c d"], state: State, noise: Noise, read_only: bool
+    ) -> tuple[Float[Array, "g w d"], Facts]:
+        """The tokens of a group after a layer, and the facts that the rule reads; zeros for slots without a place.
+
+        read_only: only the tokens that the heads read are computed; the others are zeros.
+        """
+        rule, width = self.rule, state.active.shape[1]
+
+        def computed(x: Array) -> tuple[Array, Facts]:
+            mass = rule.mass(state)
+            x = drop_halted(x, state.active)
+            if read_only:
+                z = block.read(x, mass, state.output.shape[1])
+                return jnp.pad(z, ((0, 0), (0, width - z.shape[1]), (0, 0))), {}
+            branch, facts = block.attn(block.norm1(x), mass, of_attention(rule.reads))
+            y = x + noise.attention(branch.astype(x.dtype))
+            z = y + noise.mlp(block.norm2(y), block).astype(y.dtype)
+            return z, facts | ({"before": x} if "before" in rule.reads else {})
+
+        if x.shape[1]:
+            return computed(x)
+        shapes = jax.eval_shape(computed, jax.ShapeDtypeStruct((len(x), width, x.shape[2]), x.dtype))
+        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
 
     def _advanced(
         self,
+        x: Float[Array, "g w d"],
         state: State,
-        parts: list[Array],
-        facts: list[Facts],
-        index: Array,
+        facts: Facts,
+        read: Bool[Array, "g w"],
         number: Int[Array, ""] | int,
-        last: Bool[Array, ""] | bool,
         read_only: bool,
     ) -> tuple[State, Trace]:
-        """The rule's state after a layer. parts, facts: of each group. read_only: see _run_block."""
+        """The rule's state of a group after a layer, from what `_block` returns."""
         model, rule = self.model, self.rule
-        tokens, outputs = state.active.shape[1], state.output.shape[1]
-        # Slots that no group has are not active. The heads' tokens have slots even if no image is left.
-        width = tokens if read_only else max(*(part.shape[1] for part in parts), outputs % tokens, 1)
-        near = _slots(state, width)
-        seen = model.seen(rule, _rectangle(parts, width), near.active, _all_facts(facts, width))
-        new, trace = rule.advance(near, seen, layer=number, is_last=last, module=model.rule_module)
-        state = _with_slots(state, new)
+        last = number == model.config.depth - 1
+        seen = model.seen(rule, x, state.active, facts)
+        state, trace = rule.advance(state, seen, layer=number, is_last=last, module=model.rule_module)
         if self.image_exit:  # drop the rest of the images whose logits are final
-            read = jnp.asarray(model.config.tokens_read)[index]
             going = (state.active & read).any(1, keepdims=True)
             ended = rule.finish(state, ~going)
             state = jax.tree.map(lambda a, b: jnp.where(last, a, b), state, ended)
-        known = outputs if read_only else width  # tokens that are not computed leave no trace
-        of_tokens = jax.tree.map(lambda v: jnp.pad(v[:, :known], ((0, 0), (0, tokens - known))), trace.of_tokens)
-        return state, Trace(of_tokens, trace.of_images)
-
-
-def _run_block(
-    block: Block,
-    x: Float[Array, "t d"],
-    layout: Layout,
-    state: State,
-    rule: Halting,
-    noise: Noise,
-    read_only: bool,
-) -> tuple[Float[Array, "t d"], list[Array], list[Facts]]:
-    """A layer on the flat array: its tokens, flat and by group, and the facts that the rule reads, by group.
-
-    read_only: only the tokens that the heads read; the flat array is then not used again.
-    """
-    masses = layout.split(layout.flat(rule.mass(state)))
-    if read_only:
-        outputs = state.output.shape[1]
-        parts = [
-            block.read(part, mass, outputs) if part.shape[1] else part
-            for part, mass in zip(layout.split(x), masses, strict=True)
-        ]
-        return x, parts, []
-    branch, facts = block.attn.of_groups(block.norm1(x), layout.split, masses, of_attention(rule.reads))
-    y = x + noise.attention(branch.astype(x.dtype), block)
-    z = y + noise.mlp(block.norm2(y), block).astype(y.dtype)
-    if "before" in rule.reads:
-        facts = [f | {"before": before} for f, before in zip(facts, layout.split(x), strict=True)]
-    return z, layout.split(z), facts
-
-
-def _rectangle(parts: list[Shaped[Array, "g _ ..."]], width: int) -> Shaped[Array, "b w ..."]:
-    """The parts of all groups as one array, each padded to `width` tokens."""
-    padded = [jnp.pad(p, ((0, 0), (0, width - p.shape[1]), *[(0, 0)] * (p.ndim - 2))) for p in parts]
-    return jnp.concatenate(padded)
-
-
-def _all_facts(facts: list[Facts], width: int) -> dict[str, Array]:
-    """The facts of all groups. Groups without places have none; the last group has places (PlannedPlan)."""
-
-    def of_group(known: Facts, name: str, like: Array) -> Array:
-        return known.get(name, jnp.zeros((len(like), 0, *like.shape[2:]), like.dtype))
-
-    last = facts[-1] if facts else {}
-    return {name: _rectangle([of_group(f, name, like) for f in facts], width) for name, like in last.items()}
+        if read_only:  # tokens that are not computed leave no trace
+            known = jnp.arange(x.shape[1]) < state.output.shape[1]
+            trace = Trace(jax.tree.map(lambda v: jnp.where(known, v, 0), trace.of_tokens), trace.of_images)
+        return state, trace
 
 
 def _slots(state: State, width: int) -> State:
@@ -285,3 +288,15 @@ def _with_slots(state: State, new: State) -> State:
         of_tokens=jax.tree.map(joined, state.of_tokens, new.of_tokens),
         of_images=new.of_images,
     )
+
+
+def _all_traces(traces: list[Trace], tokens: int) -> Trace:
+    """The trace [l b n] of all groups; slots that a group does not look at have none."""
+    padded = [
+        Trace(
+            jax.tree.map(lambda v: jnp.pad(v, ((0, 0), (0, 0), (0, tokens - v.shape[2]))), trace.of_tokens),
+            trace.of_images,
+        )
+        for trace in traces
+    ]
+    return jax.tree.map(lambda *groups: jnp.concatenate(groups, axis=1), *padded)

@@ -1,12 +1,11 @@
-"""Attention in which every key has a mass; over one batch, part of its queries, or groups of images."""
+"""Attention in which every key has a mass; over one batch, or part of its queries."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Shaped
+from jaxtyping import Array, Bool, Float
 
 from avit_jax.model.config import AViTConfig
 from avit_jax.model.fused import Implementation, cudnn_is_here, cudnn_takes, fused_attention
@@ -107,29 +106,6 @@ class Attention(nnx.Module):
         parts = jnp.split(columns, columns.shape[-1] // (self.qkv.out_features // 3), axis=-1)
         # The gradient of a split is a concatenation; that of slices is a sum of padded arrays.
         return [part.reshape(*part.shape[:2], self.num_heads, -1).transpose(0, 2, 1, 3) for part in parts]
-
-    def of_groups(
-        self,
-        x: Float[Array, "t d"],
-        split: Callable[[Array], list[Array]],
-        masses: Sequence[Shaped[Array, "b _"]],
-        reads: frozenset[str],
-    ) -> tuple[Float[Array, "t d"], list[Facts]]:
-        """The attention output of tokens that lie in one array, and the facts of each group of images.
-
-        split: a flat array as one array [images, tokens, ...] for each group; tokens see their own image. masses: of
-        the keys of each group. A group may have no tokens, and then has no facts; but not all.
-        """
-        outputs, facts = [], []
-        for part, mass in zip(split(self.qkv(x).astype(self.qkv.dtype)), masses, strict=True):
-            if part.shape[1]:
-                query, key, value = self._cut(part)
-                mixed, known = self._attended(query, key, value, mass, reads)
-                outputs.append(mixed.reshape(-1, x.shape[-1]))
-                facts.append(known)
-            else:
-                facts.append({})
-        return self.proj(jnp.concatenate(outputs)), facts
 
     def _attended(
         self, query: Array, key: Array, value: Array, mass: Mass, reads: frozenset[str]

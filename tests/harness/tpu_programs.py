@@ -4,6 +4,7 @@ Import it before a backend starts: it tells libtpu that there are no chips, and 
 """
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 os.environ.update(
@@ -24,6 +25,8 @@ from avit_jax import AViT
 from avit_jax.commands.dry_run import IMAGENET_IMAGES
 from avit_jax.execution.packed import packed_program
 from avit_jax.execution.plan import default_plan
+from avit_jax.execution.planned_model import planned_program
+from avit_jax.execution.stages import PlannedPlan
 from avit_jax.model.config import AViTConfig
 from avit_jax.model.presets import config_from
 from avit_jax.runtime.mesh import batch_sharding, replicated, state_shardings
@@ -46,8 +49,8 @@ def model_of(settings: TrainSettings) -> AViTConfig:
     return config_from(settings.model.preset, **settings.model.given)
 
 
-def compile_train_step(settings: TrainSettings, mesh: Mesh) -> Any:
-    """The compiled train step of an experiment, built as training builds it."""
+def compile_train_step(settings: TrainSettings, mesh: Mesh, plan: PlannedPlan | None = None) -> Any:
+    """The compiled train step of an experiment, built as training builds it. plan: of planned execution."""
     model = model_of(settings)
     shapes = nnx.eval_shape(lambda: AViT(model, rngs=nnx.Rngs(0)))
     setup = prepare(settings, shapes, mesh, IMAGENET_IMAGES)
@@ -60,22 +63,45 @@ def compile_train_step(settings: TrainSettings, mesh: Mesh) -> Any:
         "image": jax.ShapeDtypeStruct(shape, jnp.uint8, sharding=batch_sharding(mesh)),
         "label": jax.ShapeDtypeStruct(shape[:1], jnp.int32, sharding=batch_sharding(mesh)),
     }
-    return setup.step.lower(state, batch, None).compile()
+    step = setup.step if plan is None else setup.planned_step(plan)
+    return step.lower(state, batch, None).compile()
 
 
 def compile_packed_evaluation(model_config: AViTConfig, images_a_chip: int, mesh: Mesh) -> Any:
     """The compiled packed program, in which every chip has its own images."""
     data = Mesh(mesh.devices.reshape(-1), ("data",), axis_types=(AxisType.Auto,))
-    graphdef, params = nnx.split(nnx.eval_shape(lambda: AViT(model_config, rngs=nnx.Rngs(0))))
-    params = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=replicated(data)), params)
-    images = jax.ShapeDtypeStruct(
-        (images_a_chip * data.size, *model_config.image_shape, model_config.in_channels),
-        jnp.float32,
-        sharding=NamedSharding(data, PartitionSpec("data")),
+    plan = default_plan(model_config, images_a_chip, "tpu")
+    return _compiled(model_config, images_a_chip, data, lambda graphdef: packed_program(graphdef, plan, True, data))
+
+
+def compile_planned_evaluation(model_config: AViTConfig, plan: PlannedPlan, mesh: Mesh) -> Any:
+    """The compiled planned program with image exit, on a mesh of one chip."""
+    return _compiled(model_config, plan.batch_size, mesh, lambda graphdef: planned_program(graphdef, plan, True, None))
+
+
+def compile_masked_evaluation(model_config: AViTConfig, images: int, mesh: Mesh) -> Any:
+    """The compiled program that computes every token, on a mesh of one chip."""
+    return _compiled(
+        model_config,
+        images,
+        mesh,
+        lambda graphdef: lambda params, images, count: nnx.merge(graphdef, params)(images).logits,
     )
-    program = packed_program(graphdef, default_plan(model_config, images_a_chip, "tpu"), True, data)
-    number = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(data))
-    return jax.jit(program).lower(params, images, number).compile()
+
+
+def _compiled(
+    model_config: AViTConfig, images_a_chip: int, mesh: Mesh, program: Callable[[Any], Callable[..., Any]]
+) -> Any:
+    """program(graphdef), a function of weights, images and their number, compiled for the mesh."""
+    graphdef, params = nnx.split(nnx.eval_shape(lambda: AViT(model_config, rngs=nnx.Rngs(0))))
+    params = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=replicated(mesh)), params)
+    images = jax.ShapeDtypeStruct(
+        (images_a_chip * mesh.size, *model_config.image_shape, model_config.in_channels),
+        jnp.float32,
+        sharding=NamedSharding(mesh, PartitionSpec("data")),
+    )
+    number = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(mesh))
+    return jax.jit(program(graphdef)).lower(params, images, number).compile()
 
 
 def bytes_needed(compiled: Any) -> int:
