@@ -1,5 +1,7 @@
 """Preprocessing as part of an ONNX graph: resize, crop, normalise."""
 
+from typing import Any
+
 import numpy as np
 
 from avit_jax.execution.export.graph import FLOAT32, INT64, Graph
