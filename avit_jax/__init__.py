@@ -6,6 +6,7 @@ from avit_jax.checkpoints.convert import from_torch_state_dict, save_torch, to_t
 from avit_jax.checkpoints.model_folder import load, save
 from avit_jax.data.preprocessing import preprocess
 from avit_jax.evaluate.budget import calibrate
+from avit_jax.execution.export.formats import export
 from avit_jax.execution.packed import PackedModel, compile_packed
 from avit_jax.execution.plan import PackedPlan, plan_packed
 from avit_jax.execution.planned_model import PlannedModel, compile_planned
@@ -26,6 +27,7 @@ from avit_jax.reduction.positions import PositionDepths, position_depths
 from avit_jax.reduction.random_drop import RandomDrop
 from avit_jax.reduction.tome import ToMe
 from avit_jax.reduction.topk import EViT, TopK
+from avit_jax.runtime.mesh import use_all_cores
 from avit_jax.train.gate_start import start_gate
 
 if TYPE_CHECKING:
@@ -62,6 +64,7 @@ __all__ = [
     "compile_packed",
     "compile_planned",
     "create",
+    "export",
     "from_torch_state_dict",
     "load",
     "plan",
@@ -73,6 +76,7 @@ __all__ = [
     "start_gate",
     "to_torch_state_dict",
     "train_model",
+    "use_all_cores",
 ]
 
 

@@ -4,8 +4,9 @@
     python benchmarks/compare.py --rules=tome,confidence --budgets=0.82,0.6
     python benchmarks/compare.py --draw             pictures and table of the rows that are there, fine-tuned ones too
 
-It is python -m avit_jax.compare for checkpoints/fashion_mnist_dense; rows are in runs/benchmarks/compare/rows, where
-rows of fine-tuned models may lie beside them. A second run measures only what is missing.
+It is python -m avit_jax.compare for checkpoints/fashion_mnist_dense. The rows that the documentation shows are in
+benchmarks/prior_art/compared/rows, beside those of fine-tuned models (benchmarks/fine_tuned.py), and a row that is
+there is not measured again: --out=FOLDER measures all of them anew.
 """
 
 import argparse
@@ -19,7 +20,7 @@ from avit_jax.runtime.mesh import use_all_cores
 from configs import fashion_mnist
 
 CHECKPOINT = Path(__file__).parents[1] / "checkpoints/fashion_mnist_dense"
-OUT = Path("runs/benchmarks/compare")
+OUT = Path(__file__).parent / "prior_art/compared"
 
 
 def main() -> None:

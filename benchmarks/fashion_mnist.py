@@ -22,7 +22,7 @@ from avit_jax.data.settings import DataSettings
 from avit_jax.runtime.mesh import data_mesh, use_all_cores
 from benchmarks.drawn import dense_parts
 from benchmarks.results import machine, save_results
-from benchmarks.throughput import compiled_variant, measure, packed_variant
+from benchmarks.variants import compiled_variant, measure, packed_variant
 from configs import fashion_mnist
 
 CHECKPOINT = Path(__file__).parents[1] / "checkpoints/fashion_mnist_avit"

@@ -37,7 +37,8 @@ from avit_jax.data.pipeline import evaluation_images
 from avit_jax.data.preprocessing import normalize
 from avit_jax.data.sources import Dataset, Split
 from avit_jax.evaluate.position_share import explained_by_position
-from avit_jax.execution.program import AUTO, compile, suited_execution
+from avit_jax.evaluate.rows import STATIC_SHORT
+from avit_jax.execution.program import AUTO, compile, suited
 from avit_jax.execution.work import image_gmacs
 from avit_jax.model.config import NO_RULE
 from avit_jax.model.vit import AViT, AViTOutput
@@ -55,13 +56,20 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/prior_art"
 RUNS = ROOT / "runs/prior_art"
 BUDGETS = ("0.71", "0.49")
-MAIN = ("avit", "tome", "evit", "dynamicvit", "layers")  # with three seeds
+MAIN = ("avit", "avit_hidden", "tome", "evit", "dynamicvit", "layers")  # with three seeds
 SINGLE = (
     *("confidence", "pondernet", "act", "topk", "random", "mctf", "ats", "mass", "similarity", "positions"),
     *("image", "dynamicvit_own"),
 )
 WORKS = {"layers": {"0.71": "9", "0.6": "8", "0.49": "7"}, "image": {"0.71": "24", "0.49": "20"}}  # the nearest
-NAMES = {"image": "image size", "dynamicvit_own": "dynamicvit"}  # of methods in the results
+# Of methods in the results.
+NAMES = {
+    "static": STATIC_SHORT,
+    "layers": "fewer layers",
+    "image": "smaller image",
+    "dynamicvit_own": "DynamicViT, its own losses",
+    "avit_hidden": "A-ViT, gate from hidden units",
+}
 BATCH = 200
 
 
@@ -82,6 +90,11 @@ class Row:
         method = self.method + ("_sampled" if self.sampled else "")
         end = f"s{self.seed}" if self.rate is None else f"rate_{self.rate:g}"
         return "_".join(part for part in (method, self.work or self.budget, end) if part)
+
+    @property
+    def label(self) -> str:
+        """Of its method in the results."""
+        return "PonderNet, sampled" if self.sampled else NAMES.get(self.method, self.method)
 
     @property
     def run(self) -> str:
@@ -128,13 +141,13 @@ def row(method: str, budget: str, **other: Any) -> Row:
 def rows() -> list[Row]:
     """Every row, the most important ones first."""
     found = [Row("static", rate=rate) for rate in prior_art.RATES_TRIED]
-    found += [row(method, "0.6", rate=rate) for method in MAIN for rate in prior_art.RATES_TRIED]
+    searched = [method for method in MAIN if method not in prior_art.RELATIVES]
+    found += [row(method, "0.6", rate=rate) for method in searched for rate in prior_art.RATES_TRIED]
     for seed in range(3):
         found += [Row("static", seed=seed), *(row(m, b, seed=seed) for b in BUDGETS for m in MAIN)]
         if seed == 0:
             found += [row(method, budget) for method in SINGLE for budget in BUDGETS]
             found += [row("pondernet", budget, sampled=True) for budget in BUDGETS]
-            found += [Row("layers", "0.71", "10"), Row("layers", "0.49", "6")]
     return found
 
 
@@ -145,7 +158,10 @@ def run(row: Row) -> None:
     checked = figures(model, dataset.val)
     rule = model.config.rule_in_force
     result: dict[str, Any] = {"data": "fashion_mnist", "group": "fine-tuned"}
-    result |= {"method": NAMES.get(row.method, row.method), "rule": None if rule is None else rule_to_json(rule)}
+    result |= {
+        "method": row.label if row.rate is None else row.method,
+        "rule": None if rule is None else rule_to_json(rule),
+    }
     result |= {"budget": float(row.budget) if row.budget else None, "seed": row.seed}
     if row.rate is None:
         result |= figures(model, dataset.test, execution=AUTO)
@@ -230,7 +246,7 @@ def write_gate(path: Path, split: Split, depth: float) -> None:
     start = fashion_mnist.get_config().gate_start
     chosen = np.linspace(0, len(split) - 1, start.images).astype(int)
     images = normalize(evaluation_images(split, chosen, model.config), model.config)
-    avit_jax.start_gate(model, images, target_depth=depth, deviation=start.deviation)
+    avit_jax.start_gate(model, images, target_depth=depth, deviation=start.deviation, features="pixels")
     avit_jax.save(model.with_config(**NO_RULE), path)
 
 
@@ -292,7 +308,7 @@ def pixels(model: AViT, split: Split) -> np.ndarray:
 def answers(model: AViT, images: np.ndarray, execution: str = "masked") -> dict[str, Any]:
     """Logits, depths and GMACs (last layer short) of each image, and the mean of what was executed."""
     config = model.config
-    chosen = suited_execution(config, execution)
+    chosen = suited(config, execution).execution
     program = compile(model, BATCH, execution=chosen, image_exit=False, mesh=data_mesh(BATCH))
     logits, depths, gmacs, executed = [], [], [], 0.0
     for start in range(0, len(images), BATCH):

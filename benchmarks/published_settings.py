@@ -32,8 +32,8 @@ from avit_jax.model.config import NO_RULE
 from avit_jax.runtime.hints import nearest
 from avit_jax.runtime.mesh import batch_sharding, data_mesh, use_all_cores
 from benchmarks.drawn import drawn_images, drawn_model
+from benchmarks.profiles import MODELS, Profile
 from benchmarks.results import machine, save_results
-from benchmarks.throughput import MODELS, Profile
 
 SHORT = "static, last layer short"
 RULES = {

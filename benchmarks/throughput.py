@@ -1,7 +1,8 @@
-"""Images per second of inference: dense, masked, packed, and a CPU user's alternatives (benchmarks/peers.py).
+"""Images per second of inference: dense, masked, packed, planned, and a user's alternatives (benchmarks/peers.py).
 
-    python benchmarks/throughput.py                               everything, about 25 minutes on 2 cores
+    python benchmarks/throughput.py                               everything, about 30 minutes on 2 cores
     python benchmarks/throughput.py --models=tiny --profiles=published --batches=16,64 --rounds=3
+    python benchmarks/throughput.py --platform=gpu                what benchmarks/matrix.py measures, some hours
 
 Weights are random, and the images determine the depths (benchmarks/drawn.py). There are three groups of profiles: the
 published budgets (mean depth 0.60 of 12 for Tiny, 0.78 for Small, token spread 2 layers, image spread 0.8, class token
@@ -13,167 +14,59 @@ runs/benchmarks/throughput.json.
 
 import argparse
 import dataclasses
-import math
 import os
-import statistics
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
-from jax.sharding import Mesh
 
-from avit_jax import PRESETS, AViT, AViTConfig, compile_packed
-from avit_jax.execution.plan import plan_packed
+from avit_jax import PRESETS, AViTConfig
 from avit_jax.execution.work import image_gmacs, whole_gmacs
-from avit_jax.model.layers import Block
-from avit_jax.runtime.mesh import batch_sharding, data_mesh, replicated, use_all_cores
-from benchmarks.drawn import dense_parts, drawn_depths, drawn_images, drawn_model, in_bfloat16
+from avit_jax.runtime.mesh import data_mesh, use_all_cores
+from benchmarks import matrix
+from benchmarks.drawn import dense_parts, drawn_images, drawn_model, in_bfloat16
 from benchmarks.peers import peers
+from benchmarks.profiles import MODELS, Profile, profiles
 from benchmarks.results import machine, save_results
+from benchmarks.variants import Variant, compiled_variant, measure, packed_variant, planned_variant
 
-MODELS = {"tiny": ("avit_tiny_patch16_224", 0.60), "small": ("avit_small_patch16_224", 0.78)}
-TOKEN_SPREAD = 2.0
-
-
-@dataclasses.dataclass(frozen=True)
-class Profile:
-    """The depths of a model's tokens: the mean as a fraction of the layers, the spread between images in layers."""
-
-    name: str
-    fraction: float
-    image_spread: float = 0.8
-
-    def class_depth(self, model_config: AViTConfig) -> int:
-        """The class token's depth in layers: two more than the mean."""
-        return min(model_config.depth, round(self.fraction * model_config.depth) + 2)
-
-    def depths(self, model_config: AViTConfig) -> np.ndarray:
-        """The depth in layers of every patch: [512, patches]."""
-        if self.fraction == 1:
-            return np.full((512, model_config.num_tokens - 1), model_config.depth)
-        mean = self.fraction * model_config.depth
-        return drawn_depths(model_config, 512, mean, TOKEN_SPREAD, self.image_spread, self.class_depth(model_config))
-
-
-NOTHING_HALTS = Profile("nothing halts", 1.0, 0.0)
-
-
-def profiles(fraction: float) -> dict[str, list[Profile]]:
-    """The profiles by their group's name; fraction: the model's published mean depth, as a fraction of its layers."""
-    return {
-        "published": [Profile("published", fraction)],
-        "spreads": [Profile("spread 0", fraction, 0.0), Profile("spread 2", fraction, 2.0)],
-        "sweep": [*(Profile(f"depth {share}", share) for share in (0.25, 0.5, 0.75)), NOTHING_HALTS],
-    }
-
-
-@dataclasses.dataclass
-class Variant:
-    """A program for one batch size; `run` returns when the outputs are ready."""
-
-    name: str
-    batch: int
-    run: Callable[[], Any]
-    compile_seconds: float = 0.0
-    memory: int = 0  # bytes: arguments, outputs and temporaries
-    seconds: list[float] = dataclasses.field(default_factory=list)
-
-    @property
-    def images_per_second(self) -> float:
-        """The images per second of the median run."""
-        return self.batch / statistics.median(self.seconds)
-
-
-def compiled_variant(name: str, model: AViT, images: np.ndarray, mesh: Mesh, last_layer: bool) -> Variant:
-    """Masked execution (dense without a gate); with last_layer, that layer computes only what the logits read."""
-    graphdef, params = nnx.split(model)
-
-    def forward(params: Any, images: jax.Array) -> jax.Array:
-        model = nnx.merge(graphdef, params)
-        if not last_layer:
-            return model(images).logits
-        blocks, stacked = nnx.split(model.blocks)
-
-        def block_at(layer: Any) -> Block:
-            return nnx.merge(blocks, jax.tree.map(lambda p: p[layer], stacked))
-
-        layers = jnp.arange(model.config.depth - 1)
-        x, _ = jax.lax.scan(lambda x, layer: (block_at(layer)(x), None), model.embed(images), layers)
-        last = block_at(model.config.depth - 1)
-        special = last.read(x, jnp.ones(x.shape[:2], bool), 1)
-        return model.head_logits(special).mean(0)
-
-    placed = jax.device_put(params, replicated(mesh)), jax.device_put(images, batch_sharding(mesh))
-    began = time.perf_counter()
-    program = jax.jit(forward).lower(*placed).compile()
-    took = time.perf_counter() - began
-    return Variant(name, len(images), lambda: jax.block_until_ready(program(*placed)), took, _memory(program))
-
-
-def packed_variant(name: str, model: AViT, images: np.ndarray, mesh: Mesh, sample: np.ndarray | None = None) -> Variant:
-    """Packed execution with image exit and the default plan, or the one that plan_packed makes from a sample."""
-    plan = None if sample is None else plan_packed(model, sample, len(images), mesh=mesh)
-    began = time.perf_counter()
-    packed = compile_packed(model, len(images), plan, mesh=mesh)
-    took = time.perf_counter() - began
-    placed = jax.device_put(images, batch_sharding(mesh))
-    return Variant(name, len(images), lambda: jax.block_until_ready(packed(placed)), took, _memory(packed.compiled))
-
-
-def _memory(program: Any) -> int:
-    found = program.memory_analysis()
-    return int(found.argument_size_in_bytes + found.output_size_in_bytes + found.temp_size_in_bytes)
-
-
-def measure(variants: list[Variant], rounds: int) -> None:
-    """Warm up every variant, then time them in turn. Short runs are repeated, and their mean is taken."""
-    for timed in [False] + [True] * rounds:
-        for variant in variants:
-            took = _seconds(variant, 1)
-            if took < 0.2:  # threads of the previous variant may still run, and one short run says little
-                took = _seconds(variant, math.ceil(0.4 / took))
-            if timed:
-                variant.seconds.append(took)
-
-
-def _seconds(variant: Variant, runs: int) -> float:
-    began = time.perf_counter()
-    for _ in range(runs):
-        variant.run()
-    return (time.perf_counter() - began) / runs
+VARIANTS = (
+    "dense",
+    "packed",
+    "planned",
+    "dense, last layer short",
+    "masked",
+    "dense, bfloat16",
+    "packed, bfloat16",
+    "packed, measured plan",
+)
 
 
 def variants_of(
-    model_config: AViTConfig, profile: Profile, depths: np.ndarray, batches: list[int], all_of_them: bool, planned: bool
+    model_config: AViTConfig, profile: Profile, depths: np.ndarray, batches: list[int], names: list[str]
 ) -> list[Variant]:
-    """What is measured on a profile, for each batch size."""
+    """What is measured on a profile, for each batch size. names: of VARIANTS."""
     model = drawn_model(model_config, profile.class_depth(model_config))
     dense, half, dense_half = dense_parts(model), in_bfloat16(model), in_bfloat16(dense_parts(model))
-    variants = []
-    for batch in batches:
-        images = drawn_images(model_config, depths[:batch])
-        mesh = data_mesh(batch)
-        variants.append(compiled_variant("dense", dense, images, mesh, False))
-        variants.append(packed_variant("packed", model, images, mesh))
-        if all_of_them:
-            variants.append(compiled_variant("dense, last layer short", dense, images, mesh, True))
-            variants.append(compiled_variant("masked", model, images, mesh, False))
-            variants.append(compiled_variant("dense, bfloat16", dense_half, images, mesh, False))
-            variants.append(packed_variant("packed, bfloat16", half, images, mesh))
-        if planned:
-            sample = drawn_images(
-                model_config, depths[-max(64, batch) :]
-            )  # not the images that are timed, up to batch 448
-            variants.append(packed_variant("packed, planned", model, images, mesh, sample))
-    return variants
+
+    def built(name: str, batch: int) -> Variant:
+        images, mesh = drawn_images(model_config, depths[:batch]), data_mesh(batch)
+        if "plan" in name:
+            # Plans are made from other images than those that are timed, up to batch 256.
+            sample = drawn_images(model_config, depths[-max(256, batch) :])
+            return (planned_variant if name == "planned" else packed_variant)(name, model, images, mesh, sample)
+        own = half if "bfloat16" in name else model
+        if name.startswith("packed"):
+            return packed_variant(name, own, images, mesh)
+        if name != "masked":
+            own = dense_half if own is half else dense
+        return compiled_variant(name, own, images, mesh, "last layer" in name)
+
+    return [built(name, batch) for batch in batches for name in names]
 
 
 def benchmark(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -189,8 +82,8 @@ def benchmark(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
         measured = []
         for profile in members:
             depths = profile.depths(config)
-            planned = published and options.planned
-            measured.append((profile, depths, variants_of(config, profile, depths, batches, published, planned)))
+            names = [name for name in options.variants if published or name in ("dense", "packed")]
+            measured.append((profile, depths, variants_of(config, profile, depths, batches, names)))
         if published and not options.no_peers:
             _, depths, variants = measured[0]
             for batch in batches:
@@ -216,7 +109,7 @@ def profile_rows(
     for variant in variants:
         shown = all_depths[: variant.batch]
         gmacs = float(np.mean(image_gmacs(model_config, jnp.asarray(shown))))
-        work = gmacs / whole if variant.name.startswith("packed") else 1.0
+        work = gmacs / whole if variant.name.startswith(("packed", "planned")) else 1.0
         ratio = variant.images_per_second / max(at_batch.values())
         rows.append(
             {
@@ -285,13 +178,25 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 def main() -> None:
     """Print the table, write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", default="tiny,small", type=lambda text: text.split(","))
-    parser.add_argument("--profiles", default="published,spreads,sweep", type=lambda text: text.split(","))
-    parser.add_argument("--batches", default="1,8,16,32,64,128", type=lambda text: [int(b) for b in text.split(",")])
+    parser.add_argument(
+        "--platform", help="gpu: the matrix of benchmarks/matrix.py; cpu: the same, to try it; not given: as above"
+    )
+    parser.add_argument("--models", type=matrix.words, help="default: tiny,small; with --platform: base too")
+    parser.add_argument("--profiles", default="published,spreads,sweep", type=matrix.words, help="without --platform")
+    parser.add_argument("--batches", type=matrix.numbers, help="default: 1,8,16,32,64,128; with --platform: 1 to 1024")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--no-peers", action="store_true")
-    parser.add_argument("--planned", action="store_true", help="also packed with the plan that plan_packed makes")
+    parser.add_argument(
+        "--variants", type=lambda text: text.split(";"), help="default: all; such as 'dense;packed;planned'"
+    )
+    matrix.add_options(parser)
     options = parser.parse_args()
+    if options.platform is not None:
+        matrix.run(options)
+        return
+    options.models = options.models or ["tiny", "small"]
+    options.batches = options.batches or [1, 8, 16, 32, 64, 128]
+    options.variants = options.variants or list(VARIANTS[:-1])
     use_all_cores()
     where = machine()
     print(f"{where}; /dense: relative to dense at its best batch, /same b.: at the same batch\n{HEADER}")

@@ -4,9 +4,10 @@
     python benchmarks/train_step.py --models=mnist --rounds=5 --remat
 
 Every variant takes its real step (forward, three losses, backward, clipping, AdamW). The images draw the depth of each
-patch (benchmarks/drawn.py), 60 % of the layers on average, and the learning rate is 0, so that depths stay. All
-variants run in turn, and medians are reported. PyTorch has the same architecture and optimiser, dense and eager (pip
-install -r requirements-peers.txt). Writes runs/benchmarks/train_step.json.
+patch (benchmarks/drawn.py), 60 % of the layers on average, and the learning rate is 0, so that depths stay. Shapes are
+planned from 50 batches, as a run plans them. All variants run in turn, and medians are reported. PyTorch has the same
+architecture and optimiser, dense and eager (pip install -r requirements-peers.txt). --remat: also with all activations
+computed again (config.model.remat). Writes runs/benchmarks/train_step.json.
 """
 
 import argparse
@@ -26,16 +27,16 @@ import jax
 import numpy as np
 from flax import nnx
 
-from avit_jax import PRESETS, AViT, AViTConfig
+from avit_jax import PRESETS, AViTConfig
 from avit_jax.commands.typed_config import parse
-from avit_jax.execution.compiled import predict
 from avit_jax.execution.plan import layer_loads
-from avit_jax.execution.stages import plan_loads
+from avit_jax.execution.stages import PlannedPlan
 from avit_jax.model.config import NO_RULE
 from avit_jax.model.presets import config_from
 from avit_jax.runtime.hints import nearest
 from avit_jax.runtime.mesh import available_cores, global_batch, training_mesh, use_all_cores
 from avit_jax.train.optim import learning_rate_schedule, make_optimizer
+from avit_jax.train.planner import WINDOW, Planner
 from avit_jax.train.state import initial_state
 from avit_jax.train.step import make_train_step
 from benchmarks.drawn import drawn_depths, drawn_images, drawn_model
@@ -49,7 +50,8 @@ MODELS = {
     "small224": (PRESETS["avit_small_patch16_224"], 16),
 }
 DEPTH, TOKEN_SPREAD, IMAGE_SPREAD = 0.6, 0.2, 0.05  # as shares of the layers
-PLAN_BATCHES = 8  # from which a plan is made
+TIMED_BATCHES = 8  # the steps take them in turn
+NEW_BATCHES = 1000  # of which the part that does not fit the plan is counted
 
 
 @dataclasses.dataclass
@@ -59,6 +61,7 @@ class Step:
     run: Callable[[], None]
     memory: int = 0  # bytes of the step's temporaries, by the compiler; 0: unknown
     compile_seconds: float = 0.0
+    plan: str = ""  # what there is to say of it
 
 
 def jax_step(model_config: AViTConfig, batch_size: int, execution: str) -> Step:
@@ -71,10 +74,7 @@ def jax_step(model_config: AViTConfig, batch_size: int, execution: str) -> Step:
     images, labels = drawn_batches(model_config, batch_size)
     model = drawn_model(model_config, class_depth(model_config))
     mesh = training_mesh(settings.mesh, batch_size)
-    made = None
-    if execution == "planned":
-        loads = layer_loads(depths_by_batch(model, images, batch_size), model_config, image_exit=False)
-        made = plan_loads(loads, model_config, batch_size // mesh.size, margin=0.05)
+    made, said = plan(model_config, batch_size // mesh.size, mesh.size) if execution == "planned" else (None, "")
     if execution == "dense":
         model = model.with_config(**NO_RULE)
     optimizer = make_optimizer(
@@ -96,10 +96,10 @@ def jax_step(model_config: AViTConfig, batch_size: int, execution: str) -> Step:
         state, metrics = compiled(state, next(turn), None)
         jax.block_until_ready(metrics)
         if made is not None and metrics["counts"]["overflow"]:
-            print("a batch did not fit its plan")
+            print("a timed batch did not fit its plan")
 
     memory: Any = compiled.memory_analysis()
-    return Step(run, memory.temp_size_in_bytes, seconds)
+    return Step(run, memory.temp_size_in_bytes, seconds, said)
 
 
 def class_depth(model_config: AViTConfig) -> int:
@@ -107,20 +107,38 @@ def class_depth(model_config: AViTConfig) -> int:
     return round(0.75 * model_config.depth)
 
 
+def depths(model_config: AViTConfig, count: int, seed: int) -> np.ndarray:
+    """The layers at which the patches of new images stop."""
+    depth = model_config.depth
+    spreads = TOKEN_SPREAD * depth, IMAGE_SPREAD * depth
+    return drawn_depths(model_config, count, DEPTH * depth, *spreads, class_depth(model_config), seed)
+
+
 def drawn_batches(model_config: AViTConfig, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Images of several batches whose patches stop at drawn layers, and random labels."""
-    count, depth = PLAN_BATCHES * batch_size, model_config.depth
-    depths = drawn_depths(
-        model_config, count, DEPTH * depth, TOKEN_SPREAD * depth, IMAGE_SPREAD * depth, class_depth(model_config)
-    )
+    """Images of the batches that are timed, and random labels."""
+    count = TIMED_BATCHES * batch_size
     labels = np.random.default_rng(0).integers(0, model_config.num_classes, count).astype(np.int32)
-    return drawn_images(model_config, depths), labels
+    return drawn_images(model_config, depths(model_config, count, seed=0)), labels
 
 
-def depths_by_batch(model: AViT, images: np.ndarray, batch_size: int) -> np.ndarray:
-    """The depth of every token."""
-    parts = [predict(model, images[i : i + batch_size]).token_depth for i in range(0, len(images), batch_size)]
-    return np.concatenate([np.asarray(part) for part in parts])
+def plan(model_config: AViTConfig, images: int, devices: int) -> tuple[PlannedPlan, str]:
+    """The plan of a run after its first 50 steps, and how it fits new batches. images: on a device."""
+
+    def loads(batches: int, seed: int) -> np.ndarray:
+        """Of each device in each batch, [batches, devices, l, images]."""
+        patches = depths(model_config, batches * devices * images, seed)
+        tokens = np.pad(patches.astype(int), ((0, 0), (1, 0)), constant_values=class_depth(model_config))
+        found = layer_loads(tokens, model_config, image_exit=False).reshape(-1, batches, devices, images)
+        return np.sort(found.transpose(1, 2, 0, 3), axis=-1)
+
+    planner = Planner(model_config, images, steps=10**6)
+    for batch in loads(WINDOW, seed=1):
+        planner.saw({"loads": batch.max(0), "overflow": False})
+    if not planner.renewed(WINDOW) or planner.plan is None:
+        raise ValueError(f"nothing to plan at a depth of {DEPTH}: lower DEPTH")
+    made = planner.plan
+    late = np.mean([not all(made.fits(device) for device in batch) for batch in loads(NEW_BATCHES, seed=2)])
+    return made, f"{made.share():.0%} of all places are computed, and {late:.1%} of new batches do not fit"
 
 
 def torch_step(model_config: AViTConfig, batch_size: int) -> Step:
@@ -202,6 +220,9 @@ def main() -> None:
                 f"{step.memory / 1e6:>7.0f}{step.compile_seconds:>12.0f}",
                 flush=True,
             )
+        for label, step in steps.items():
+            if step.plan:
+                print(f"{label}: {step.plan}")
         results[name] = {
             "batch_size": batch_size,
             "variants": {
@@ -210,6 +231,7 @@ def main() -> None:
                     "images_per_second": batch_size / value,
                     "memory_bytes": steps[label].memory,
                     "compile_seconds": steps[label].compile_seconds,
+                    "plan": steps[label].plan,
                 }
                 for label, value in seconds.items()
             },

@@ -19,6 +19,7 @@ Settings that differ from those for digits (configs/mnist_avit.py), because trai
 - six epochs: the static model stops improving after four, A-ViT does not; after three it is 0.6 points behind on
   validation, after six 0.3 to 0.4 (three seeds).
 - gate start at 7.4 layers, deviation 3.5: 87.8 % on validation before any training, against 83.8 % with deviation 1.5.
+  With features "hidden" it starts a point and a half higher (benchmarks/gate_start.py).
 - learning rate 1e-3: earlier layers must learn what tokens no longer get from the late ones. Two epochs at 5e-4 ended
   at 90.27 % on validation, at 1e-3 at 90.44 %; batches of 50 were behind halfway through.
 """

@@ -10,7 +10,7 @@ were chosen on the 400 validation images.
 - gate_start: channel 0 of the static model does not say which tokens may halt, and ponder cost and prior, from which
   patches learn about halting, treat all patches alike. So the gate starts from what the class token attends to. At 6.8
   layers with deviation 2.5, validation top-1 is 97.5 % before any training (98.75 % without halting). Deviation 1 gave
-  87 %.
+  87 %. With features "hidden" the run ends at 97.6 % and 7.00 layers: no difference on digits.
 - gate 5 / 10, as in the paper: a token stops if its channel 0 is near 2, a value that the embedding can reach.
 - the static model is also the teacher (temperature 2): in minutes of training its answers teach more than labels. The
   moving average steadies the last steps.

@@ -3,8 +3,9 @@
     python train.py --config=configs/prior_art.py:tome,0.71       one training: METHOD,WORK
     python benchmarks/prior_art.py                                all trainings of the comparison, and their figures
 
-METHOD is static, layers (the first layers of the static model), image (a smaller image), the name of a rule, or
-dynamicvit_own (DynamicViT with the losses and learning rates of its paper). WORK is 0.71 or 0.49, the share of the
+METHOD is static, layers (the first layers of the static model), image (a smaller image), the name of a rule,
+dynamicvit_own (DynamicViT with the losses and learning rates of its paper), or avit_hidden (A-ViT whose gate starts
+from hidden units too). WORK is 0.71 or 0.49, the share of the
 static model's multiply-adds that an image may cost; the last layer computes only what the logits read. With layers and
 image it is the number of layers or the image's side in pixels; benchmarks/prior_art.py writes what these two need.
 
@@ -35,6 +36,7 @@ RATES = {
     "dynamicvit": 1e-3,
 }
 RELATIVES = {
+    "avit_hidden": "avit",
     "image": "static",
     "confidence": "static",
     "pondernet": "static",
@@ -94,7 +96,7 @@ def get_config(arg: str = "static") -> ConfigDict:
     method, _, work = arg.partition(",")
     if method not in RATES:
         raise ValueError(f"{method!r} is not one of {', '.join(RATES)}")
-    config = fashion_mnist.get_config("avit" if method == "avit" else "dense_more")
+    config = fashion_mnist.get_config("avit" if method in ("avit", "avit_hidden") else "dense_more")
     config.name = f"prior_art_{method}" + (f"_{work}" if work else "")
     config.epochs = 2.0
     config.eval_every = 552
@@ -110,7 +112,8 @@ def get_config(arg: str = "static") -> ConfigDict:
         config.data.update({"source": "npz", "path": images_path(int(work)), "class_names": ()})
         config.model.image_size = int(work)
         config.augment.translate *= int(work) / 28
-    elif method == "avit":
+    elif method in ("avit", "avit_hidden"):
+        config.gate_start.features = "hidden" if method == "avit_hidden" else "pixels"
         depth = _of(GATE_START, work, method)
         config.gate_start.target_depth = depth
         config.loss.prior_target_depth = depth + 0.6

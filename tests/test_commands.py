@@ -76,9 +76,7 @@ def test_train_evaluate_and_run_again(toy: Path, tmp_path: Path) -> None:
     assert table in again.stdout, "the saved table is printed"
     assert "training" not in again.stdout + again.stderr
 
-    evaluated = in_a_new_process(
-        "eval.py", *small(toy, workdir)[:1], *small(toy, workdir)[2:8], f"--checkpoint={workdir}"
-    )
+    evaluated = command("eval.py", *small(toy, workdir)[:1], *small(toy, workdir)[2:8], f"--checkpoint={workdir}")
     assert evaluated.returncode == 0, evaluated.stderr
     assert f"top-1              {summary['avit']['top1']:.2%}" in evaluated.stdout
     for word in ("top-5", "loss", "mean depth", "class token depth", "GMACs per image"):

@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
@@ -24,6 +25,7 @@ from avit_jax.execution.work import image_gmacs
 from avit_jax.model.config import NO_RULE
 from avit_jax.model.output import AViTOutput
 from avit_jax.report.frontier_table import comparison_table
+from configs import prior_art
 from tests.harness.builders import answers, quick_start, small_config, spread_gate, toy_arrays
 from tests.harness.command_server import run_command
 
@@ -75,7 +77,7 @@ def test_a_row_says_what_the_plain_evaluation_says(
         own = model.with_config(rule=rule)
         return own, evaluate(own, test_images, 7), answers(own, pixels)
 
-    _, static, static_output = plainly(None)
+    _, static, _ = plainly(None)
     for row in found:
         own, result, output = plainly(None if row["rule"] is None else avit_jax.rules.rule_from_json(row["rule"]))
         right = result.per_image.rank <= 1
@@ -84,10 +86,8 @@ def test_a_row_says_what_the_plain_evaluation_says(
         np.testing.assert_array_equal(rows.correct_images(row), right)
         same = result.per_image.prediction == static.per_image.prediction
         assert row["agreement"] == pytest.approx(same.mean())
-        a, b = (np.asarray(found.logits, np.float64) for found in (output, static_output))
-        cosine = [x @ y / math.sqrt((x @ x) * (y @ y)) for x, y in zip(a, b, strict=True)]
-        assert row["cosine"] == pytest.approx(np.mean(cosine), abs=1e-5)
-        depth = output.token_depth
+        assert row["cosine"] is None  # there are labels
+        depth = jnp.asarray(output.token_depth)
         short = row["method"] != rows.STATIC
         assert row["gmacs"] == pytest.approx(float(image_gmacs(own.config, depth, short_last_layer=short).mean()))
         assert row["executed_gmacs"] >= row["gmacs"] * (1 - 1e-6)
@@ -168,17 +168,30 @@ def test_the_work_of_a_vit_is_the_rules_although_its_program_ends_images_early(
     _, ended, exact = (answered.token_depth for answered in said)
     assert ended.sum() < np.asarray(depth).sum(), "the sample must have images that end before their patches"
     np.testing.assert_array_equal(exact, depth)
-    assert row["gmacs"] == pytest.approx(float(image_gmacs(model.config, depth, short_last_layer=True).mean()))
+    assert row["gmacs"] == pytest.approx(
+        float(image_gmacs(model.config, jnp.asarray(depth), short_last_layer=True).mean())
+    )
     assert row["seed"] == 3 and row["rule"]["name"] == "avit"
 
 
 def test_without_labels_or_head_there_is_agreement_or_cosine(model: AViT, test_images: Split) -> None:
     plain = dataclasses.replace(test_images, labels=np.full(COUNT, -1))
-    row = bench.Bench(model, plain, data="noise", batches=(1,), rounds=1).row(
+    measured = bench.Bench(model, plain, data="noise", batches=(1,), rounds=1)
+    row = measured.row(
         model.with_config(rule=ConfidenceExit(0.5)), method="confidence", group="training-free", batch=1, budget=0.5
     )
     assert row["top1"] is row["loss"] is row["correct"] is None and 0 < row["agreement"] < 1
+    assert row["cosine"] is None  # it reads class logits
     assert all(decile["top1"] is None for decile in row["deciles"])
+
+    def features(some: AViT) -> np.ndarray:
+        x, _, _ = some._layers(some.embed(jnp.asarray(normalize(plain.images, some.config))), None, None, None)
+        return np.asarray(some.norm(x[:, 0]), np.float64)
+
+    shorter = prior_art.first_layers(model, 3)
+    row = measured.row(shorter, method="fewer layers", group="training-free", batch=1, budget=0.7)
+    cosine = [x @ y / math.sqrt((x @ x) * (y @ y)) for x, y in zip(features(shorter), features(model), strict=True)]
+    assert row["cosine"] == pytest.approx(np.mean(cosine), abs=1e-5) and 0 < row["cosine"] < 1
     headless = spread_gate(small_config(image_size=(24, 16), in_channels=1, num_classes=0, **NO_RULE))
     headless = headless.with_config(preprocessing=avit_jax.Preprocessing((0.5,), (0.3,)))
     row = bench.Bench(headless, plain, data="noise", batches=(1,), rounds=1).row(
@@ -224,22 +237,42 @@ def test_curves_are_interpolated_linearly_and_seeds_averaged() -> None:
     assert tome.gain_at("gmacs", 0.5) == pytest.approx(0.65)  # a quarter of the way
     assert tome.gain_at("ratio", 1.8) == pytest.approx(0.65)
     assert tome.gain_at("speed", 180.0) == pytest.approx(0.65)
-    assert tome.gain_at("gmacs", 0.39) is None and tome.gain_at("gmacs", 0.81) is None
+    assert tome.gain_at("gmacs", 0.39) is None and tome.gain_at("gmacs", 0.82) is None
+    assert tome.gain_at("gmacs", 0.395) == tome.gain_at("gmacs", 0.4)  # within 2 % of the end
     assert tome.gain_at("gmacs", 0.8) == pytest.approx(0.8) and tome.gain_at("gmacs", 0.4) == pytest.approx(0.6)
     (point,) = act.points
     assert (point.gain, point.low, point.high) == pytest.approx((0.6, 0.5, 0.7))
     assert point.speed == pytest.approx(160) and act.gain_at("gmacs", 0.5) == pytest.approx(0.6)
-    low, high = tome.difference_at("gmacs", 0.5, static) or (0, 0)
+    low, high = tome.difference_at("gmacs", 0.5, [static]) or (0, 0)
     assert low < 0.65 - 0.9 < high and high - low < 0.06
-    table = comparison_table([static, *ours], works=(0.5, 0.2), speed_ups=(1.8,))
-    assert f"| {ToMe.label} | 65.0 (" in table and table.count("| - |") == 3  # two at 20 %, and ACT at 1.8 x
+    short = made_row("topk", 0.5, 0.5, 1.5, first(0.7))
+    table = comparison_table([static, *ours, short], works=(0.5, 0.7, 0.2), speed_ups=(1.8,))
+    assert f"| {ToMe.label} | 65.0 (" in table and table.count("| - |") == 2  # top-k has neither 70 % nor 1.8 x
+    assert "20%" not in table and table.count("1.8 x static") == 1  # nothing to show there
     assert "fine-tuned: top-1 (%) at equal work" in table and "0.5 GMACs (50%)" in table
 
 
 def test_a_paired_interval_is_zero_for_the_same_answers() -> None:
     static = made_row(rows.STATIC_SHORT, None, 1.0, 1.0, first(0.9))
     (same,) = curves.curves([static, made_row("tome", 0.8, 0.8, 1.2, first(0.9))])
-    assert same.difference_at("gmacs", 0.8, static) == (0.0, 0.0)
+    assert same.difference_at("gmacs", 0.8, [static]) == (0.0, 0.0)
+
+
+def test_fine_tuned_rules_are_compared_with_the_static_model_that_was_trained_as_long() -> None:
+    tuned = {"group": "fine-tuned"}
+    static = [made_row(rows.STATIC_SHORT, None, 1.0, 1.0, first(0.9))]
+    static += [made_row(rows.STATIC_SHORT, None, 1.0, 1.0, first(0.8), seed=seed, **tuned) for seed in range(2)]
+    act = made_row("act", 0.5, 0.5, 1.5, first(0.8), seed=0, **tuned)
+    free = made_row("tome", 0.5, 0.5, 1.5, first(0.8))
+    every = [*static[1:], act, static[0], free]  # in the order of their files
+    assert (
+        curves.references(every, "fine-tuned") == static[1:] and curves.references(every, "training-free") == static[:1]
+    )
+    assert [curve.method for curve in curves.curves(every)] == ["act", "tome"]
+    table = comparison_table(every, works=(0.5,), speed_ups=())
+    assert "| ACT | 80.0 (+0.0 to +0.0) |" in table and "trained for as long: 80.00 (80.00 to 80.00, 2 seeds)" in table
+    assert "| ToMe | 80.0 (-11." in table or "| ToMe | 80.0 (-12." in table
+    assert curves.references([act], "fine-tuned") == []
 
 
 def test_charts_are_drawn_of_whatever_is_there(compared: tuple[Path, list[rows.Row]], tmp_path: Path, model: AViT,

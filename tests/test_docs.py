@@ -141,8 +141,8 @@ def test_commands_exist(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
                     assert Path(word).is_file(), word
                 for extra in re.findall(r"^\.\[(\w+)\]", word):
                     assert extra in project["optional-dependencies"], word
-        elif name.endswith(".py") or name == "avit_jax.convert":
-            file = Path(name if name.endswith(".py") else "avit_jax/commands/convert.py")
+        elif name.endswith(".py") or name in ("avit_jax.convert", "avit_jax.export"):
+            file = Path(name if name.endswith(".py") else f"avit_jax/commands/{name.removeprefix('avit_jax.')}.py")
             source = file.read_text()
             for option in re.findall(r"(--[\w-]+)", " ".join(command)):
                 assert option == "--help" or f'"{option}"' in source, f"{file} has no option {option}"

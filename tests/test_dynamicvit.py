@@ -18,7 +18,6 @@ from avit_jax.commands.dry_run import dry_run
 from avit_jax.commands.run import run
 from avit_jax.commands.typed_config import parse
 from avit_jax.data.sources import load_dataset
-from avit_jax.execution import shrinking
 from avit_jax.execution.work import image_gmacs, shrinking_gmacs
 from avit_jax.halting import keep_sampling
 from avit_jax.halting.keep_sampling import DynamicViTLoss
@@ -28,7 +27,7 @@ from avit_jax.rules import parse_rule, rule_from_json, rule_to_json
 from avit_jax.train.objective import distillation_loss, objective_terms
 from avit_jax.train.optim import OptimSettings, make_optimizer
 from avit_jax.train.start import initial_model
-from tests.harness.builders import answers, small_config, spread_gate, tiny_experiment
+from tests.harness.builders import answers, shrunk, small_config, spread_gate, tiny_experiment
 from tests.harness.numpy_tome import linear, norm
 
 RECORDED = Path(__file__).parent / "data" / "methods" / "dynamicvit.npz"
@@ -82,7 +81,7 @@ def recorded_model(recorded: dict[str, np.ndarray], prefix: str, rule: DynamicVi
 
 def test_recorded_inference(recorded: dict[str, np.ndarray]) -> None:
     model = recorded_model(recorded, "w/", DynamicViT(0.7))
-    output, reduced = shrinking.run(model, recorded["images"].transpose(0, 2, 3, 1), model.config.reduction)
+    output, reduced = shrunk(model, recorded["images"].transpose(0, 2, 3, 1), model.config.reduction)
     np.testing.assert_allclose(output.logits, recorded["logits_inference"], atol=1e-5)
     sequence = np.broadcast_to(np.arange(1, 197), (4, 196))  # of the official code, which sorts by score
     for layer in (3, 6, 9):

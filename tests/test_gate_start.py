@@ -65,12 +65,14 @@ def test_freeing_channel_0_leaves_the_static_model_as_it_was(distilled: bool) ->
 
 
 @pytest.mark.parametrize("gate", [(5.0, 10.0), (10.0, 30.0), (10.0, 75.0)])
-@pytest.mark.parametrize("distilled", [False, True])
-def test_the_start_changes_who_halts_and_nothing_else(gate: tuple[float, float], distilled: bool) -> None:
+@pytest.mark.parametrize(("distilled", "features"), [(False, "hidden"), (True, "hidden"), (True, "pixels")])
+def test_the_start_changes_who_halts_and_nothing_else(
+    gate: tuple[float, float], distilled: bool, features: str
+) -> None:
     static = static_model(distilled=distilled)
     images = some_images(static.config)
     model = with_gate(static, gate_scale=gate[0], gate_center=gate[1])
-    start_gate(model, images, target_depth=3.0, deviation=0.8)
+    start_gate(model, images, target_depth=3.0, deviation=0.8, features=features)
     output = answers(model, images)
     # 32 * 6 patches on whole layers: the mean can be set in steps of a patch or so.
     assert abs(float(output.token_depth.mean()) - 3.0) < 0.05
@@ -80,20 +82,25 @@ def test_the_start_changes_who_halts_and_nothing_else(gate: tuple[float, float],
     np.testing.assert_allclose(answers(ungated, images).logits, answers(static, images).logits, atol=2e-4)
 
 
-def test_what_the_class_token_looks_at_goes_deeper() -> None:
-    static = static_model()
-    images = some_images(static.config, 200)
+def attention_of_class_token(static: AViT, images: np.ndarray) -> list[np.ndarray]:
+    """What each patch gets in every layer, mean over heads: [b, p] for each layer."""
     received = []
     graphdef, stacked = nnx.split(static.blocks)
     for layer, x in enumerate(residual_stream(static, images)[:-1]):
         block = nnx.merge(graphdef, jax.tree.map(lambda p, layer=layer: p[layer], stacked))
-        qkv = np.asarray(block.attn.qkv(block.norm1(x))).reshape(200, 7, 3, 2, 8)
+        qkv = np.asarray(block.attn.qkv(block.norm1(x))).reshape(len(images), 7, 3, 2, 8)
         scores = np.einsum("bhd,bnhd->bhn", qkv[:, 0, 0], qkv[:, :, 1]) / 8**0.5
         weights = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
         received.append(weights[:, :, 1:].mean(1))
-    attention = np.mean(received, axis=0)
+    return received
+
+
+def test_what_the_class_token_looks_at_goes_deeper() -> None:
+    static = static_model()
+    images = some_images(static.config, 200)
+    attention = np.mean(attention_of_class_token(static, images), axis=0)
     model = with_gate(static, gate_scale=5.0, gate_center=10.0)
-    start_gate(model, images, target_depth=3.0, deviation=1.0)
+    start_gate(model, images, target_depth=3.0, deviation=1.0, features="pixels")
     score = np.asarray(answers(model, images).halting_scores[0, :, 1:])
     logit = np.log(score) - np.log1p(-score)
     np.testing.assert_allclose(logit.std(), 2.0, rtol=0.01)  # slope * deviation
@@ -101,6 +108,23 @@ def test_what_the_class_token_looks_at_goes_deeper() -> None:
     within = attention - attention.mean(0)
     assert np.corrcoef(within.ravel(), (logit - logit.mean(0)).ravel())[0, 1] < -0.3
     assert np.corrcoef(attention.mean(0), logit.mean(0))[0, 1] < -0.99
+
+
+def test_hidden_units_know_more_than_pixels() -> None:
+    """With them the gate follows the ranks of attention in the later layers, also in images it was not fitted to."""
+    static = static_model(depth=8)
+    images = some_images(static.config, 400)
+    attention = np.mean(attention_of_class_token(static, images)[8 // 3 :], axis=0)
+    ranks = attention.ravel().argsort().argsort().reshape(attention.shape)
+    followed = {}
+    for features in ("hidden", "pixels"):
+        model = with_gate(static, gate_scale=5.0, gate_center=10.0)
+        start_gate(model, images[:300], target_depth=7.0, deviation=0.7, features=features)
+        score = np.asarray(answers(model, images[300:]).halting_scores[2, :, 1:], np.float64)
+        logit = np.log(score) - np.log1p(-score)
+        assert (np.asarray(answers(model, images[300:]).token_depth)[:, 0] == 8).all()
+        followed[features] = -np.corrcoef(ranks[300:].ravel(), logit.ravel())[0, 1]
+    assert followed["hidden"] > 1.3 * followed["pixels"] > 0.2, followed
 
 
 def test_images_that_are_all_alike_are_no_trouble() -> None:
@@ -157,7 +181,7 @@ def test_without_a_class_token_the_patches_look_at_each_other() -> None:
         received.append(weights[..., 1:].mean((1, 2)))
     by_position = np.mean(received, axis=(0, 1))
     model = with_gate(static, gate_scale=5.0, gate_center=10.0)
-    start_gate(model, images, target_depth=3.0, deviation=1.0)
+    start_gate(model, images, target_depth=3.0, deviation=1.0, features="pixels")
     score = np.asarray(answers(model, images).halting_scores[0, :, 1:])
     logit = (np.log(score) - np.log1p(-score)).mean(0)
     assert np.corrcoef(by_position, logit)[0, 1] < -0.99
@@ -173,6 +197,8 @@ def test_images_that_cannot_be_used_are_refused() -> None:
     ):
         with pytest.raises(ValueError, match=reason):
             start_gate(model, given, target_depth=3.0)
+    with pytest.raises(ValueError, match=r"features \(config.gate_start\) is 'edges': choose hidden or pixels"):
+        start_gate(model, images, target_depth=3.0, features="edges")
     with pytest.raises(ValueError, match="deviation is -1.0 and slope 2.0: give a deviation of at least 0"):
         start_gate(model, images, target_depth=3.0, deviation=-1.0)
 

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "avit_jax"
 FILES = sorted(PACKAGE.rglob("*.py"))
 # Public names and the starts of commands: they may import whatever they show or start.
-DOORS = ("__init__", "compare", "convert", "eval", "train.__main__")
+DOORS = ("__init__", "compare", "convert", "eval", "export", "train.__main__")
 
 
 def name_of(file: Path) -> str:

@@ -21,7 +21,7 @@ from avit_jax.model.layers import Block
 from avit_jax.model.seen import Seen
 from avit_jax.reduction.groups import Groups, Reduction, spread
 from avit_jax.rules import parse_rule, rule_from_json, rule_to_json
-from tests.harness.builders import small_config, spread_gate
+from tests.harness.builders import shrunk, small_config, spread_gate
 from tests.harness.numpy_mctf import mctf
 
 DATA = Path(__file__).parent / "data" / "methods"
@@ -47,7 +47,7 @@ def test_recorded_outputs(name: str) -> None:
     weights = dict(np.load(DATA / f"{meta['weights']}.npz"))
     model = avit_jax.from_torch_state_dict(weights, **{field: meta[field] for field in ARCHITECTURE})
     rule = MCTF(meta["r"], tuple(meta["layers"]))
-    output, reduced = shrinking.run(model, recorded["images"].transpose(0, 2, 3, 1), rule)
+    output, reduced = shrunk(model, recorded["images"].transpose(0, 2, 3, 1), rule)
     np.testing.assert_allclose(output.logits, recorded["logits"], atol=1e-5)
     np.testing.assert_array_equal(reduced.sizes[-1], recorded["sizes"])
     if name == "r5":
@@ -67,7 +67,7 @@ def test_recorded_outputs(name: str) -> None:
 def test_against_numpy(fields: dict[str, Any]) -> None:
     rule = fields["rule"]
     model = dense(**{name: value for name, value in fields.items() if name != "rule"})
-    output, reduced = shrinking.run(model, IMAGES, rule, short_last_layer=True)
+    output, reduced = shrunk(model, IMAGES, rule, short_last_layer=True)
     for image in range(len(IMAGES)):
         expected = mctf(model, IMAGES[image], merges_of(rule, model))
         np.testing.assert_allclose(output.logits[image], expected.logits, atol=1e-5)

@@ -200,6 +200,25 @@ def test_remat_changes_nothing(model: AViT, images: jax.Array) -> None:
         np.testing.assert_allclose(a, b, atol=1e-5 * float(jnp.abs(a).max() + 1e-6))
 
 
+def test_what_the_backward_pass_keeps(model: AViT, images: jax.Array) -> None:
+    """Products of linear layers, but neither attention weights nor, with remat, anything inside a layer."""
+
+    def kept(remat: bool) -> set[tuple[int, ...]]:
+        graphdef, params = nnx.split(reconfigured(model, remat=remat))
+
+        def pullback(params: nnx.State) -> object:
+            return jax.vjp(lambda p: nnx.merge(graphdef, p)(images).logits.sum(), params)[1]
+
+        return {leaf.shape for leaf in jax.tree.leaves(jax.eval_shape(pullback, params))}
+
+    config = model.config
+    tokens = (config.depth, len(images), config.num_tokens)
+    weights = (config.depth, len(images), config.num_heads, config.num_tokens, config.num_tokens)
+    products = {(*tokens, 3 * config.embed_dim), (*tokens, config.mlp_dim)}
+    assert products <= kept(remat=False) and weights not in kept(remat=False)
+    assert not products & kept(remat=True) and (*tokens, config.embed_dim) in kept(remat=True)
+
+
 def test_bfloat16_halts_and_has_finite_gradients(model: AViT, images: jax.Array) -> None:
     graphdef, params = nnx.split(reconfigured(model, dtype="bfloat16"))
     depth = np.asarray(answers(nnx.merge(graphdef, params), images).token_depth)

@@ -22,20 +22,28 @@ from tests.harness.devices import run_on_devices
 from tests.harness.halting_patterns import assert_exited, assert_same, drawn_images, drawn_model
 
 DATA = Path(__file__).parent / "data"
-PLANS = [(1, (7,)), (2, (2, 4, 7)), (3, (1, 3, 6, 7)), (5, (7,)), (8, (5, 7))]
 
 
-@pytest.mark.parametrize("plan", PLANS)
-@pytest.mark.parametrize("distilled", [False, True])
-def test_random_weights(distilled: bool, plan: tuple[int, tuple[int, ...]]) -> None:
+@pytest.mark.parametrize(
+    ("distilled", "group_size", "capacities"),
+    [
+        (False, 1, (7,)),
+        (True, 1, (3, 8)),
+        (False, 2, (2, 4, 7)),
+        (True, 3, (2, 4, 7, 8)),
+        (False, 5, (7,)),
+        (True, 8, (6, 8)),
+    ],
+)
+def test_random_weights(distilled: bool, group_size: int, capacities: tuple[int, ...]) -> None:
+    """Groups that divide the five images, that leave some over, and that are larger than the batch."""
     model = spread_gate(small_config(distilled=distilled))
     images = np.random.default_rng(3).normal(size=(5, 12, 8, 2)).astype(np.float32)
-    capacities = tuple(c + distilled for c in plan[1])
-    plan_ = PackedPlan(model.config.num_tokens, plan[0], capacities)
+    plan = PackedPlan(model.config.num_tokens, group_size, capacities)
     masked = answers(model, images)
     assert len(np.unique(masked.token_depth)) >= 3
-    assert_same(masked, compile_packed(model, 5, plan_, image_exit=False)(images))
-    assert_exited(masked, compile_packed(model, 5, plan_)(images), model.config.num_special)
+    assert_same(masked, compile_packed(model, 5, plan, image_exit=False)(images))
+    assert_exited(masked, compile_packed(model, 5, plan)(images), model.config.num_special)
 
 
 @pytest.mark.parametrize(
@@ -49,12 +57,14 @@ def test_random_weights(distilled: bool, plan: tuple[int, tuple[int, ...]]) -> N
 def test_goldens(name: str, fields: dict[str, float]) -> None:
     recorded = np.load(DATA / f"{name}.npz")
     model = avit_jax.load(DATA / f"{name}.pth", **fields)
-    packed = compile_packed(model, len(recorded["images"]), image_exit=False)(recorded["images"])
+    count, tokens = len(recorded["images"]), model.config.num_tokens
+    packed = compile_packed(model, count, image_exit=False)(recorded["images"])
     np.testing.assert_allclose(packed.logits, recorded["logits"], atol=1e-5)
     np.testing.assert_array_equal(packed.token_depth, recorded["token_depth"])
     np.testing.assert_allclose(packed.ponder_cost, recorded["ponder"], atol=1e-5)
     np.testing.assert_allclose(packed.halting_scores, recorded["halting_scores"], atol=1e-5)
-    exited = compile_packed(model, len(recorded["images"]))(recorded["images"])
+    thirds = PackedPlan(tokens, 2, (tokens // 3, 2 * tokens // 3, tokens))
+    exited = compile_packed(model, count, thirds)(recorded["images"])
     np.testing.assert_allclose(exited.logits, recorded["logits"], atol=1e-5)
 
 

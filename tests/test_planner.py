@@ -29,6 +29,7 @@ from avit_jax.train.planner import Planner, plans
 from avit_jax.train.progress import Progress
 from tests.harness.builders import small_config, tiny_experiment
 from tests.harness.devices import run_on_devices
+from tests.test_stopping import train
 from tests.test_training import Killed, leaves, lines_without_times
 
 CONFIG = small_config(image_size=32)  # 65 tokens, 4 layers
@@ -59,13 +60,13 @@ def experiment(folder: Path, execution: str) -> ConfigDict:
 
 
 @pytest.fixture(scope="module")
-def whole(without_pictures: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A planned run that nobody stopped, beside a masked one."""
     folder = tmp_path_factory.mktemp("whole")
     with pytest.MonkeyPatch.context() as patch:
         plan_often(patch)
         for execution in ("masked", "planned"):
-            run(experiment(folder, execution), folder / execution)
+            train(experiment(folder, execution), folder / execution)
     return folder
 
 
@@ -90,26 +91,22 @@ def test_shapes_are_planned_and_kept_with_the_checkpoint(whole: Path) -> None:
     assert plan.num_tokens == 17 and plan.share() < 0.92
 
 
-@pytest.mark.usefixtures("without_pictures")
-@pytest.mark.parametrize("killed_at", [4, 7])
-def test_a_stopped_run_goes_on_bit_for_bit(
-    whole: Path, tmp_path: Path, killed_at: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_stopped_run_goes_on_bit_for_bit(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed between a checkpoint and the end of a window, and with a plan in force."""
     plan_often(monkeypatch)
-    checked = training._checked
+    checked, config = training._checked, experiment(whole, "planned")
+    for killed_at in (4, 7):
 
-    def killing(step: int, metrics: Any) -> Any:
-        if step == killed_at:
-            raise Killed
-        return checked(step, metrics)
+        def killing(step: int, metrics: Any, last: int = killed_at) -> Any:
+            if step == last:
+                raise Killed
+            return checked(step, metrics)
 
-    config = experiment(whole, "planned")
-    with monkeypatch.context() as patch:
-        patch.setattr(training, "_checked", killing)
-        with pytest.raises(Killed):
-            run(config, tmp_path / "stopped")
-    run(config, tmp_path / "stopped")
+        with monkeypatch.context() as patch:
+            patch.setattr(training, "_checked", killing)
+            with pytest.raises(Killed):
+                train(config, tmp_path / "stopped")
+    train(config, tmp_path / "stopped")
     for options in ({}, {"ema": True}):
         pairs = (leaves(folder / "checkpoints", **options) for folder in (whole / "planned", tmp_path / "stopped"))
         for a, b in zip(*pairs, strict=True):
@@ -122,7 +119,6 @@ def test_a_dry_run_of_planned_training(tmp_path: Path) -> None:
     assert "step 2    loss" in lines
 
 
-@pytest.mark.usefixtures("without_pictures")
 def test_a_rule_that_masks_nothing_in_training_is_refused(tmp_path: Path) -> None:
     config = experiment(tmp_path, "planned")
     config.model.rule = "pondernet"

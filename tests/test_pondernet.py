@@ -321,9 +321,11 @@ def test_what_cannot_be_is_refused(fields: dict[str, Any], message: str) -> None
         checked(**fields)
 
 
-def test_a_model_without_a_class_token_is_refused() -> None:
+def test_a_model_without_a_class_token_or_head_is_refused() -> None:
     with pytest.raises(ValueError, match="PonderNet reads the class token and the model has none"):
         small_config(rule=PonderNet(), class_token=False, pool="mean_norm")
+    with pytest.raises(ValueError, match="PonderNet needs class logits and num_classes is 0"):
+        small_config(rule=PonderNet(), num_classes=0)
 
 
 def checked(**fields: Any) -> PonderNet:

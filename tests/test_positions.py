@@ -19,7 +19,7 @@ from avit_jax.execution.work import image_gmacs, shrinking_gmacs
 from avit_jax.model.seen import Seen
 from avit_jax.reduction.groups import reduce
 from avit_jax.rules import parse_rule, rule_from_json, rule_to_json
-from tests.harness.builders import answers, small_config, spread_gate
+from tests.harness.builders import answers, shrunk, small_config, spread_gate
 from tests.harness.numpy_drop import dropping
 from tests.harness.numpy_tome import Token
 
@@ -41,7 +41,7 @@ def dense(**fields: Any) -> AViT:
 def test_against_numpy(fields: dict[str, Any]) -> None:
     model = dense(**fields)
     special, rule = model.config.num_special, PositionDepths(DEPTHS)
-    output, reduced = shrinking.run(model, IMAGES, rule)
+    output, reduced = shrunk(model, IMAGES, rule)
 
     def before(layer: int, tokens: list[Token], _: Any) -> list[Token]:
         return [token for token in tokens if token.special or WHOLE[token.members[0] - special] > layer]

@@ -12,7 +12,7 @@ from avit_jax.data.sources import Split
 from avit_jax.evaluate.compare import format_summary, measure
 from avit_jax.evaluate.figures import evaluate
 from avit_jax.execution.compiled import check_batch_size
-from avit_jax.execution.program import checked_execution, fitting_executions, suited_execution
+from avit_jax.execution.program import choose, fitting_executions, suited
 from avit_jax.halting.confidence import ConfidenceExit
 from avit_jax.model.config import NO_RULE, AViTConfig
 from avit_jax.reduction.tome import ToMe
@@ -57,12 +57,13 @@ def test_every_execution_of_a_rule_gives_the_same(name: str) -> None:
     model, images = spread_gate(config), images_of(config, 4)
     expected = answers(model, images)
     assert fitting_executions(config) == FITTING[name]
-    assert checked_execution(config, "auto") == FITTING[name][0]
+    assert avit_jax.compile(model, 5).execution == FITTING[name][0]
     for execution in FITTING[name]:
         plan = avit_jax.plan(model, images, 5) if execution == "planned" else None
         program = avit_jax.compile(model, 5, execution=execution, plan=plan, image_exit=False)
         assert_same(program(images), expected)  # four images for five places
         assert program.batch_size == 5 and program.config == config
+        assert (program.execution, program.reason) == (execution, "it was asked for")
         assert len(jax.export.export(program.jitted)(*program.abstract_arguments).serialize()) > 1000
         with pytest.raises(ValueError, match=r"6 images for a program compiled for 5: use compile\w*\(model, 6\)"):
             program(images_of(config, 6))
@@ -126,9 +127,28 @@ def test_a_batch_size_is_a_whole_number(batch_size: Any) -> None:
         check_batch_size(batch_size)
 
 
-def test_a_plan_of_auto_is_the_plan_of_packed_execution() -> None:
-    plan = PackedPlan(7, 1, (7,))
-    assert avit_jax.compile(spread_gate(CONFIGS["avit"]), 2, plan=plan).plan == plan
+def test_auto_takes_the_execution_of_its_plan() -> None:
+    model = spread_gate(CONFIGS["avit"])
+    for execution, plan in (
+        ("packed", PackedPlan(7, 1, (7,))),
+        ("planned", avit_jax.plan(model, images_of(CONFIGS["avit"], 4), 2)),
+    ):
+        program = avit_jax.compile(model, 2, plan=plan)
+        assert program.plan == plan
+        assert (program.execution, program.reason) == (execution, "the plan is for it")
+        assert {choose(model.config, plan=plan, platform=name).execution for name in PLATFORMS} == {execution}
+
+
+PLATFORMS = ("cpu", "tpu", "gpu", "another")
+
+
+def test_auto_decides_by_platform_where_tokens_halt() -> None:
+    found = {platform: choose(CONFIGS["avit"], platform=platform) for platform in PLATFORMS}
+    assert [choice.execution for choice in found.values()] == ["packed", "packed", "masked", "masked"]
+    assert len({choice.reason for choice in found.values()}) == 4, "each has its own reason"
+    for name in ("dense", "tome"):
+        assert {choose(CONFIGS[name], platform=platform).execution for platform in PLATFORMS} == {FITTING[name][0]}
+    assert avit_jax.compile(spread_gate(CONFIGS["avit"]), 1).reason == found[jax.default_backend()].reason
 
 
 def test_commands_take_any_execution_for_any_model() -> None:
@@ -136,9 +156,9 @@ def test_commands_take_any_execution_for_any_model() -> None:
     for name, (first, *_) in FITTING.items():
         for execution in ("masked", "packed", "auto"):
             halts = CONFIGS[name].halts and execution != "auto"
-            assert suited_execution(CONFIGS[name], execution) == (execution if halts else first)
+            assert suited(CONFIGS[name], execution).execution == (execution if halts else first)
     with pytest.raises(ValueError, match="execution 'fast' is unknown"):
-        suited_execution(CONFIGS["tome"], "fast")
+        suited(CONFIGS["tome"], "fast")
 
 
 @pytest.mark.parametrize("name", ["tome", "confidence"])

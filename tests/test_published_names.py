@@ -514,7 +514,9 @@ def test_evaluation_shows_a_folder_its_published_images_unless_the_config_states
         for i in range(20):
             Image.new("RGB", (30, 30)).save(tmp_path / "pictures" / name / f"{i}.png")
     config = load_config(f"folder:dense,{tmp_path / 'pictures'}")
-    monkeypatch.setattr(checkpoint_evaluation, "format_evaluation", lambda _, config: str(config.preprocessing.mean))
+    monkeypatch.setattr(
+        checkpoint_evaluation, "format_evaluation", lambda _, config, how: str(config.preprocessing.mean)
+    )
     assert checkpoint_evaluation.evaluate_checkpoint(config, folder, execution="masked") == "(0.1, 0.1, 0.1)"
     config.data.mean, config.data.std = (0.3,) * 3, (0.4,) * 3
     assert checkpoint_evaluation.evaluate_checkpoint(config, folder, execution="masked") == "(0.3, 0.3, 0.3)"

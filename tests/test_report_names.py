@@ -18,6 +18,7 @@ from avit_jax.data.preprocessing import normalize
 from avit_jax.data.sources import Split
 from avit_jax.evaluate.figures import evaluate
 from avit_jax.execution.compiled import predict
+from avit_jax.execution.program import choose
 from avit_jax.model.config import AViTConfig
 from avit_jax.report import draw_depth_histogram, draw_depth_maps, pictures
 from avit_jax.report.depth_colours import coloured, legend, scale
@@ -121,8 +122,8 @@ def test_where_all_tokens_stop_at_one_layer_the_picture_is_a_sentence(
     assert draw_depth_histogram(one, tmp_path / "one.png").read_bytes()[:4] == b"\x89PNG"
     assert len(drawn[0].axes) == 1 and drawn[1].axes == []
     assert [text.get_text() for text in drawn[1].texts] == ["All tokens of the 10 images stop at layer 3 of 4."]
-    assert format_evaluation(one, CONFIG).splitlines()[-1] == "all tokens stop at layer 3"
-    assert "all tokens" not in format_evaluation(result, CONFIG)
+    assert format_evaluation(one, CONFIG, choose(CONFIG)).splitlines()[-1] == "all tokens stop at layer 3"
+    assert "all tokens" not in format_evaluation(result, CONFIG, choose(CONFIG))
 
 
 def test_a_page_or_picture_that_cannot_be_written_leaves_the_old_one(

@@ -251,7 +251,8 @@ def other(value: Any) -> Any:
 OTHERS = {
     "data.source": "idx", "data.interpolation": "nearest", "data.on_bad_image": "skip", "data.class_names": ("a",),
     "augment.crop_ratio": (1.0, 2.0), "augment.crop_scale": (0.5, 1.0), "on_nan": "roll back", "profile": "3:4",
-    "loss.prior": "official", "optim.schedule": "epoch", "model.preset": "deit_tiny_patch16_224",
+    "gate_start.features": "hidden", "loss.prior": "official", "optim.schedule": "epoch",
+    "model.preset": "deit_tiny_patch16_224",
     "augment.randaugment": "rand-m9-mstd0.5-inc1", "loss.distillation": "soft", "model.pool": "norm_mean",
     "model.dtype": "bfloat16", "model.rule": "tome(r=2)", "data.mean": (0.5,), "data.std": (0.5,),
     "accumulation": 2, "execution": "masked", "mesh.data": 1,

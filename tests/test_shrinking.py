@@ -15,7 +15,7 @@ import avit_jax
 from avit_jax import AViT, ToMe
 from avit_jax.execution import shrinking
 from avit_jax.execution.work import shrinking_gmacs
-from tests.harness.builders import small_config, spread_gate
+from tests.harness.builders import shrunk, small_config, spread_gate
 from tests.harness.devices import run_on_devices
 from tests.harness.numpy_tome import tome
 
@@ -41,7 +41,7 @@ def test_recorded_outputs(name: str) -> None:
     weights = dict(np.load(DATA / f"{meta['weights']}.npz"))
     model = avit_jax.from_torch_state_dict(weights, **{field: meta[field] for field in ARCHITECTURE})
     rule = ToMe(tuple(meta["r"]), meta["proportional_attention"])
-    output, reduced = shrinking.run(model, recorded["images"].transpose(0, 2, 3, 1), rule)
+    output, reduced = shrunk(model, recorded["images"].transpose(0, 2, 3, 1), rule)
     np.testing.assert_allclose(output.logits, recorded["logits"], atol=1e-5)
     for layer, size in enumerate(reduced.sizes):
         np.testing.assert_array_equal(size, recorded[f"size_{layer}"])
@@ -63,7 +63,7 @@ def test_against_numpy(fields: dict[str, Any]) -> None:
     fields = {"rule": ToMe((5, 4))} | fields
     rule = fields.pop("rule")
     model = dense(**fields)
-    output, reduced = shrinking.run(model, IMAGES, rule)
+    output, reduced = shrunk(model, IMAGES, rule)
     for image in range(len(IMAGES)):
         expected = tome(model, IMAGES[image], list(np.broadcast_to(rule.r, 2)), rule.proportional)
         np.testing.assert_allclose(output.logits[image], expected.logits, atol=1e-5)

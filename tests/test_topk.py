@@ -23,7 +23,7 @@ from avit_jax.model.rule import image_keys
 from avit_jax.model.seen import Seen
 from avit_jax.reduction.groups import Reduction, reduce
 from avit_jax.rules import parse_rule, rule_from_json, rule_to_json
-from tests.harness.builders import small_config, spread_gate
+from tests.harness.builders import shrunk, small_config, spread_gate
 from tests.harness.numpy_drop import dropping, kept_and_fused
 from tests.harness.numpy_tome import Result, Token
 
@@ -77,7 +77,7 @@ def test_recorded_outputs(name: str) -> None:
     weights = dict(np.load(DATA / f"{meta['weights']}.npz"))
     model = avit_jax.from_torch_state_dict(weights, **{field: meta[field] for field in ARCHITECTURE})
     rule = (EViT if meta["fuse"] else TopK)(float(meta["keep"][3]))
-    output, reduced = shrinking.run(model, recorded["images"].transpose(0, 2, 3, 1), rule)
+    output, reduced = shrunk(model, recorded["images"].transpose(0, 2, 3, 1), rule)
     np.testing.assert_allclose(output.logits, recorded["logits"], atol=1e-5)
     for image in range(len(output.logits)):
         there = [frozenset([patch]) for patch in range(1, model.config.num_tokens)]  # in the published code's order
@@ -105,7 +105,7 @@ def test_recorded_outputs(name: str) -> None:
 )
 def test_against_numpy(rule: Any, fields: dict[str, Any]) -> None:
     model = dense(**fields)
-    output, reduced = shrinking.run(model, IMAGES, rule)
+    output, reduced = shrunk(model, IMAGES, rule)
     for image in range(len(IMAGES)):
         expected = in_numpy(model, IMAGES[image], rule)
         np.testing.assert_allclose(output.logits[image], expected.logits, atol=1e-5)
@@ -187,12 +187,12 @@ def test_a_dropped_token_has_no_influence(kind: Any) -> None:
 def test_permuted_patches(kind: Any) -> None:
     """Patches with their positions in another order: the same ones stay, with the same logits."""
     model, rule, order = dense(), kind(0.6, (0, 1)), RNG.permutation(16)
-    output, reduced = shrinking.run(model, IMAGES, rule)
+    output, reduced = shrunk(model, IMAGES, rule)
     patches = IMAGES.reshape(3, 4, 4, 4, 4, 2).swapaxes(2, 3).reshape(3, 16, 4, 4, 2)[:, order]
     images = patches.reshape(3, 4, 4, 4, 4, 2).swapaxes(2, 3).reshape(3, 16, 16, 2)
     tokens = np.array([0, *(1 + order)])
     model.pos_embed[...] = model.pos_embed[...][:, tokens]
-    permuted, choices = shrinking.run(model, images, rule)
+    permuted, choices = shrunk(model, images, rule)
     np.testing.assert_allclose(permuted.logits, output.logits, atol=1e-5)
     for layer in range(3):
         gone, slots = reduced.sizes[layer].shape[1], reduced.slots[layer]

@@ -3,9 +3,10 @@
 import dataclasses
 import json
 import math
+import shutil
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -86,73 +87,78 @@ def test_a_run_learns_and_leaves_everything_behind(
         assert line["loss"] == pytest.approx(line["classification"] + line["ponder"] + line["prior"], rel=1e-5)
 
 
+class Whole(NamedTuple):
+    """A run that nobody stopped, and the model that it returned."""
+
+    config: ConfigDict
+    folder: Path
+    model: avit_jax.AViT
+
+
+@pytest.fixture(scope="module")
+def whole(without_pictures: None, tmp_path_factory: pytest.TempPathFactory) -> Whole:
+    """Tests leave it as it is."""
+    folder = tmp_path_factory.mktemp("whole")
+    config = tiny_experiment(folder / "toy.npz")
+    config.model.drop_path_rate = 0.3
+    return Whole(config, folder / "run", avit_jax.train_model(config, folder / "run"))
+
+
 def test_a_model_is_trained_from_python_and_a_finished_run_is_not_repeated(
-    config: ConfigDict, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    whole: Whole, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model = avit_jax.train_model(config, tmp_path / "run")
+    config, folder, model = whole
     assert model(jnp.zeros((2, 8, 8, 1))).logits.shape == (2, 3)
     untrained = initial_model(parse(config), load_dataset("npz", config.data.path))
     assert not np.array_equal(model.head.kernel[...], untrained.head.kernel[...])
     trained = [np.asarray(leaf) for leaf in jax.tree.leaves(nnx.state(model, nnx.Param))]
-    for a, b in zip(trained, leaves(tmp_path / "run" / "checkpoints", ema=True), strict=True):
+    for a, b in zip(trained, leaves(folder / "checkpoints", ema=True), strict=True):
         np.testing.assert_array_equal(a, b)
-    first = json.loads((tmp_path / "run" / "summary.json").read_text())
-    written = (tmp_path / "run" / "metrics.jsonl").stat().st_mtime_ns
+    first = json.loads((folder / "summary.json").read_text())
+    written = (folder / "metrics.jsonl").stat().st_mtime_ns
     capsys.readouterr()
-    assert run(config, tmp_path / "run") == first
-    assert (tmp_path / "run" / "metrics.jsonl").stat().st_mtime_ns == written
+    assert run(config, folder) == first
+    assert (folder / "metrics.jsonl").stat().st_mtime_ns == written
     out = capsys.readouterr().out
     assert "this run is finished" in out
     assert "A-ViT" in out
 
 
-@pytest.fixture(scope="module")
-def whole(without_pictures: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that nobody stopped."""
-    folder = tmp_path_factory.mktemp("whole")
-    config = tiny_experiment(folder / "toy.npz")
-    config.model.drop_path_rate = 0.3
-    run(config, folder / "run")
-    return folder / "run"
-
-
-@pytest.mark.parametrize("killed_at", [2, 5, 8])
 def test_a_stopped_run_goes_on_bit_for_bit(
-    config: ConfigDict, whole: Path, tmp_path: Path, killed_at: int, monkeypatch: pytest.MonkeyPatch
+    config: ConfigDict, whole: Whole, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Killed before its first checkpoint, between two, and in the last step."""
     config.model.drop_path_rate = 0.3
-    checked = training._checked
+    checked, stopped = training._checked, tmp_path / "stopped"
+    for killed_at in (2, 5, 8):
 
-    def killing(step: int, metrics: Any) -> dict[str, float]:
-        if step == killed_at:
-            raise Killed
-        return checked(step, metrics)
+        def killing(step: int, metrics: Any, last: int = killed_at) -> dict[str, float]:
+            if step == last:
+                raise Killed
+            return checked(step, metrics)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(training, "_checked", killing)
-        with pytest.raises(Killed):
-            run(config, tmp_path / "stopped")
-    with (tmp_path / "stopped" / "metrics.jsonl").open("a") as file:
-        file.write('{"split": "train", "st')  # a line that the kill cut short
-    run(config, tmp_path / "stopped")
+        with monkeypatch.context() as patch:
+            patch.setattr(training, "_checked", killing)
+            with pytest.raises(Killed):
+                run(config, stopped)
+        with (stopped / "metrics.jsonl").open("a") as file:
+            file.write('{"split": "train", "st')  # a line that the kill cut short
+    run(config, stopped)
     for options in ({}, {"ema": True}):
-        for a, b in zip(
-            leaves(whole / "checkpoints", **options),
-            leaves(tmp_path / "stopped" / "checkpoints", **options),
-            strict=True,
-        ):
+        pairs = (leaves(folder / "checkpoints", **options) for folder in (whole.folder, stopped))
+        for a, b in zip(*pairs, strict=True):
             np.testing.assert_array_equal(a, b)
-    assert lines_without_times(whole) == lines_without_times(tmp_path / "stopped")
-    assert not list((tmp_path / "stopped" / "checkpoints").glob("damaged-*")), "what was saved fits its digests"
+    assert lines_without_times(whole.folder) == lines_without_times(stopped)
+    assert not list((stopped / "checkpoints").glob("damaged-*")), "what was saved fits its digests"
 
 
-def test_same_seed_same_run_other_seed_another(config: ConfigDict, tmp_path: Path) -> None:
-    run(config, tmp_path / "a")
-    run(config, tmp_path / "b")
-    assert lines_without_times(tmp_path / "a") == lines_without_times(tmp_path / "b")
+def test_same_seed_same_run_other_seed_another(config: ConfigDict, whole: Whole, tmp_path: Path) -> None:
+    config.model.drop_path_rate = 0.3
+    run(config, tmp_path / "same")
+    assert lines_without_times(tmp_path / "same") == lines_without_times(whole.folder)
     config.seed = 1
-    run(config, tmp_path / "c")
-    assert lines_without_times(tmp_path / "a") != lines_without_times(tmp_path / "c")
+    run(config, tmp_path / "other")
+    assert lines_without_times(tmp_path / "other") != lines_without_times(whole.folder)
 
 
 def test_training_starts_from_a_static_model_and_reports_it(config: ConfigDict, tmp_path: Path) -> None:
@@ -230,14 +236,13 @@ def test_a_learning_rate_beyond_reason_stops_the_run(config: ConfigDict, tmp_pat
         run(config, tmp_path / "run")
 
 
-def test_a_run_killed_while_it_saved_its_model_writes_it_again(config: ConfigDict, tmp_path: Path) -> None:
-    run(config, tmp_path / "run")
-    before = leaves(tmp_path / "run" / "model")
+def test_a_run_killed_while_it_saved_its_model_writes_it_again(whole: Whole, tmp_path: Path) -> None:
+    shutil.copytree(whole.folder, tmp_path / "run")
     (tmp_path / "run" / "summary.json").unlink()
     (tmp_path / "run" / "model").rename(tmp_path / "run" / "model.partial")
     (tmp_path / "run" / "model.partial" / "config.json").unlink()
-    run(config, tmp_path / "run")
-    for a, b in zip(before, leaves(tmp_path / "run" / "model"), strict=True):
+    run(whole.config, tmp_path / "run")
+    for a, b in zip(leaves(whole.folder / "model"), leaves(tmp_path / "run" / "model"), strict=True):
         np.testing.assert_array_equal(a, b)
 
 
@@ -277,13 +282,13 @@ def test_a_dry_run_forgives_missing_data_and_nothing_else(config: ConfigDict) ->
     assert "4 classes" in account
 
 
-def test_another_config_in_the_same_folder_is_refused(config: ConfigDict, tmp_path: Path) -> None:
-    run(config, tmp_path / "run")
+def test_another_config_in_the_same_folder_is_refused(whole: Whole) -> None:
+    config = whole.config.copy_and_resolve_references()
     config.loss.ponder_weight = 0.5
     with pytest.raises(ValueError, match=r"holds a run with config\.loss\.ponder_weight=.*, this one has 0\.5"):
-        run(config, tmp_path / "run")
+        run(config, whole.folder)
     with pytest.raises(ValueError, match="holds a run already"):
-        run(config, tmp_path / "run", resume=False)
+        run(config, whole.folder, resume=False)
 
 
 def test_the_model_follows_the_data_and_must_not_contradict_them(config: ConfigDict, tmp_path: Path) -> None:

@@ -54,6 +54,20 @@ def test_positions_are_resized_as_where_a_checkpoint_is_loaded(model: AViT, tmp_
     np.testing.assert_array_equal(model.with_config(image_size=(16, 24)).pos_embed[...], loaded.pos_embed[...])
 
 
+def test_without_the_last_layers_every_token_stops_earlier() -> None:
+    """Layer 3 becomes the last: what had stopped before it keeps its depth, its cost and its logits."""
+    model = spread_gate(small_config())
+    images = np.random.default_rng(0).normal(size=(16, 12, 8, 2)).astype(np.float32)
+    whole, shorter = model(images), model.with_config(depth=3)(images)
+    np.testing.assert_array_equal(shorter.token_depth, np.minimum(whole.token_depth, 3))
+    stopped = np.asarray(whole.token_depth) < 3
+    assert stopped[:, 0].any() and not stopped[:, 0].all()
+    np.testing.assert_allclose(shorter.ponder_cost[stopped], whole.ponder_cost[stopped], atol=1e-6)
+    np.testing.assert_allclose(shorter.logits[stopped[:, 0]], whole.logits[stopped[:, 0]], atol=1e-5)
+    cut = np.asarray(whole.token_depth)[:, 0] == 4
+    assert cut.any() and (abs(shorter.logits - whole.logits).max(1)[cut] > 1e-3).all()
+
+
 def test_a_gate_may_be_given_as_a_rule(model: AViT) -> None:
     assert model.with_config(rule=AViTGate(2.0, 3.0)).config == small_config(gate_scale=2.0, gate_center=3.0)
 
@@ -69,7 +83,7 @@ def test_what_a_rule_learnt_is_kept_for_that_kind_of_rule() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"depth": 3}, "with_config cannot change depth: the weights are those of depth 4"),
+        ({"depth": 5}, "with_config cannot change depth: the weights are those of depth 4"),
         ({"embed_dim": 32}, "with_config cannot change embed_dim"),
         ({"num_heads": 4}, "with_config cannot change num_heads"),
         ({"gate_centre": 3}, "AViTConfig has no field 'gate_centre': did you mean 'gate_center'"),

@@ -18,7 +18,7 @@ from avit_jax.checkpoints.convert.published import merged, where_to_get
 from avit_jax.checkpoints.convert.weight_files import read_config
 from avit_jax.checkpoints.digests import NO_DIGESTS, check_digests, json_digest, read_digests, tree_digests
 from avit_jax.model.config import AViTConfig
-from avit_jax.model.vit import AViT
+from avit_jax.model.vit import AViT, model_of_shapes
 from avit_jax.runtime.files import read_json, write_json, writing
 from avit_jax.runtime.mesh import check_platform
 from avit_jax.runtime.text import first_line
@@ -71,7 +71,7 @@ def add_digests(path: str | Path) -> None:
 
 def _shapes(model_config: AViTConfig) -> dict[str, Any]:
     """The parameters that a model of this configuration has, without their values."""
-    return nnx.to_pure_dict(nnx.state(nnx.eval_shape(lambda: AViT(model_config, rngs=nnx.Rngs(0)))))
+    return nnx.to_pure_dict(nnx.state(model_of_shapes(model_config)))
 
 
 def _alone(doing: str) -> ocp.options.MultiprocessingOptions:

@@ -15,7 +15,7 @@ from avit_jax.data.settings import DataSettings
 from avit_jax.execution.work import whole_gmacs
 from avit_jax.model.config import AViTConfig, Preprocessing
 from avit_jax.model.presets import config_from
-from avit_jax.model.vit import AViT
+from avit_jax.model.vit import AViT, model_of_shapes
 from avit_jax.runtime.files import expanded
 from avit_jax.runtime.memory import device_memory
 from avit_jax.runtime.mesh import global_batch, training_mesh
@@ -38,7 +38,7 @@ def dry_run(config: ConfigDict) -> Iterator[str]:
     model_config, images, data = _data(settings)
     mesh = training_mesh(settings.mesh, settings.batch_size, settings.accumulation)
     # Only shapes: the program is compiled before there is anything in memory.
-    shapes = nnx.eval_shape(lambda: AViT(model_config, rngs=nnx.Rngs(settings.seed)))
+    shapes = model_of_shapes(model_config)
     weights = nnx.state(shapes)
     setup = prepare(settings, shapes, mesh, images, teacher=shapes if settings.teacher else None)
     steps, schedule = setup.steps, setup.schedule

@@ -13,7 +13,7 @@ from avit_jax.data.open import open_dataset
 from avit_jax.data.sources import Dataset, Split
 from avit_jax.evaluate.figures import Evaluation, evaluate
 from avit_jax.evaluate.sweep import parse_sweep, rule_with
-from avit_jax.execution.program import AUTO
+from avit_jax.execution.program import AUTO, Choice, suited
 from avit_jax.model.config import AViTConfig
 from avit_jax.model.vit import AViT
 from avit_jax.report.numbers import only_layer
@@ -80,7 +80,7 @@ def evaluate_checkpoint(
             rule_with(ours.config, gates.field, value)
     evaluated = subject(path, ours)
     lines = [f"warning: {doubt}"] if doubt else []
-    lines.append(format_evaluation(evaluated.result, ours.config))
+    lines.append(format_evaluation(evaluated.result, ours.config, suited(ours.config, execution)))
     if folder:
         page = write_report(
             folder,
@@ -153,8 +153,8 @@ def load_for_data(
     return found
 
 
-def format_evaluation(result: Evaluation, model_config: AViTConfig) -> str:
-    """The table that eval.py prints."""
+def format_evaluation(result: Evaluation, model_config: AViTConfig, how: Choice) -> str:
+    """The table that eval.py prints. how: the execution that ran."""
     lines = [f"images             {result.images}"]
     if result.labelled:
         lines += [
@@ -170,6 +170,7 @@ def format_evaluation(result: Evaluation, model_config: AViTConfig) -> str:
         *([f"class token depth  {result.class_token_depth:.2f}"] if model_config.class_token else []),
         f"GMACs per image    {result.gmacs:.4f}",
         f"  executed         {result.executed_gmacs:.4f}, mean depth {result.executed_depth:.2f}",
+        f"execution          {how.execution}: {how.reason}",
     ]
     if layer := only_layer(result.depth_histogram):
         return "\n".join([*lines, f"all tokens stop at layer {layer}"])

@@ -11,7 +11,7 @@ import numpy as np
 from avit_jax.checkpoints.model_folder import load
 from avit_jax.data.decode import BadImage, decode
 from avit_jax.data.preprocessing import denormalize, normalize, preprocess
-from avit_jax.execution.program import AUTO, compile, suited_execution
+from avit_jax.execution.program import AUTO, compile, suited
 from avit_jax.model.config import AViTConfig
 from avit_jax.model.vit import AViT
 from avit_jax.report.gallery import side_by_side
@@ -61,7 +61,7 @@ def predict_files(model: AViT, files: list[Path], root: Path, out: Path | None, 
     config = model.config
     # Raises its errors here, before they would be blamed on a file.
     normalize(np.zeros((0, *config.image_shape, config.in_channels), np.uint8), config)
-    chosen = suited_execution(config, execution)
+    chosen = suited(config, execution).execution
     run = compile(model, min(_BATCH, len(files)), execution=chosen, image_exit=False)
     names = model.config.class_names or tuple(map(str, range(model.config.num_classes)))
     shown_names = {file: shown(file.relative_to(root)) for file in files}

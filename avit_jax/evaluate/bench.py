@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from avit_jax.data.pipeline import evaluation_batches, evaluation_images
@@ -21,7 +22,7 @@ from avit_jax.evaluate.timing import Timed, sample_in_turn
 from avit_jax.execution.compiled import CompiledModel
 from avit_jax.execution.program import AUTO, compile
 from avit_jax.execution.work import image_gmacs
-from avit_jax.model.config import NO_RULE, AViTConfig
+from avit_jax.model.config import NO_RULE, AViTConfig, changed
 from avit_jax.model.vit import AViT
 from avit_jax.rules import rule_to_json
 from avit_jax.runtime.memory import program_memory
@@ -69,6 +70,8 @@ class Bench:
         self.batch = self._fastest({batch: programs[batch] for batch in self.batches})
         self._programs = {batch: programs[batch] for batch in (1, self.batch)}
         self.answers = answers(programs[self.batch], self.test)
+        labelled = self.static.config.num_classes > 0 and bool((self.answers.label >= 0).all())
+        self._features = None if labelled else features(self.static, self.batch, self.test)
 
     def best_batch(self, model: AViT) -> int:
         """The candidate at which the model's program runs most images in a second."""
@@ -111,6 +114,7 @@ class Bench:
             "seed": seed,
             "images": len(found.label),
             **self._accuracy(found),
+            "cosine": self._cosine(model, batch, images),
             "executed_gmacs": found.executed_gmacs,
             **_work(model.config, depth, found, short_last_layer=not whole),
             "speed": self._speed({1: alone, batch: program}, images),
@@ -132,8 +136,6 @@ class Bench:
         ours, theirs = found.outputs, self.answers.outputs
         has_head = self.static.config.num_classes > 0
         labelled = has_head and bool((found.label >= 0).all())
-        lengths = np.linalg.norm(ours, axis=1) * np.linalg.norm(theirs, axis=1)
-        cosine = (ours * theirs).sum(1) / np.maximum(lengths, np.finfo(np.float32).tiny)
         right = ours.argmax(1) == found.label
         shifted = ours - ours.max(1, keepdims=True)
         losses = (
@@ -143,9 +145,16 @@ class Bench:
             "top1": float(right.mean()) if labelled else None,
             "loss": float(losses.mean()) if labelled else None,
             "agreement": float((ours.argmax(1) == theirs.argmax(1)).mean()) if has_head else None,
-            "cosine": float(cosine.mean()),
             "correct": as_bits(right) if labelled else None,
         }
+
+    def _cosine(self, model: AViT, batch: int, images: Images) -> float | None:
+        """The mean cosine of what the heads read in the two models; None with labels, or if there are no features."""
+        ours = None if self._features is None else features(model, batch, images)
+        if ours is None or self._features is None:
+            return None
+        lengths = np.linalg.norm(ours, axis=1) * np.linalg.norm(self._features, axis=1)
+        return float(((ours * self._features).sum(1) / np.maximum(lengths, np.finfo(np.float32).tiny)).mean())
 
     def _speed(self, programs: dict[int, CompiledModel], images: Images) -> dict[str, Any]:
         """Images/s of the programs by batch, all in turn with the static model's at batch 1 and at its best one."""
@@ -176,6 +185,21 @@ def removing(model: AViT, batch: int) -> Any:
     """The program of the model that computes nothing in vain: tokens are removed and the last layer is short."""
     execution = "shrinking" if model.config.rule_in_force is None else AUTO
     return compile(model, batch, execution=execution, mesh=data_mesh(batch))
+
+
+def features(model: AViT, batch: int, images: Images) -> Float[np.ndarray, "n d"] | None:
+    """What the model's head reads of every image: the class token after the last norm, or the mean of patches.
+
+    None if the rule cannot do without a head.
+    """
+    try:
+        config = changed(model.config, num_classes=0)
+    except ValueError:
+        return None
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: AViT(config, rngs=nnx.Rngs(0))))
+    arrays = nnx.to_pure_dict(nnx.state(model))
+    nnx.replace_by_pure_dict(state, {name: value for name, value in arrays.items() if name in nnx.to_pure_dict(state)})
+    return answers(removing(nnx.merge(graphdef, state), batch), images).outputs
 
 
 def answers(program: Any, images: Images) -> Answers:

@@ -9,7 +9,7 @@ from avit_jax.data.preprocessing import normalize
 from avit_jax.data.sources import Images
 from avit_jax.evaluate.figures import Evaluation, evaluate
 from avit_jax.evaluate.timing import images_per_second
-from avit_jax.execution.program import AUTO, EXECUTIONS, checked_execution, compile
+from avit_jax.execution.program import AUTO, EXECUTIONS, compile
 from avit_jax.model.vit import AViT
 from avit_jax.rules import RULES
 from avit_jax.runtime.mesh import data_mesh
@@ -48,11 +48,11 @@ def measure(test: Images, baseline: AViT | None, model: AViT, batch_size: int) -
     programs = [compile(row_model, count, mesh=mesh) for row_model, _ in rows.values()]
     speeds = images_per_second(programs, batch, mesh)
     summary: dict[str, Any] = {"images": len(test), "batch_size": count}
-    for (name, (row_model, row)), speed in zip(rows.items(), speeds, strict=True):
+    for (name, (row_model, row)), program, speed in zip(rows.items(), programs, speeds, strict=True):
         summary[name] = {key: getattr(row, key) for key in SUMMARY_KEYS} | {"images_per_second": speed}
         if row_model.config.rule_in_force is not None:
             summary[name] |= {key: getattr(row, key) for key in DEPTH_KEYS}
-            summary[name]["execution"] = checked_execution(row_model.config, AUTO)
+            summary[name]["execution"] = program.execution
     return summary, result
 
 

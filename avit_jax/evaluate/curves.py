@@ -7,7 +7,9 @@ from typing import Any
 import numpy as np
 
 from avit_jax.evaluate.intervals import Interval, bootstrap_means
-from avit_jax.evaluate.rows import STATIC, STATIC_SHORT, Row, correct_images
+from avit_jax.evaluate.rows import GROUPS, STATIC, STATIC_SHORT, Row, correct_images
+
+_NEAR_AN_END = 0.02  # of a curve, as a share of the value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,12 +41,15 @@ class Curve:
     def between(self, cost: str, value: float) -> list[tuple[float, Point]] | None:
         """Two neighbouring points and their shares, which add up to 1, for linear interpolation at a value of `cost`.
 
-        cost: "gmacs", "speed" or "ratio". None if the value lies outside the curve.
+        cost: "gmacs", "speed" or "ratio". An end of the curve stands for values within 2 % of it, because a setting
+        meets its budget only about so well. None if the value lies further outside.
         """
         points = sorted(self.points, key=lambda point: getattr(point, cost))
         costs = [getattr(point, cost) for point in points]
-        if not costs[0] <= value <= costs[-1]:
+        inside = min(max(value, costs[0]), costs[-1])
+        if abs(inside - value) > _NEAR_AN_END * value:
             return None
+        value = inside
         right = max(1, int(np.searchsorted(costs, value))) if len(points) > 1 else 0
         left = max(right - 1, 0)
         width = costs[right] - costs[left]
@@ -56,21 +61,23 @@ class Curve:
         found = self.between(cost, value)
         return None if found is None else sum(share * point.gain for share, point in found)
 
-    def difference_at(self, cost: str, value: float, reference: Row) -> Interval | None:
-        """95 % bootstrap interval over images of the interpolated top-1 minus the reference's, on the same images.
+    def difference_at(self, cost: str, value: float, references: Sequence[Row]) -> Interval | None:
+        """95 % bootstrap interval over images of the interpolated top-1 minus that of a model, on the same images.
 
-        None outside the curve and without labels.
+        references: the rows of its seeds. Seeds are averaged before images are drawn. None outside the curve, and
+        without labels.
         """
-        found, base = self.between(cost, value), correct_images(reference)
-        if found is None or base is None:
+        found = self.between(cost, value)
+        if found is None or not references:
             return None
-        total = -base.astype(np.float64)
-        for share, point in found:
-            for row in point.rows:
-                right = correct_images(row)
-                if right is None or len(right) != len(base):
-                    return None
-                total += share / len(point.rows) * right
+        parts = [(-1 / len(references), row) for row in references]
+        parts += [(share / len(point.rows), row) for share, point in found for row in point.rows]
+        total = np.zeros(references[0]["images"])
+        for share, row in parts:
+            right = correct_images(row)
+            if right is None or len(right) != len(total):
+                return None
+            total += share * right
         return bootstrap_means(total[None])[0]
 
 
@@ -80,7 +87,7 @@ def fastest(row: Row) -> dict[str, Any]:
 
 
 def gain(row: Row) -> float:
-    """Top-1; without labels the agreement with the static model, and without a head the cosine of the outputs."""
+    """Top-1; without labels the agreement with the static model, and without a head the cosine of the features."""
     return next((row[name] for name in ("top1", "agreement", "cosine") if row.get(name) is not None), float("nan"))
 
 
@@ -94,8 +101,16 @@ def gain_name(rows: Sequence[Row]) -> str:
 
 
 def static_row(rows: Sequence[Row]) -> Row | None:
-    """The static model with a short last layer, or as it is; None if neither is there."""
-    return next((row for name in (STATIC_SHORT, STATIC) for row in rows if row["method"] == name), None)
+    """The static model of the comparison with a short last layer, or as it is; None if neither is there."""
+    own = [row for row in rows if row["group"] == GROUPS[0]]
+    return next((row for name in (STATIC_SHORT, STATIC) for row in own if row["method"] == name), None)
+
+
+def references(rows: Sequence[Row], group: str) -> list[Row]:
+    """The static model that a group is compared with: trained for as long if there is one, every seed of it."""
+    trained = [row for row in rows if row["group"] == group != GROUPS[0] and row["method"] == STATIC_SHORT]
+    static = static_row(rows)
+    return trained or ([] if static is None else [static])
 
 
 def curves(rows: Sequence[Row]) -> list[Curve]:
@@ -104,7 +119,7 @@ def curves(rows: Sequence[Row]) -> list[Curve]:
     scale = None if static is None else fastest(static)["images_per_second"] / fastest(static)["ratio"]
     by_method: dict[tuple[str, str], dict[Any, list[Row]]] = {}
     for row in rows:
-        if row["group"] == "training-free" and row["method"] in (STATIC, STATIC_SHORT):
+        if row["method"] in (STATIC, STATIC_SHORT):
             continue
         by_method.setdefault((row["group"], row["method"]), {}).setdefault(row["budget"], []).append(row)
     return [

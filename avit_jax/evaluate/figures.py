@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 from avit_jax.data.pipeline import evaluation_batches
 from avit_jax.data.preprocessing import normalize
 from avit_jax.data.sources import Images
-from avit_jax.execution.program import compile, suited_execution
+from avit_jax.execution.program import compile, suited
 from avit_jax.execution.work import image_gmacs
 from avit_jax.model.config import AViTConfig
 from avit_jax.model.vit import AViT, AViTOutput
@@ -133,7 +133,7 @@ def evaluate(
     """Evaluate the model on a data set, jit-compiled. The short last batch is padded, and padding does not count.
 
     batch_size: images of all processes together. execution: as in compile, if the rule leaves a choice
-    (suited_execution). All figures follow from the rule and are the same for every execution, except executed_depth and
+    (program.suited). All figures follow from the rule and are the same for every execution, except executed_depth and
     executed_gmacs. Packed execution runs without image exit here, because all depths are needed; its work is counted
     with image exit, the default of compile_packed. mesh: batches are split over it; None: one device. before_batch:
     called before every batch; it may raise, to stop the evaluation.
@@ -179,7 +179,7 @@ def totals(
     process, processes = jax.process_index(), jax.process_count()
     own = batch_size // processes
     config = model.config
-    chosen = suited_execution(config, execution)
+    chosen = suited(config, execution).execution
     if not config.num_classes:
         raise ValueError("the model has no head (num_classes 0), so there is nothing to evaluate: load one with a head")
     if split.labels is not None:  # otherwise each batch is checked

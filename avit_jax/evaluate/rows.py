@@ -5,7 +5,8 @@ A row is a dict of plain JSON:
     data, group ("training-free" or "fine-tuned"), method (a rule's name, "static", "static, last layer short", ..)
     rule (rule_to_json, or null), budget (share of the static model's work that was asked for, or null), seed (or null)
     images, top1, loss (both null without labels), correct (base64 of packed bits, one for each image; null)
-    agreement (share of the images answered as the static model answers them), cosine (mean, of the outputs)
+    agreement (share of the images answered as the static model answers them)
+    cosine (without labels: mean of the features that a head reads, against the static model's; null)
     gmacs (mean for an image by the rule, last layer short), executed_gmacs (padding and matching included)
     speed {batch: {images_per_second, low_quartile, high_quartile, ratio}}    ratio: to the static model, same rounds
     memory_mb, compile_seconds (of the program at the largest of these batches), machine, settings

@@ -23,8 +23,13 @@ from avit_jax.runtime.mesh import batch_sharding, replicated
 
 @runtime_checkable
 class Program(Protocol):
-    """A model compiled for up to `batch_size` images. jitted(*abstract_arguments) can be lowered and exported."""
+    """A model compiled for up to `batch_size` images. jitted(*abstract_arguments) can be lowered and exported.
 
+    execution: masked, packed, planned or shrinking. reason: why `compile` took it; empty if `compile` was not asked.
+    """
+
+    execution: str
+    reason: str
     config: AViTConfig
     batch_size: int
     params: Any  # plain dicts of arrays
@@ -79,6 +84,8 @@ class CompiledModel:
     """
 
     made_by: ClassVar[str] = "compile"  # the function that a user calls
+    execution: str = ""  # set by each kind
+    reason: str = ""  # set by `compile`
 
     def __init__(
         self,

@@ -12,6 +12,8 @@ from avit_jax.model.vit import AViT
 class MaskedModel(CompiledForward):
     """Masked execution of up to `batch_size` images: the reference for every other execution."""
 
+    execution = "masked"
+
     def __init__(self, model: AViT, batch_size: int, mesh: Mesh | None = None) -> None:
         super().__init__(model, batch_size, AViT.__call__, mesh)
 

@@ -20,6 +20,7 @@ from avit_jax.execution.plan import PackedPlan, default_plan, layer_loads, padde
 from avit_jax.execution.work import Executed, packed_gmacs
 from avit_jax.model.output import AViTOutput
 from avit_jax.model.vit import AViT
+from avit_jax.runtime.mesh import available_cores, mesh_or_all_cores
 
 
 class PackedModel(CompiledModel):
@@ -30,6 +31,7 @@ class PackedModel(CompiledModel):
     """
 
     made_by = "compile_packed"
+    execution = "packed"
 
     def __init__(self, model: AViT, batch_size: int, plan: PackedPlan, image_exit: bool, mesh: Mesh | None) -> None:
         self._devices = devices = 1 if mesh is None else mesh.shape["data"]
@@ -97,7 +99,7 @@ def compile_packed(
     the patches of a mean). Logits stay the same, token_depth counts the layers computed, and with pool "token" the last
     layer has scores for these tokens only. Without image_exit, depths, ponder costs and scores are those of masked
     execution. plan: see plan_packed; it only affects speed. mesh: the batch is split over its axis `data`, and each
-    device packs its own images.
+    device packs its own images; without one, over all CPU devices (see use_all_cores), or on one accelerator.
 
     Logits differ from masked execution by rounding, about 1e-5. If a token's cumulative score is within rounding of the
     threshold, the token may stop one layer earlier or later, and the logits of its image differ by more (6.9e-4 was
@@ -107,8 +109,10 @@ def compile_packed(
     check_batch_size(batch_size)
     if model.config.reduction is not None:
         raise ValueError(f"the rule {model.config.reduction.name} is for shrinking execution: use model(images)")
+    mesh = mesh_or_all_cores(mesh, batch_size)
     devices = 1 if mesh is None else mesh.shape["data"]
-    plan = plan or default_plan(model.config, -(-batch_size // devices), jax.default_backend())
+    cores = max(1, available_cores() // devices)
+    plan = plan or default_plan(model.config, -(-batch_size // devices), jax.default_backend(), cores)
     if plan.num_tokens != model.config.num_tokens:
         raise ValueError(
             f"the plan is for {plan.num_tokens} tokens and the model has {model.config.num_tokens}: make a new plan"

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 from avit_jax.model.config import AViTConfig
 from avit_jax.model.vit import AViT
 from avit_jax.runtime.files import read_json, write_json
-from avit_jax.runtime.mesh import data_mesh, replicated
+from avit_jax.runtime.mesh import data_mesh, mesh_or_all_cores, replicated
 
 # More tokens or images than any program can hold; far larger numbers would only exhaust the memory.
 LARGEST = 2**20
@@ -81,10 +81,16 @@ def capacities_every(step: int, config: AViTConfig) -> tuple[int, ...]:
     return (*range(step, config.num_tokens, step), config.num_tokens)
 
 
-def default_plan(config: AViTConfig, batch_size: int, platform: str) -> PackedPlan:
-    """The plan that is used when there is no sample of images to measure. platform: JAX's name, such as "cpu"."""
-    if platform == "cpu":  # groups of about 400 rows fill a core's matmul and stay in its cache
-        group_size = 2 ** max(0, math.ceil(math.log2(384 / config.num_tokens)))
+def default_plan(config: AViTConfig, batch_size: int, platform: str, cores: int = 1) -> PackedPlan:
+    """The plan that is used when there is no sample of images to measure.
+
+    batch_size: images on one device. platform: JAX's name, such as "cpu". cores: CPU cores of each device.
+    """
+    if platform == "cpu":
+        # Groups of about 400 rows fill a core's matmul and stay in its cache. Cores that share one operation wait for
+        # each other at its end, so each needs twice as many (benchmarks/plain_process.py).
+        rows = 384 if cores == 1 else 768 * cores
+        group_size = 2 ** max(0, math.ceil(math.log2(rows / config.num_tokens)))
         capacities = capacities_every(16 if config.num_tokens > 128 else 8 if config.num_tokens > 64 else 4, config)
     elif platform == "tpu":
         group_size = -(-batch_size // 8)
@@ -109,7 +115,7 @@ def plan_packed(
     config = model.config
     if not 1 <= batch_size <= len(images):
         raise ValueError(f"batch_size is {batch_size} and the sample has {len(images)} images: give at least a batch")
-    mesh = mesh or data_mesh(1)
+    mesh = mesh_or_all_cores(mesh, batch_size) or data_mesh(1)
     devices = mesh.shape["data"]
     own = -(-batch_size // devices)
     loads = np.pad(_loads(model, images, batch_size), ((0, 0), (0, 0), (0, own * devices - batch_size)))

@@ -15,7 +15,7 @@ from avit_jax.execution.packing import load
 from avit_jax.execution.places import Layout, Move
 from avit_jax.execution.stages import PlannedPlan
 from avit_jax.halting.rule import Halting, State, Trace, drop_halted
-from avit_jax.model.layers import Block
+from avit_jax.model.layers import Block, checkpointed
 from avit_jax.model.output import AViTOutput
 from avit_jax.model.seen import Facts, of_attention
 from avit_jax.model.vit import AViT
@@ -204,13 +204,12 @@ class _Layers:
                 traces.append(trace)
             return groups, traces
 
-        run_layer = jax.checkpoint(layer, prevent_cse=False) if config.remat else layer
         stop = end - 1 if short and end == config.depth else end
         carry, traces = list(zip(parts, near, strict=True)), []
         if stop > first:
             weights = jax.tree.map(lambda p: jax.lax.slice_in_dim(p, first, stop), stacked)
             inputs = weights, jnp.arange(first, stop), None if rates is None else rates[first:stop]
-            carry, trace = jax.lax.scan(run_layer, carry, inputs)
+            carry, trace = jax.lax.scan(checkpointed(layer, config), carry, inputs)
             traces.append(trace)
         if stop < end:
             params = jax.tree.map(lambda p: p[stop], stacked)

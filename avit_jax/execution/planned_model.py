@@ -17,6 +17,7 @@ from avit_jax.execution.stages import PlannedPlan
 from avit_jax.execution.work import Executed, packed_gmacs
 from avit_jax.model.output import AViTOutput
 from avit_jax.model.vit import AViT
+from avit_jax.runtime.mesh import mesh_or_all_cores
 
 
 class PlannedModel(CompiledModel):
@@ -27,6 +28,7 @@ class PlannedModel(CompiledModel):
     """
 
     made_by = "compile_planned"
+    execution = "planned"
 
     def __init__(self, model: AViT, batch_size: int, plan: PlannedPlan, image_exit: bool, mesh: Mesh | None) -> None:
         self.plan = plan
@@ -116,5 +118,6 @@ def compile_planned(
             f"planned execution needs a plan and this is a {type(plan).__name__}: make one with "
             f"avit_jax.plan(model, images, {batch_size})"
         )
+    mesh = mesh_or_all_cores(mesh, batch_size)
     plan.check(model.config, -(-batch_size // (1 if mesh is None else mesh.shape["data"])))
     return PlannedModel(model, batch_size, plan, image_exit, mesh)

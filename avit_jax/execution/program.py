@@ -1,5 +1,8 @@
 """The one place that chooses how a model is run."""
 
+import dataclasses
+
+import jax
 from jax.sharding import Mesh
 
 from avit_jax.execution.compiled import Program, check_batch_size
@@ -11,6 +14,7 @@ from avit_jax.execution.shrinking import ShrinkingModel
 from avit_jax.execution.stages import PlannedPlan
 from avit_jax.model.config import AViTConfig
 from avit_jax.model.vit import AViT
+from avit_jax.runtime.mesh import mesh_or_all_cores
 
 # What each execution does, as tables say it.
 EXECUTIONS = {
@@ -20,6 +24,21 @@ EXECUTIONS = {
     "shrinking": "merged and dropped tokens are gone",
 }
 AUTO = "auto"
+
+# What "auto" takes for a halting rule without a plan, by platform, and why.
+_WITHOUT_PLAN = {
+    "cpu": ("packed", "the fastest on a CPU, where it was measured"),
+    "tpu": ("packed", "by the compiler's estimate the fastest on a TPU without a plan"),
+    "gpu": ("masked", "packed makes a GPU wait for its host in every layer; with a plan (avit_jax.plan) it is planned"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """An execution, and in a few words why it was chosen."""
+
+    execution: str
+    reason: str
 
 
 def compile(
@@ -34,18 +53,34 @@ def compile(
     """Compile the model for up to batch_size images: a function of images [b, h, w, c] that returns an AViTOutput.
 
     execution: "masked" (every token is computed), "packed" (halted tokens are removed), "planned" (halted tokens are
-    removed, with shapes fixed ahead by a plan), "shrinking" (merged and dropped tokens are removed), or "auto": packed
-    for a halting rule, shrinking for a reduction rule, masked without a rule. All executions that fit a rule give the
-    same result up to rounding. Without a rule, shrinking computes only what the logits read of the last layer. plan: of
-    packed or planned execution (compile_packed, compile_planned); the others have none. image_exit: see compile_packed;
-    of packed and planned execution. mesh: the images are split over its axis `data`; None: one device.
+    removed, with shapes fixed ahead by a plan), "shrinking" (merged and dropped tokens are removed), or "auto":
+    shrinking for a reduction rule, masked without a rule, and for a halting rule the execution of the plan, or without
+    a plan what suits the platform. The result's `execution` and `reason` say which it is and why. All executions that
+    fit a rule give the same result up to rounding. Without a rule, shrinking computes only what the logits read of the
+    last layer. plan: of packed or planned execution (compile_packed, compile_planned); the others have none.
+    image_exit: see compile_packed; of packed and planned execution. mesh: the images are split over its axis `data`;
+    None: all CPU devices, or one accelerator.
 
     The weights are fixed at this point: later changes to the model have no effect. Raises ValueError for an unknown
     execution, one that does not fit the model's rule, a plan of another execution, planned execution without a plan,
     and a batch size below 1.
     """
     check_batch_size(batch_size)
-    chosen = checked_execution(model.config, execution)
+    mesh = mesh_or_all_cores(mesh, batch_size)
+    choice = choose(model.config, execution, plan)
+    program = _compiled(model, batch_size, choice.execution, plan, image_exit, mesh)
+    program.reason = choice.reason
+    return program
+
+
+def _compiled(
+    model: AViT,
+    batch_size: int,
+    chosen: str,
+    plan: PackedPlan | PlannedPlan | None,
+    image_exit: bool,
+    mesh: Mesh | None,
+) -> Program:
     if chosen == "planned":
         if plan is None:
             raise ValueError(
@@ -65,32 +100,49 @@ def compile(
     return program(model, batch_size, mesh)
 
 
+def choose(
+    config: AViTConfig,
+    execution: str = AUTO,
+    plan: PackedPlan | PlannedPlan | None = None,
+    platform: str | None = None,
+) -> Choice:
+    """The execution that compile takes, and why.
+
+    "auto" takes shrinking for a reduction rule and masked without a rule. For a halting rule it takes the execution
+    that a plan is for; without a plan packed on a CPU and a TPU, and masked elsewhere. platform: JAX's name, such as
+    "gpu"; None: the one that JAX uses. Raises ValueError for an execution that is unknown or does not fit the rule.
+    """
+    if execution not in (*EXECUTIONS, AUTO):
+        raise ValueError(f"execution {execution!r} is unknown: choose one of {', '.join((*EXECUTIONS, AUTO))}")
+    fitting = fitting_executions(config)
+    if execution == AUTO:
+        if config.reduction is not None:
+            return Choice("shrinking", "its rule leaves a number of tokens that is known ahead")
+        if config.halting is None:
+            return Choice("masked", "without a rule every token is computed")
+        if plan is not None:
+            return Choice("planned" if isinstance(plan, PlannedPlan) else "packed", "the plan is for it")
+        unknown = "masked", "nothing is known about this platform"
+        return Choice(*_WITHOUT_PLAN.get(platform or jax.default_backend(), unknown))
+    if execution not in fitting:
+        rule = config.rule_in_force
+        kind = "a model without a rule" if rule is None else f"the rule {rule.name!r}"
+        raise ValueError(f"{execution} execution cannot run {kind}: choose {' or '.join((*fitting, AUTO))}")
+    return Choice(execution, "it was asked for")
+
+
 def fitting_executions(config: AViTConfig) -> tuple[str, ...]:
-    """The executions that can run the model's rule; the one that "auto" chooses comes first. Planned needs a plan."""
+    """The executions that can run the model's rule. Planned needs a plan."""
     if config.reduction is not None:
         return ("shrinking",)
     return ("packed", "masked", "planned") if config.halting is not None else ("masked", "packed", "shrinking")
 
 
-def checked_execution(config: AViTConfig, execution: str) -> str:
-    """The execution, with "auto" resolved. Raises ValueError for one that is unknown or does not fit the rule."""
-    if execution not in (*EXECUTIONS, AUTO):
-        raise ValueError(f"execution {execution!r} is unknown: choose one of {', '.join((*EXECUTIONS, AUTO))}")
-    fitting = fitting_executions(config)
-    if execution == AUTO:
-        return fitting[0]
-    if execution not in fitting:
-        rule = config.rule_in_force
-        kind = "a model without a rule" if rule is None else f"the rule {rule.name!r}"
-        raise ValueError(f"{execution} execution cannot run {kind}: choose {' or '.join((*fitting, AUTO))}")
-    return execution
-
-
-def suited_execution(config: AViTConfig, execution: str) -> str:
+def suited(config: AViTConfig, execution: str) -> Choice:
     """The given execution if a halting rule leaves a choice, otherwise the one that "auto" chooses.
 
     For commands whose flag applies to every model that they load. Raises ValueError for an unknown execution.
     """
     if execution in EXECUTIONS and (config.halting is None or execution not in fitting_executions(config)):
         execution = AUTO
-    return checked_execution(config, execution)
+    return choose(config, execution)

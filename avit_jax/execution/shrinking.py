@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Shaped
 
 from avit_jax.execution.compiled import CompiledForward
 from avit_jax.execution.work import Executed, executed_shrinking_gmacs, shortens_last_layer
-from avit_jax.model.layers import Block
+from avit_jax.model.layers import Block, checkpointed
 from avit_jax.model.rule import Keys
 from avit_jax.model.seen import Facts, Seen, of_attention
 from avit_jax.model.vit import AViT, AViTOutput
@@ -179,9 +179,7 @@ class _Layers:
             params, index = inputs
             return nnx.merge(self.graphdef, params)(x, mass, *self._layer(index)), None
 
-        if self.config.remat:
-            layer = jax.checkpoint(layer, prevent_cse=False)
-        return jax.lax.scan(layer, x, (weights, jnp.arange(start, stop)))[0]
+        return jax.lax.scan(checkpointed(layer, self.config), x, (weights, jnp.arange(start, stop)))[0]
 
     def reduced(self, rule: Reduction, index: int, x: Array, size: Array) -> tuple[Array, Groups | None]:
         """The tokens that enter a layer, reduced before it, and the groups by which they were."""
@@ -225,6 +223,8 @@ class _Layers:
 
 class ShrinkingModel(CompiledForward):
     """Shrinking execution of up to `batch_size` images; the last layer computes only what the logits read."""
+
+    execution = "shrinking"
 
     def __init__(self, model: AViT, batch_size: int, mesh: Mesh | None = None) -> None:
         super().__init__(model, batch_size, _to_the_logits, mesh)

@@ -76,9 +76,11 @@ class PonderNet(Halting):
         return f"PonderNet, prior {self.lambda_p:g}, {'sampled' if self.sampled else f'exit at {self.threshold:g}'}"
 
     def check(self, config: Any) -> None:
-        """Raises ValueError for a model without a class token, which the exit probabilities are read from."""
+        """Raises ValueError for a model without a class token, which the exit probabilities read, or without a head."""
         if not config.class_token:
             raise ValueError("PonderNet reads the class token and the model has none: use ACT or ConfidenceExit")
+        if not config.num_classes:
+            raise ValueError("PonderNet needs class logits and num_classes is 0: load a model with a head")
 
     def module(self, model: Any) -> "LeavingUnit":
         """The unit that gives lambda, with embed_dim + 1 parameters."""

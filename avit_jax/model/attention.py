@@ -8,12 +8,15 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from avit_jax.model.config import AViTConfig
+from avit_jax.model.fused import Implementation, cudnn_is_here, cudnn_takes, fused_attention
 from avit_jax.model.linear import linear, matmul
 from avit_jax.model.seen import Facts
 from avit_jax.reduction.groups import Groups, reduce, spread
 
 # Weight of each key in attention: whether the token is there (bool) or how much it counts (float). None: all the same.
 Mass = Bool[Array, "b n"] | Float[Array, "b n"] | None
+# Facts that need the attention weights, which a fused kernel never writes.
+_FROM_WEIGHTS = frozenset({"class_attention", "attention_received"})
 
 
 class Attention(nnx.Module):
@@ -26,16 +29,14 @@ class Attention(nnx.Module):
 
     def __init__(self, config: AViTConfig, *, rngs: nnx.Rngs) -> None:
         self.num_heads = config.num_heads
+        self.attention = config.attention
         self.class_rows = config.class_token + config.distilled
         self.qkv = linear(config.embed_dim, 3 * config.embed_dim, config.dtype, rngs, use_bias=config.qkv_bias)
         self.proj = linear(config.embed_dim, config.embed_dim, config.dtype, rngs)
 
     def query_key_value(self, x: Float[Array, "b n d"]) -> tuple[Array, Array, Array]:
         """Query, key and value, each [B, H, N, d]; on a CPU, batched matmuls are twice as fast as with [B, N, H, d]."""
-        batch, tokens, dim = x.shape
-        shape = (batch, tokens, self.num_heads, dim // self.num_heads)
-        mixed = self.qkv(x).astype(self.qkv.dtype)
-        query, key, value = (y.reshape(shape).transpose(0, 2, 1, 3) for y in jnp.split(mixed, 3, axis=-1))
+        query, key, value = self._cut(self.qkv(x).astype(self.qkv.dtype))
         return query, key, value
 
     def __call__(
@@ -53,9 +54,9 @@ class Attention(nnx.Module):
         query, key, value = self.query_key_value(x)
         if self_visible and mass is not None:
             weights, total = _self_visible_weights(query, key, mass)
-        else:
-            weights, total = _attention_weights(query, key, mass)
-        return self._projected(weights, total, value), self._facts(weights, total, key, value, reads)
+            return self._projected(weights, total, value), self._facts(weights, total, key, value, reads)
+        mixed, facts = self._attended(query, key, value, mass, reads)
+        return self.proj(mixed), facts
 
     def read(self, x: Float[Array, "b n d"], mass: Mass, queries: int) -> Float[Array, "b q d"]:
         """The attention output of the first `queries` tokens; for the others only key and value are computed."""
@@ -100,12 +101,23 @@ class Attention(nnx.Module):
         y = y if bias is None else y + bias[None, None, columns].astype(rows.dtype)
         return y.astype(rows.dtype)
 
-    def _cut(self, columns: Float[Array, "b n _"]) -> Float[Array, "_ b h n c"]:
+    def _cut(self, columns: Float[Array, "b n _"]) -> list[Float[Array, "b h n c"]]:
         """Columns cut into heads: one array for each of query, key and value that is there."""
-        width = self.qkv.out_features // 3 // self.num_heads
-        return columns.reshape(*columns.shape[:2], -1, self.num_heads, width).transpose(2, 0, 3, 1, 4)
+        parts = jnp.split(columns, columns.shape[-1] // (self.qkv.out_features // 3), axis=-1)
+        # The gradient of a split is a concatenation; that of slices is a sum of padded arrays.
+        return [part.reshape(*part.shape[:2], self.num_heads, -1).transpose(0, 2, 1, 3) for part in parts]
 
-    def _heads(self, rows: Float[Array, "b n d"], first: int, last: int) -> Float[Array, "_ b h n c"]:
+    def _attended(
+        self, query: Array, key: Array, value: Array, mass: Mass, reads: frozenset[str]
+    ) -> tuple[Float[Array, "b q d"], Facts]:
+        """The mean of the values that each query attends to, and the facts; by a fused kernel where there is one."""
+        kernel = _kernel(self.attention, query, mass, reads)
+        if kernel is not None:
+            return fused_attention(query, key, value, mass, kernel), self._facts(None, None, key, value, reads)
+        weights, total = _attention_weights(query, key, mass)
+        return self._mixed(weights, total, value), self._facts(weights, total, key, value, reads)
+
+    def _heads(self, rows: Float[Array, "b n d"], first: int, last: int) -> list[Float[Array, "b h n c"]]:
         return self._cut(self._columns(rows, first, last))
 
     def _projected(self, weights: Array, total: Array, value: Array) -> Array:
@@ -116,18 +128,36 @@ class Attention(nnx.Module):
         batch, heads, queries, width = mixed.shape
         return mixed.transpose(0, 2, 1, 3).reshape(batch, queries, heads * width)
 
-    def _facts(self, weights: Array, total: Array, key: Array, value: Array | None, reads: frozenset[str]) -> Facts:
+    def _facts(
+        self, weights: Array | None, total: Array | None, key: Array, value: Array | None, reads: frozenset[str]
+    ) -> Facts:
         facts: Facts = {}
-        if "class_attention" in reads:
-            rows = slice(self.class_rows)
-            facts["class_attention"] = (weights[:, :, rows] / total[:, :, rows]).mean((1, 2))
-        if "attention_received" in reads:
-            facts["attention_received"] = (weights / total).mean((1, 2))
+        if weights is not None and total is not None:
+            if "class_attention" in reads:
+                rows = slice(self.class_rows)
+                facts["class_attention"] = (weights[:, :, rows] / total[:, :, rows]).mean((1, 2))
+            if "attention_received" in reads:
+                facts["attention_received"] = (weights / total).mean((1, 2))
         if "key_mean" in reads:
             facts["key_mean"] = key.astype(jnp.float32).mean(1)
         if "value_norm" in reads and value is not None:
             facts["value_norm"] = jnp.sqrt(jnp.square(value.astype(jnp.float32)).sum((1, 3)))
         return facts
+
+
+def _kernel(setting: str, query: Array, mass: Mass, reads: frozenset[str]) -> Implementation | None:
+    """The one place that chooses how attention is computed: the fused kernel; None: by its weights, as below.
+
+    setting: AViTConfig.attention. A kernel is for keys that are there or not, and for rules that do not read weights.
+    One query has no matrix of weights that would be worth a kernel. The platform is that of JAX's default device while
+    the program is traced.
+    """
+    if setting == "plain" or reads & _FROM_WEIGHTS or query.shape[2] == 1 or (mass is not None and mass.dtype != bool):
+        return None
+    if setting == "xla":
+        return "xla"
+    takes = setting == "cudnn" or (cudnn_takes(query.dtype, query.shape[-1]) and cudnn_is_here())
+    return "cudnn" if takes else None
 
 
 def _has_mass(mass: Bool[Array, "b n"] | Float[Array, "b n"]) -> Bool[Array, "b n"]:

@@ -6,6 +6,7 @@ from typing import Any
 
 from avit_jax.halting.avit import AViTGate
 from avit_jax.halting.rule import Halting
+from avit_jax.model.fused import ATTENTION, cudnn_takes
 from avit_jax.reduction.groups import Reduction
 from avit_jax.rules import RULES, rule_from_json, rule_to_json
 from avit_jax.runtime.hints import nearest
@@ -81,7 +82,12 @@ class AViTConfig:
     drop_rate: float = setting(0.0, "Dropout rate in training, for embeddings, attention output and MLP.")
     drop_path_rate: float = setting(0.0, "Stochastic depth in training: rate of the last layer; the first has 0.")
     dtype: str = setting("float32", "Type of matrix products: float32 or bfloat16. Parameters are float32.")
-    remat: bool = setting(False, "Recompute activations in the backward pass instead of keeping them.")
+    attention: str = setting(
+        "auto", "auto: cuDNN's fused kernel on a GPU if it applies; plain: no kernel; cudnn; xla: JAX's own."
+    )
+    remat: bool = setting(
+        False, "Recompute all activations in the backward pass; False: only norms, GELU and attention weights."
+    )
     preprocessing: Preprocessing = Preprocessing()
     class_names: Sequence[str] | None = None
 
@@ -142,6 +148,13 @@ class AViTConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 0 and below 1")
         if self.dtype not in ("float32", "bfloat16"):
             raise ValueError(f"dtype {self.dtype!r} is unknown: choose float32 or bfloat16")
+        if self.attention not in ATTENTION:
+            raise ValueError(f"attention {self.attention!r} is unknown: choose one of {', '.join(ATTENTION)}")
+        if self.attention == "cudnn" and not cudnn_takes(self.dtype, self.embed_dim // self.num_heads):
+            raise ValueError(
+                f"attention 'cudnn' needs dtype bfloat16 and heads of a multiple of 8 and at most 128 channels, and "
+                f"this is {self.dtype} with heads of {self.embed_dim // self.num_heads}: choose attention 'auto'"
+            )
         if self.class_names is not None and len(self.class_names) != self.num_classes:
             raise ValueError(
                 f"{len(self.class_names)} class_names for num_classes {self.num_classes}: give one for each"

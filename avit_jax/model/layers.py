@@ -70,6 +70,16 @@ class Mlp(nnx.Module):
         return gelu(self.fc1(x))
 
 
+def checkpointed(layer: Callable[..., Any], config: AViTConfig) -> Callable[..., Any]:
+    """A scanned layer whose backward pass computes again what is not kept of the forward pass.
+
+    With config.remat, nothing but the layer's input is kept. Otherwise the products of its linear layers are: norms,
+    GELU and attention weights take most of the memory, and computing them again takes less time than storing them.
+    """
+    keep = None if config.remat else jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    return jax.checkpoint(layer, prevent_cse=False, policy=keep)
+
+
 def drop_path(branch: Float[Array, "b n d"], rate: Float[Array, ""], key: PRNGKeyArray) -> Float[Array, "b n d"]:
     """Stochastic depth (arXiv 1603.09382): drop the branch of whole images with `rate`, scale up the rest."""
     keep = jax.random.bernoulli(key, 1 - rate, (branch.shape[0], 1, 1))

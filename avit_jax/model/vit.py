@@ -1,6 +1,7 @@
 """AViT: a vision transformer whose rule decides which tokens go on; masked execution (every token computed)."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -12,7 +13,7 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray, Shaped
 from avit_jax.halting.rule import Halting, State, Teacher, Trace, drop_halted
 from avit_jax.model.check_images import check_images
 from avit_jax.model.config import WEIGHTS_DEPEND_ON, AViTConfig, changed
-from avit_jax.model.layers import Block, PatchEmbed
+from avit_jax.model.layers import Block, PatchEmbed, checkpointed
 from avit_jax.model.linear import INIT, layer_norm, linear
 from avit_jax.model.output import AViTOutput
 from avit_jax.model.positions import resize_positions
@@ -22,14 +23,18 @@ from avit_jax.model.seen import Facts, Seen, of_attention
 from avit_jax.runtime.mesh import check_platform
 
 
+@functools.lru_cache(maxsize=256)
+def _block_graph(config: AViTConfig) -> nnx.GraphDef:
+    return nnx.graphdef(nnx.eval_shape(lambda: Block(config, rngs=nnx.Rngs(0))))
+
+
 def _stack_blocks(config: AViTConfig, rngs: nnx.Rngs) -> Block:
     """One Block whose parameters carry a leading layer axis: lax.scan compiles a single layer, whatever the depth."""
-    graphdef = nnx.graphdef(nnx.eval_shape(lambda: Block(config, rngs=nnx.Rngs(0))))
 
     def parameters(key: PRNGKeyArray) -> nnx.State:
         return nnx.state(Block(config, rngs=nnx.Rngs(key)))
 
-    return nnx.merge(graphdef, jax.vmap(parameters)(jax.random.split(rngs.params(), config.depth)))
+    return nnx.merge(_block_graph(config), jax.vmap(parameters)(jax.random.split(rngs.params(), config.depth)))
 
 
 class AViT(nnx.Module):
@@ -160,9 +165,9 @@ class AViT(nnx.Module):
             state, trace = rule.advance(state, seen, layer=index, is_last=last, module=self.rule_module)
             return (x, state), trace
 
-        if config.remat:
-            layer = jax.checkpoint(layer, prevent_cse=False)
-        (x, state), trace = jax.lax.scan(layer, (x, state), (stacked, jnp.arange(config.depth), rates))
+        (x, state), trace = jax.lax.scan(
+            checkpointed(layer, config), (x, state), (stacked, jnp.arange(config.depth), rates)
+        )
         return x, state, trace
 
     def seen(self, rule: Halting, tokens: Float[Array, "b n d"], active: Bool[Array, "b n"], facts: Facts) -> Seen:
@@ -217,25 +222,30 @@ class AViT(nnx.Module):
     def with_config(self, **changes: Any) -> "AViT":
         """The same weights with other settings, such as gate, rule, dtype, image size or drop rates; arrays are shared.
 
-        changes: fields of AViTConfig; **NO_RULE (model.config) makes a plain ViT. Positions are resized for another
-        image size, as `load` does. The new rule's own parameters are those of this model if its rule is of the same
-        kind; otherwise they are made from the norm and heads. Raises ValueError for an unknown field, and for one that
-        the shapes of the weights depend on.
+        changes: fields of AViTConfig; **NO_RULE (model.config) makes a plain ViT. A smaller depth leaves out the last
+        layers, so that every token stops earlier. Positions are resized for another image size, as `load` does. The new
+        rule's own parameters are those of this model if its rule is of the same kind; otherwise they are made from the
+        norm and heads. Raises ValueError for an unknown field, and for one that the shapes of the weights depend on.
         """
         config = changed(self.config, **changes)
+        shorter = config.depth < self.config.depth
         fixed = [name for name in WEIGHTS_DEPEND_ON if getattr(config, name) != getattr(self.config, name)]
+        if shorter:
+            fixed.remove("depth")
         if fixed:
             raise ValueError(
                 f"with_config cannot change {fixed[0]}: the weights are those of {fixed[0]} "
                 f"{getattr(self.config, fixed[0])}; make another model with avit_jax.create, or avit_jax.load"
             )
-        graphdef, abstract = nnx.split(nnx.eval_shape(lambda: AViT(config, rngs=nnx.Rngs(0))))
+        graphdef, abstract = nnx.split(model_of_shapes(config))
         arrays = nnx.to_pure_dict(nnx.state(self))
         if config.patch_grid != self.config.patch_grid:
             grids = self.config.patch_grid, config.patch_grid
             antialias = config.num_registers > 0
             resized = resize_positions(arrays["pos_embed"], config.num_special, *grids, antialias=antialias)
             arrays["pos_embed"] = jnp.asarray(resized)
+        if shorter:
+            arrays["blocks"] = jax.tree.map(lambda p: p[: config.depth], arrays["blocks"])
         own = arrays.pop("rule_module", None)
         rule, before = config.rule_in_force, self.config.rule_in_force
         if rule is not None and "rule_module" in nnx.to_pure_dict(abstract):
@@ -250,6 +260,16 @@ class AViT(nnx.Module):
             arrays["rule_module"] = own
         nnx.replace_by_pure_dict(abstract, arrays)
         return nnx.merge(graphdef, abstract)
+
+
+@functools.lru_cache(maxsize=256)
+def _structure(config: AViTConfig) -> tuple[nnx.GraphDef, nnx.State]:
+    return nnx.split(nnx.eval_shape(lambda: AViT(config, rngs=nnx.Rngs(0))))
+
+
+def model_of_shapes(config: AViTConfig) -> AViT:
+    """A model whose parameters are shapes (jax.ShapeDtypeStruct). Tracing one takes 0.1 s, so structures are kept."""
+    return nnx.merge(*_structure(config))
 
 
 def create(preset: str, *, seed: int = 0, **overrides: Any) -> AViT:

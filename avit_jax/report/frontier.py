@@ -10,8 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from avit_jax.evaluate.curves import Curve, curves, fastest, gain, gain_name, static_row
-from avit_jax.evaluate.rows import GROUPS, STATIC, STATIC_SHORT, Row
+from avit_jax.evaluate.curves import Curve, curves, fastest, gain, gain_name, references, static_row
+from avit_jax.evaluate.rows import GROUPS, STATIC, Row
 from avit_jax.report.method_style import INK, MUTED, STYLE, direct_labels, error_scale, label, styles
 from avit_jax.report.pictures import save_picture
 
@@ -59,9 +59,9 @@ def _frontier(rows: Sequence[Row], found: list[Curve], cost: str, xlabel: str, *
     panels = figure.subplots(1, len(groups), squeeze=False)[0]
     for axes, group in zip(panels, groups, strict=True):
         own = [curve for curve in found if curve.group == group]
-        static = static_row(rows)
+        against = references(rows, group)
         gains = [100 * value for curve in own for point in curve.points for value in (point.low, point.high)]
-        gains += [] if static is None else [100 * gain(static)]
+        gains += [100 * gain(row) for row in against]
         error_scale(axes, min(gains), max(gains))
         for curve in own:
             x = [getattr(point, cost) for point in curve.points]
@@ -69,8 +69,8 @@ def _frontier(rows: Sequence[Row], found: list[Curve], cost: str, xlabel: str, *
                 np.array([getattr(p, name) for p in curve.points]) * 100 for name in ("gain", "low", "high")
             )
             axes.errorbar(x, y, np.abs([y - low, high - y]), elinewidth=1, capsize=2, **look[curve.method])
-        if static is not None:
-            _mark_static(axes, rows, cost)
+        if against:
+            _mark_static(axes, against, cost, whole=next((row for row in rows if row["method"] == STATIC), None))
         axes.set(xlabel=xlabel, ylabel=f"{gain_name(rows)}, logarithmic in the error", title=group)
         axes.xaxis.set_major_locator(MaxNLocator(6))
         ends = [max(curve.points, key=lambda p: getattr(p, cost) * (1 if right else -1)) for curve in own]
@@ -85,31 +85,34 @@ def _frontier(rows: Sequence[Row], found: list[Curve], cost: str, xlabel: str, *
     return figure
 
 
-def _mark_static(axes: Axes, rows: Sequence[Row], cost: str) -> None:
-    for row in rows:
-        if row["method"] in (STATIC, STATIC_SHORT) and row["group"] == GROUPS[0]:
-            x = row["gmacs"] if cost == "gmacs" else fastest(row)["images_per_second"]
-            whole = row["method"] == STATIC
-            axes.plot(x, 100 * gain(row), "D", color=INK, mfc="white" if whole else INK, markersize=6, zorder=4)
-            if not whole:
-                axes.axhline(100 * gain(row), color=MUTED, linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)
-                name = "static (filled: last layer short)" if _has(rows, STATIC) else "static, last layer short"
-                at_left = cost != "gmacs"
-                place = (0.0 if at_left else 1.0, 100 * gain(row))
-                axes.annotate(
-                    name,
-                    place,
-                    xycoords=axes.get_yaxis_transform(),
-                    xytext=(2 if at_left else -2, 5),
-                    textcoords="offset points",
-                    ha="left" if at_left else "right",
-                    fontsize=8,
-                    color=INK,
-                )
+def _mark_static(axes: Axes, against: Sequence[Row], cost: str, whole: Row | None) -> None:
+    """The static model as a diamond with a line at its height; white: with a whole last layer, in its own group."""
 
+    def place(row: Row) -> float:
+        return row["gmacs"] if cost == "gmacs" else fastest(row)["images_per_second"]
 
-def _has(rows: Sequence[Row], method: str) -> bool:
-    return any(row["method"] == method for row in rows)
+    gains = [100 * gain(row) for row in against]
+    middle, x = float(np.mean(gains)), float(np.mean([place(row) for row in against]))
+    spread = np.abs([[min(gains) - middle], [max(gains) - middle]])
+    axes.errorbar(x, middle, spread, fmt="D", color=INK, markersize=6, elinewidth=1, capsize=2, zorder=4)
+    name = "static, last layer short"
+    if against[0]["group"] != GROUPS[0]:
+        name += ", trained for as long"
+    elif whole is not None:
+        axes.plot(place(whole), 100 * gain(whole), "D", color=INK, mfc="white", markersize=6, zorder=4)
+        name = "static (filled: last layer short)"
+    axes.axhline(middle, color=MUTED, linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)
+    at_left = cost != "gmacs"
+    axes.annotate(
+        name,
+        (0.0 if at_left else 1.0, middle),
+        xycoords=axes.get_yaxis_transform(),
+        xytext=(2 if at_left else -2, 5),
+        textcoords="offset points",
+        ha="left" if at_left else "right",
+        fontsize=8,
+        color=INK,
+    )
 
 
 def _speed_by_saved_work(rows: Sequence[Row], found: list[Curve]) -> Figure | None:

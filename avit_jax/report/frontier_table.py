@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from avit_jax.evaluate.curves import Curve, curves, fastest, gain, gain_name, static_row
+from avit_jax.evaluate.curves import Curve, curves, fastest, gain, gain_name, references, static_row
 from avit_jax.evaluate.rows import GROUPS, Row
 from avit_jax.report.method_style import label
 
@@ -17,6 +17,7 @@ def comparison_table(
 
     works: shares of the static model's GMACs. speed_ups: ratios of images/s. A cell has the gain in percent and, with
     labels, the paired 95 % interval of its difference to the static model in points; a dash is outside the curve.
+    Fine-tuned rules are compared with the static model that was trained for as long, if it is there.
     """
     found, static = curves(rows), static_row(rows)
     whole = max(row["gmacs"] for row in rows)
@@ -30,29 +31,39 @@ def comparison_table(
         own = [curve for curve in found if curve.group == group]
         if not own:
             continue
-        heads = [f"{work * whole:.4g} GMACs ({work:.0%})" for work in works]
-        values = [work * whole for work in works]
-        parts.append(_table(f"{group}: {gain_name(rows)} at equal work", own, "gmacs", heads, values, static))
-        heads = [f"{ratio:g} x static" for ratio in speed_ups]
-        title = f"{group}: {gain_name(rows)} at equal measured images/s"
-        parts.append(_table(title, own, "ratio", heads, list(speed_ups), static))
+        against = references(rows, group)
+        if against and against[0] is not static:
+            parts.append(_trained(against))
+        at_work = {f"{work * whole:.4g} GMACs ({work:.0%})": work * whole for work in works}
+        at_speed = {f"{ratio:g} x static": ratio for ratio in speed_ups}
+        title = f"{group}: {gain_name(rows)} at equal"
+        parts += _table(f"{title} work", own, "gmacs", at_work, against)
+        parts += _table(f"{title} measured images/s", own, "ratio", at_speed, against)
     return "\n\n".join(parts)
 
 
-def _table(
-    title: str, own: Sequence[Curve], cost: str, heads: Sequence[str], values: Sequence[float], static: Row | None
-) -> str:
-    lines = [f"| {title} | " + " | ".join(heads) + " |", "|---" * (1 + len(heads)) + "|"]
+def _table(title: str, own: Sequence[Curve], cost: str, columns: dict[str, float], against: Sequence[Row]) -> list[str]:
+    """The table, without the columns that no curve reaches; nothing if there is none left."""
+    shown = {head: value for head, value in columns.items() if any(curve.between(cost, value) for curve in own)}
+    if not shown:
+        return []
+    lines = [f"| {title} | " + " | ".join(shown) + " |", "|---" * (1 + len(shown)) + "|"]
     for curve in own:
-        cells = [_cell(curve, cost, value, static) for value in values]
+        cells = [_cell(curve, cost, value, against) for value in shown.values()]
         lines.append(f"| {label(curve.method)} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    return ["\n".join(lines)]
 
 
-def _cell(curve: Curve, cost: str, value: float, static: Row | None) -> str:
+def _trained(against: Sequence[Row]) -> str:
+    gains = [100 * gain(row) for row in against]
+    spread = f" ({min(gains):.2f} to {max(gains):.2f}, {len(gains)} seeds)" if len(gains) > 1 else ""
+    return f"Static model, last layer short, trained for as long: {sum(gains) / len(gains):.2f}{spread}."
+
+
+def _cell(curve: Curve, cost: str, value: float, against: Sequence[Row]) -> str:
     found = curve.gain_at(cost, value)
     if found is None:
         return "-"
-    interval = None if static is None else curve.difference_at(cost, value, static)
+    interval = curve.difference_at(cost, value, against)
     said = "" if interval is None else f" ({100 * interval[0]:+.1f} to {100 * interval[1]:+.1f})"
     return f"{100 * found:.1f}{said}"

@@ -14,7 +14,7 @@ from flax import nnx
 from avit_jax.data.sources import Images
 from avit_jax.evaluate.figures import Evaluation
 from avit_jax.evaluate.sweep import Sweep
-from avit_jax.execution.program import AUTO, checked_execution, fitting_executions
+from avit_jax.execution.program import AUTO, choose, fitting_executions
 from avit_jax.execution.work import whole_gmacs
 from avit_jax.model.config import NO_RULE, AViTConfig
 from avit_jax.model.vit import AViT
@@ -175,7 +175,7 @@ def _describe(subject: Subject) -> dict[str, Any]:
 
 def _own_execution(model_config: AViTConfig) -> str:
     """The execution that the page compares with dense."""
-    return checked_execution(model_config, AUTO)
+    return choose(model_config).execution
 
 
 def _saved_work(result: Evaluation, model_config: AViTConfig, batch_size: int) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import warnings
 from typing import Any
 
 import jax
@@ -9,6 +10,8 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from avit_jax.runtime.settings import Settings, setting
+
+_JAX_CHOOSES = -1  # of jax.config.jax_num_cpu_devices
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,14 +36,26 @@ def available_cores() -> int:
 
 
 def use_all_cores(most: int = 8) -> None:
-    """Make every CPU core a JAX device (at most `most`); call it before anything else runs on JAX.
+    """Make every CPU core a JAX device (at most `most` devices). Call it once, before anything else runs on JAX.
 
-    A single device leaves cores idle in small operations: with two devices on two cores, a training step is a fifth
-    faster. Other backends, and a count given in XLA_FLAGS or JAX_NUM_CPU_DEVICES, are left alone.
+    A single device leaves cores idle in small operations; with a device for each core, every core works on its own
+    images. `compile`, `plan` and their kin use all of these devices if they are given no mesh. Results stay the same.
+    Other backends are left alone, and so is a count given in XLA_FLAGS, JAX_NUM_CPU_DEVICES or jax.config. Warns if JAX
+    has started already, because its number of devices is fixed then.
     """
+    wanted = min(available_cores(), most)
     given = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
-    if not given and "JAX_NUM_CPU_DEVICES" not in os.environ:
-        jax.config.update("jax_num_cpu_devices", min(available_cores(), most))
+    if given or jax.config.jax_num_cpu_devices != _JAX_CHOOSES:  # type: ignore[attr-defined]
+        return
+    try:
+        jax.config.update("jax_num_cpu_devices", wanted)
+    except RuntimeError:  # JAX has started
+        if jax.default_backend() == "cpu" and (found := jax.local_device_count()) < wanted:
+            warnings.warn(
+                f"use_all_cores() comes too late: JAX has already started with {found} CPU device for {wanted} cores; "
+                "call it before the first JAX operation of the process (results are the same, only slower)",
+                stacklevel=2,
+            )
 
 
 def check_platform() -> None:
@@ -64,7 +79,22 @@ def data_mesh(batch_size: int) -> Mesh:
     """A mesh with one axis, `data`, over as many of this process's devices as divide the batch."""
     devices = jax.local_devices()
     count = max(n for n in range(1, len(devices) + 1) if batch_size % n == 0)
-    return jax.make_mesh((count,), ("data",), axis_types=(AxisType.Auto,), devices=devices[:count])
+    return _over(devices[:count])
+
+
+def _over(devices: list[jax.Device]) -> Mesh:
+    return jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
+
+
+def mesh_or_all_cores(mesh: Mesh | None, batch_size: int) -> Mesh | None:
+    """The mesh; or without one, a mesh of this process's CPU devices if there are several, otherwise None.
+
+    CPU devices exist to be used together. There is no device without an image.
+    """
+    if mesh is not None or jax.default_backend() != "cpu":
+        return mesh
+    devices = jax.local_devices()[:batch_size]
+    return None if len(devices) == 1 else _over(devices)
 
 
 def training_mesh(settings: MeshSettings, batch_size: int, parts: int = 1) -> Mesh:

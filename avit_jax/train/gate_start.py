@@ -1,10 +1,8 @@
 """The start of an A-ViT's gate: channel 0 of a static ViT is freed, then says how much each patch is attended to."""
 
 import dataclasses
-import functools
-from typing import Any
+from collections.abc import Sequence
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -15,6 +13,9 @@ from avit_jax.model.check_images import check_images
 from avit_jax.model.config import AViTConfig
 from avit_jax.model.vit import AViT
 from avit_jax.runtime.settings import Settings, setting
+from avit_jax.train.importance import fit_importance
+
+FEATURES = ("hidden", "pixels")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +29,9 @@ class GateStartSettings(Settings):
     )
     target_depth: float = setting(0.0, "Mean token depth that the gate starts at, in layers.")
     deviation: float = setting(0.0, "Standard deviation of that depth between the patches, in layers.")
+    features: str = setting(
+        "pixels", "What the gate is fitted by: pixels and position, or hidden units too.", choices=FEATURES
+    )
 
 
 # Parameters that write into the residual stream, with its channels on their last axis.
@@ -52,6 +56,7 @@ def start_gate(
     target_depth: float,
     deviation: float | None = None,
     slope: float = 2.0,
+    features: str = "hidden",
 ) -> None:
     """Make the tokens of any static ViT halt, the less attended ones earlier, without training; in place.
 
@@ -70,18 +75,21 @@ def start_gate(
 
     images: normalised as the model takes them; a few hundred are enough. target_depth: mean token depth on `images`, in
     layers. The lower it is, the more accuracy is lost; fine-tuning from here wins most of it back. deviation: standard
-    deviation between patches, in layers; None: a sixth of the layers. slope: see below.
+    deviation between patches, in layers; None: a sixth of the layers. slope: see below. features: "hidden" or "pixels".
 
-    The attention that each patch gets from the class (and distillation) token, or from all patches if the pool reads no
-    class token, is averaged over layers and heads. Ridge regression on `images` fits it by the patch's pixels and
-    position. With z the standardised fit,
+    A patch is important if the class (and distillation) token attends to it, or all patches do if the pool reads no
+    class token: the mean over heads and the last two thirds of the layers, as its rank among all patches of `images`.
+    Ridge regression fits this by the pixels and the position of the patch; then the hidden units of the MLP of layer 1
+    fit what is left, then those of layer 2, for a quarter of the layers. With z the fit so far, standardised,
 
         logit(halting score in layer l) = slope * (l - t),  t = centre + deviation * z  (layers)
 
     is written into the freed channel 0, without a new parameter, so that a token stops at about layer t. centre is
-    chosen so that the mean token depth is target_depth; tokens before the patches go through all layers. Raises
-    ValueError for a model that never halts, for a target depth that is not between 1 and L, and for images that the
-    model does not take, or none.
+    chosen so that the mean token depth is target_depth; tokens before the patches go through all layers. With
+    features="pixels" only pixels and position are fitted, to the attention itself over all layers: depths then differ
+    mostly between positions, and accuracy falls sooner (docs/halting.md). Raises ValueError for a model that never
+    halts, for a target depth that is not between 1 and L, for other features, and for images that the model does not
+    take, or none.
     """
     config = model.config
     if config.gate_scale is None or config.gate_center is None or not isinstance(config.halting, AViTGate):
@@ -97,85 +105,53 @@ def start_gate(
         deviation = config.depth / 6
     if not (deviation >= 0 and slope > 0 and np.isfinite(deviation) and np.isfinite(slope)):
         raise ValueError(f"deviation is {deviation} and slope {slope}: give a deviation of at least 0, a slope above 0")
+    if features not in FEATURES:
+        raise ValueError(f"features (config.gate_start) is {features!r}: choose {' or '.join(FEATURES)}")
     check_images(images, config)
     images = np.asarray(images)
     if not len(images) or not np.isfinite(images).all():
         raise ValueError("the gate starts from images: give at least one, without NaN or infinity in it")
-    patches = np.asarray(model.patch_embed.patches(jnp.asarray(images)), np.float64)
-    pixels, positions = _fit(patches, _attention_to_patches(model, images))
-    fit = patches @ pixels + positions
-    scale = deviation / max(fit.std(), np.finfo(np.float32).tiny)
-    pixels, positions = scale * pixels, scale * (positions - fit.mean())
-    centre = _centre(patches @ pixels + positions, slope, config, target_depth)
-    # Special tokens get a score of halt_epsilon / 2 in the last layer but one, so they weigh what the static model
-    # reads.
+    fit = fit_importance(model, images, units=max(1, config.depth // 4) if features == "hidden" else 0)
+    scale = deviation / max(fit.values[-1].std(), np.finfo(np.float32).tiny)
+    mean = fit.values[-1].mean()
+    centre = _centre([scale * (value - mean) for value in fit.values], slope, config, target_depth)
+    # Special tokens get a score of at most halt_epsilon / 2 in the last layer but one, so they weigh what the static
+    # model reads. Hidden units move their score too, so they are given room for the least value that was seen.
     last = config.depth - 1 - (np.log(config.halt_epsilon / 2) - np.log1p(-config.halt_epsilon / 2)) / slope
-    stops = np.concatenate([np.full(config.num_special, last), centre + positions])
+    stops = np.concatenate([last - scale * fit.least_special, centre + scale * (fit.positions - mean)])
     free_channel_0(model)
     # The same number goes into all channels. The part that is the same for all images goes where float32 is kept.
     model.pos_embed[...] += jnp.asarray((config.gate_center - slope * stops) / config.gate_scale, jnp.float32)[:, None]
-    model.patch_embed.proj.kernel[...] -= jnp.asarray(slope * pixels / config.gate_scale, jnp.float32)[:, None]
-    bias = model.blocks.mlp.fc2.bias
-    assert bias is not None
-    bias[...] += slope / config.gate_scale
+    per_layer = slope / config.gate_scale
+    model.patch_embed.proj.kernel[...] -= jnp.asarray(per_layer * scale * fit.pixels, jnp.float32)[:, None]
+    fc2 = model.blocks.mlp.fc2
+    assert fc2.bias is not None
+    fc2.bias[...] += per_layer
+    for layer, (weights, offset) in enumerate(fit.units):
+        written = jnp.asarray(per_layer * scale * weights, jnp.float32)[:, None]
+        fc2.kernel[...] = fc2.kernel[...].at[layer].add(-written)
+        fc2.bias[...] = fc2.bias[...].at[layer].add(-per_layer * scale * offset)
 
 
-def _fit(
-    patches: Float[np.ndarray, "b p v"], attention: Float[np.ndarray, "b p"]
-) -> tuple[Float[np.ndarray, " v"], Float[np.ndarray, " p"]]:
-    """Ridge regression of the attention: a weight for every pixel of a patch, an offset for every position."""
-    # Centred by position: the offset of a position fits its mean.
-    centred = (patches - patches.mean(0)).reshape(-1, patches.shape[-1])
-    gram = centred.T @ centred
-    # Above 0, so that the matrix can be inverted for blank borders and flat images too.
-    ridge = 1e-3 * np.trace(gram) / len(gram) + np.finfo(np.float32).tiny
-    pixels = np.linalg.solve(gram + ridge * np.eye(len(gram)), centred.T @ (attention - attention.mean(0)).ravel())
-    return pixels, attention.mean(0) - patches.mean(0) @ pixels
+def _centre(
+    offsets: Sequence[Float[np.ndarray, "b p"]], slope: float, model_config: AViTConfig, target_depth: float
+) -> float:
+    """The centre for which patches that stop `offsets` layers after it have a mean depth nearest to target_depth.
 
-
-def _centre(offsets: Float[np.ndarray, "b p"], slope: float, model_config: AViTConfig, target_depth: float) -> float:
-    """The centre for which patches that stop `offsets` layers after it have a mean depth nearest to target_depth."""
-    layers = np.arange(1, model_config.depth)
+    offsets: as they are known before layer 1, after it, and so on; the last ones hold for the layers that follow.
+    """
     wanted = target_depth * model_config.num_tokens - model_config.depth * model_config.num_special
 
     def depth_of_patches(centre: float) -> float:
-        scores = 1 / (1 + np.exp(-slope * (layers - (centre + offsets[..., None]))))
-        goes_on = np.cumsum(scores, axis=-1) < 1 - model_config.halt_epsilon
-        return (1 + goes_on.sum(-1)).mean(0).sum()
+        cumulative, depth = np.zeros_like(offsets[0]), np.ones_like(offsets[0])
+        for layer in range(1, model_config.depth):
+            stops = centre + offsets[min(layer, len(offsets) - 1)]
+            cumulative = cumulative + 1 / (1 + np.exp(-slope * (layer - stops)))
+            depth += cumulative < 1 - model_config.halt_epsilon
+        return float(depth.mean(0).sum())
 
     low, high = -float(model_config.depth), 2.0 * model_config.depth
     for _ in range(40):
         middle = (low + high) / 2
         low, high = (low, middle) if depth_of_patches(middle) > wanted else (middle, high)
     return low
-
-
-def _looking(model_config: AViTConfig) -> slice:
-    """The tokens whose attention is fitted: class and distillation token if the logits read them, else all patches."""
-    first = sum(model_config.tokens_read[: model_config.num_special])  # registers, which are not read, come after them
-    return slice(first) if first else slice(model_config.num_special, None)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _attention_step(graphdef: nnx.GraphDef, params: Any, images: Array) -> Array:
-    model = nnx.merge(graphdef, params)
-    blocks, stacked = nnx.split(model.blocks)
-    num_special, looking = model.config.num_special, _looking(model.config)
-
-    def layer(x: Array, params: Any) -> tuple[Array, Array]:
-        block = nnx.merge(blocks, params)
-        query, key, _ = block.attn.query_key_value(block.norm1(x))
-        scores = query[:, :, looking] @ key.swapaxes(-1, -2) * query.shape[-1] ** -0.5
-        attention = jax.nn.softmax(scores.astype(jnp.float32), axis=-1)[..., num_special:]
-        return block(x), attention.mean((1, 2))
-
-    return jax.lax.scan(layer, model.embed(images), stacked)[1].mean(0)
-
-
-def _attention_to_patches(
-    model: AViT, images: Float[np.ndarray, "b h w c"], batch_size: int = 100
-) -> Float[np.ndarray, "b p"]:
-    """The attention that patches get from the `_looking` tokens, mean over layers and heads, without halting."""
-    graphdef, params = nnx.split(model)
-    batches = [images[i : i + batch_size] for i in range(0, len(images), batch_size)]
-    return np.concatenate([np.asarray(_attention_step(graphdef, params, batch), np.float64) for batch in batches])

@@ -107,7 +107,7 @@ def initial_model(settings: TrainSettings, dataset: Dataset) -> AViT:
         # Spread evenly over the set, because it may be sorted by class.
         chosen = np.linspace(0, len(dataset.train) - 1, min(gate.images, len(dataset.train))).astype(int)
         images = normalize(evaluation_images(dataset.train, chosen, model.config), model.config)
-        start_gate(model, images, target_depth=gate.target_depth, deviation=gate.deviation)
+        start_gate(model, images, target_depth=gate.target_depth, deviation=gate.deviation, features=gate.features)
     return model
 
 

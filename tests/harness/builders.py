@@ -2,7 +2,7 @@
 
 import functools
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -10,8 +10,13 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from avit_jax import AViT, AViTConfig
+from avit_jax.execution import shrinking
+from avit_jax.execution.shrinking import Reduced
 from avit_jax.model.output import AViTOutput
+from avit_jax.reduction.groups import Reduction
 from configs import npz_avit
+
+Result = TypeVar("Result")
 
 
 def small_config(**overrides: Any) -> AViTConfig:
@@ -38,14 +43,31 @@ def spread_gate(model_config: AViTConfig, seed: int = 0, factor: float = 4.0) ->
 @functools.cache
 def _spread_gate(model_config: AViTConfig, seed: int, factor: float) -> AViT:
     model = AViT(model_config, rngs=nnx.Rngs(seed))
-    state = jax.tree.map(lambda x: factor * x if x.ndim >= 2 else x, nnx.state(model, nnx.Param))
+    # In NumPy, which compiles nothing.
+    state = jax.tree.map(
+        lambda x: jax.device_put(factor * np.asarray(x)) if x.ndim >= 2 else x, nnx.state(model, nnx.Param)
+    )
     nnx.update(model, state)
     return model
 
 
 def answers(model: AViT, images: Any) -> AViTOutput:
-    """model(images) as one compiled program: operation by operation, each would be compiled for each shape."""
-    return _answers(*nnx.split(model), images)
+    """model(images) as one compiled program, in NumPy: each operation would be a program for each shape."""
+    return in_numpy(_answers(*nnx.split(model), images))
+
+
+def shrunk(model: AViT, images: Any, rule: Reduction, **options: Any) -> tuple[AViTOutput, Reduced]:
+    """shrinking.run, in NumPy."""
+    output, reduced = shrinking.run(model, images, rule, **options)
+    return in_numpy(output), in_numpy(reduced)
+
+
+def in_numpy(result: Result) -> Result:
+    """A dataclass of arrays with NumPy's: a part of a JAX array is a program for each shape."""
+    found = object.__new__(type(result))  # the tests' type check of the constructor would refuse them
+    for name, value in vars(result).items():
+        object.__setattr__(found, name, jax.tree.map(np.asarray, value))
+    return found
 
 
 @functools.partial(jax.jit, static_argnums=0)

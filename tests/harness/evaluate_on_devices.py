@@ -21,7 +21,7 @@ split = Split(rng.integers(0, 256, (37, 12, 8, 2)).astype(np.uint8), rng.integer
 mesh = data_mesh(16)
 assert mesh.shape["data"] == len(jax.devices()) == 8
 for execution in ("masked", "packed"):
-    one, eight = (totals(model, split, 16, execution, m) for m in (None, mesh))
+    one, eight = (totals(model, split, 16, execution, m) for m in (data_mesh(1), mesh))
     np.testing.assert_array_equal(one.depth_histogram, eight.depth_histogram)
     np.testing.assert_array_equal(one.depth_by_token, eight.depth_by_token)
     assert one.executed_slots == eight.executed_slots

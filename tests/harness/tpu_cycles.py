@@ -130,7 +130,7 @@ def _programs(text: str) -> tuple[dict[str, list[Operation]], str]:
             current = programs.setdefault(begins.group(2), [])
             entry = begins.group(2) if begins.group(1) else entry
         elif current is not None and (found := _OPERATION.match(line)):
-            current.append(_operation(*found.groups(), line))
+            current.append(_operation(found.group(1), found.group(2), line))
     if not entry:
         raise ValueError("the text has no ENTRY computation: give compiled.as_text()")
     return programs, entry

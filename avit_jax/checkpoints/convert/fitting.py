@@ -14,7 +14,7 @@ from avit_jax.halting.avit import AViTGate
 from avit_jax.model.config import NO_RULE, AViTConfig
 from avit_jax.model.linear import linear
 from avit_jax.model.positions import resize_positions
-from avit_jax.model.vit import AViT
+from avit_jax.model.vit import AViT, model_of_shapes
 
 _OWN = "rule_module."  # parameters that a rule brings
 
@@ -64,7 +64,7 @@ def _with_rule(
     """The filled model; what its rule has to learn is the checkpoint's, or starts anew."""
     own = [name for name in flat if name.startswith(_OWN)]
     kept = saved is not None and type(saved.rule_in_force) is type(model_config.rule_in_force)
-    brings = "rule_module" in nnx.to_pure_dict(nnx.state(nnx.eval_shape(lambda: AViT(model_config, rngs=nnx.Rngs(0)))))
+    brings = "rule_module" in nnx.to_pure_dict(nnx.state(model_of_shapes(model_config)))
     if own and kept and brings:
         return _filled(model_config, flat)
     for name in own:
@@ -179,7 +179,7 @@ def _fit_heads(
 
 def _filled(model_config: AViTConfig, flat: dict[str, Any]) -> AViT:
     """The model with these parameters. Raises ValueError unless they are exactly those of the model."""
-    graphdef, abstract = nnx.split(nnx.eval_shape(lambda: AViT(model_config, rngs=nnx.Rngs(0))))
+    graphdef, abstract = nnx.split(model_of_shapes(model_config))
     targets = {".".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(abstract)}
     unused, unfilled = sorted(flat.keys() - targets), sorted(targets.keys() - flat.keys())
     if unused or unfilled:
