@@ -28,7 +28,7 @@ AUTO = "auto"
 # What "auto" takes for a halting rule without a plan, by platform, and why.
 _WITHOUT_PLAN = {
     "cpu": ("packed", "the fastest on a CPU, where it was measured"),
-    "tpu": ("masked", "packed moves single numbers, which a TPU does slowly; with a plan (avit_jax.plan) it is planned"),
+    "tpu": ("masked", "packed moves single numbers, slowly on a TPU; with a plan (avit_jax.plan) it is planned"),
     "gpu": ("masked", "packed makes a GPU wait for its host in every layer; with a plan (avit_jax.plan) it is planned"),
 }
 
@@ -109,7 +109,8 @@ def choose(
     """The execution that compile takes, and why.
 
     "auto" takes shrinking for a reduction rule and masked without a rule. For a halting rule it takes the execution
-    that a plan is for; without a plan packed on a CPU, and masked elsewhere. platform: JAX's name, such as "gpu"; None: the one that JAX uses. Raises ValueError for an execution that is unknown or does not fit the rule.
+    that a plan is for; without a plan packed on a CPU, and masked elsewhere. platform: JAX's name, such as "gpu"; None:
+    the one that JAX uses. Raises ValueError for an execution that is unknown or does not fit the rule.
     """
     if execution not in (*EXECUTIONS, AUTO):
         raise ValueError(f"execution {execution!r} is unknown: choose one of {', '.join((*EXECUTIONS, AUTO))}")
