@@ -89,7 +89,7 @@ def test_agrees_with_a_slow_loop_and_packed_execution_too(own_heads: bool, disti
         np.testing.assert_array_equal(packed.token_depth, output.token_depth)
         np.testing.assert_allclose(packed.head_logits, output.head_logits, atol=1e-5)
         np.testing.assert_array_equal(packed.ponder_cost, output.ponder_cost)
-    macs = model.config.halting.extra_macs(model.config, output.token_depth)
+    macs = model.config.halting.extra_macs(model.config, jnp.asarray(output.token_depth))
     asked = [d - 1 - first_layer for d in depth]  # the last one is the head that the model has anyway
     np.testing.assert_array_equal(macs, np.array(asked) * model.config.embed_dim * 5 * (1 + distilled))
 

@@ -107,7 +107,7 @@ def test_onnx_runtime_gives_what_the_model_gives(changes: dict[str, Any], tmp_pa
 @pytest.mark.parametrize("count_step", [1, 3])
 def test_halted_tokens_are_gone(distilled: bool, image_exit: bool, count_step: int, tmp_path: Path) -> None:
     """The arrays of each layer are as long as the fullest image needs."""
-    model = spread_gate(small_config(image_size=(24, 16), distilled=distilled, gate_center=2.0, depth=6))
+    model = spread_gate(small_config(image_size=(24, 16), distilled=distilled, gate_center=1.0, depth=6))
     config, heads = model.config, model.config.num_outputs
     images = random_images(config, 3)
     path = exported(model, tmp_path, image_exit=image_exit, count_step=count_step)
@@ -116,9 +116,11 @@ def test_halted_tokens_are_gone(distilled: bool, image_exit: bool, count_step: i
         left = []
         for layer in range(1, config.depth + 1):
             needed = depth >= layer
-            needed[:, :heads] = True
-            fullest = needed.sum(1).max()
-            left.append(min(-(-fullest // count_step) * count_step, left[-1] if left else config.num_tokens))
+            needed[:, :heads] |= not (image_exit and heads == 1)  # nothing is computed for an image that has ended
+            fullest = max(needed.sum(1).max(), 1)
+            if needed.any():
+                fullest = -(-fullest // count_step) * count_step
+            left.append(min(fullest, left[-1] if left else config.num_tokens))
         assert len(set(left)) > 2, "the images do not say much: their tokens halt in too few layers"
         assert widths(path, batch) == [*left[:-1], heads]  # the last layer computes what the logits read
 
@@ -261,7 +263,7 @@ def test_pictures_are_prepared_as_in_python(interpolation: str, size: tuple[int,
 
 def test_a_model_that_takes_pictures(tmp_path: Path) -> None:
     model = spread_gate(small_config(preprocessing=Preprocessing((0.5, 0.4), (0.25, 0.2), interpolation="nearest")))
-    pictures = np.random.default_rng(0).integers(0, 256, (3, 40, 30, 2)).astype(np.uint8)
+    pictures = np.random.default_rng(0).integers(0, 256, (3, 61, 90, 2)).astype(np.uint8)
     logits, token_depth = run(exported(model, tmp_path, preprocess=True, image_exit=False), pictures)
     wanted = answers(model, avit_jax.preprocess(pictures, model.config))
     np.testing.assert_allclose(logits, wanted.logits, atol=1e-5)

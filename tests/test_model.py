@@ -279,10 +279,15 @@ def test_regularisation_acts_in_training_alone(field: str, images: jax.Array) ->
 
 def test_drop_path_grows_with_the_layer(images: jax.Array, monkeypatch: pytest.MonkeyPatch) -> None:
     rates = []
-    monkeypatch.setattr(layers, "drop_path", lambda branch, rate, key: (rates.append(rate), branch)[1])
+
+    def watched(branch: jax.Array, rate: jax.Array, key: jax.Array) -> jax.Array:
+        jax.debug.callback(rates.append, rate, ordered=True)
+        return branch
+
+    monkeypatch.setattr(layers, "drop_path", watched)
     model = AViT(small_config(drop_path_rate=0.3), rngs=nnx.Rngs(0))
-    with jax.disable_jit():
-        model(images, deterministic=False, rngs=nnx.Rngs(0))
+    jax.block_until_ready(model(images, deterministic=False, rngs=nnx.Rngs(0)).logits)
+    jax.effects_barrier()
     np.testing.assert_allclose(rates, np.repeat([0, 0.1, 0.2, 0.3], 2), atol=1e-6)
 
 

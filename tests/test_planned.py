@@ -477,7 +477,7 @@ def test_what_does_not_fit_is_one_sentence(model: AViT) -> None:
         with pytest.raises(ValueError, match="is for 7 tokens, 4 layers and 4 images on a device, and this is"):
             avit_jax.compile(wrong, batch, execution="planned", plan=plan)
     with pytest.raises(ValueError, match="is for planned execution and this one is packed: .* execution='planned'"):
-        avit_jax.compile(model, 4, plan=plan)
+        avit_jax.compile(model, 4, execution="packed", plan=plan)
     with pytest.raises(ValueError, match="is for packed execution and this one is planned"):
         avit_jax.compile(model, 4, execution="planned", plan=PackedPlan(7, 1, (7,)))
     with pytest.raises(ValueError, match="with a halting rule: this one has none"):

@@ -83,7 +83,7 @@ def test_agrees_with_a_slow_loop_and_packed_execution_too(fields: dict[str, Any]
     np.testing.assert_allclose(output.logits, expected.mean(0), atol=1e-5)
     np.testing.assert_array_equal(output.ponder_cost, output.token_depth + 1)
     assert_executions_agree(model, images, execution)
-    macs = model.config.halting.extra_macs(model.config, output.token_depth)
+    macs = model.config.halting.extra_macs(model.config, jnp.asarray(output.token_depth))
     np.testing.assert_array_equal(macs, 16 * np.minimum(depth, 4))
 
 

@@ -105,7 +105,8 @@ class Attention(nnx.Module):
         """Columns cut into heads: one array for each of query, key and value that is there."""
         parts = jnp.split(columns, columns.shape[-1] // (self.qkv.out_features // 3), axis=-1)
         # The gradient of a split is a concatenation; that of slices is a sum of padded arrays.
-        return [part.reshape(*part.shape[:2], self.num_heads, -1).transpose(0, 2, 1, 3) for part in parts]
+        width = self.qkv.out_features // 3 // self.num_heads
+        return [part.reshape(*part.shape[:2], self.num_heads, width).transpose(0, 2, 1, 3) for part in parts]
 
     def _attended(
         self, query: Array, key: Array, value: Array, mass: Mass, reads: frozenset[str]

@@ -70,13 +70,19 @@ class Mlp(nnx.Module):
         return gelu(self.fc1(x))
 
 
+def _products(primitive: Any, *arguments: Any, **parameters: Any) -> Any:
+    """A policy of jax.checkpoint: keep what linear layers give, and what a fused attention kernel does."""
+    fused = str(primitive).startswith("dot_product_attention_fwd")
+    return fused or jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *arguments, **parameters)
+
+
 def checkpointed(layer: Callable[..., Any], config: AViTConfig) -> Callable[..., Any]:
     """A scanned layer whose backward pass computes again what is not kept of the forward pass.
 
     With config.remat, nothing but the layer's input is kept. Otherwise the products of its linear layers are: norms,
     GELU and attention weights take most of the memory, and computing them again takes less time than storing them.
     """
-    keep = None if config.remat else jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    keep = None if config.remat else _products
     return jax.checkpoint(layer, prevent_cse=False, policy=keep)
 
 

@@ -11,16 +11,19 @@ SPEED_UPS = (1.1, 1.25, 1.5, 1.75)  # over the static model with a short last la
 
 
 def comparison_table(
-    rows: Sequence[Row], works: Sequence[float] = WORKS, speed_ups: Sequence[float] = SPEED_UPS
+    rows: Sequence[Row], works: Sequence[float] | None = None, speed_ups: Sequence[float] = SPEED_UPS
 ) -> str:
     """Two tables for each group: at equal GMACs, and at equal images/s. Each curve is interpolated linearly.
 
-    works: shares of the static model's GMACs. speed_ups: ratios of images/s. A cell has the gain in percent and, with
-    labels, the paired 95 % interval of its difference to the static model in points; a dash is outside the curve.
+    works: shares of the static model's GMACs; None: the budgets of the rows, or WORKS if they are many. speed_ups:
+    ratios of images/s. A cell has the gain in percent and, with labels, the paired 95 % interval of its difference to
+    the static model in points; a dash is outside the curve.
     Fine-tuned rules are compared with the static model that was trained for as long, if it is there.
     """
     found, static = curves(rows), static_row(rows)
     whole = max(row["gmacs"] for row in rows)
+    budgets = sorted({row["budget"] for row in rows if row["budget"] is not None}, reverse=True)
+    works = works or (budgets if len(budgets) <= len(WORKS) else WORKS)
     parts = []
     if static is not None:
         parts.append(
