@@ -31,9 +31,9 @@ RATES = {
     "static": 3e-4,
     "layers": 1e-3,
     "avit": 1e-3,
-    "tome": 1e-3,
+    "tome": 3e-4,
     "evit": 1e-3,
-    "dynamicvit": 1e-3,
+    "dynamicvit": 2e-3,
 }
 RELATIVES = {
     "avit_hidden": "avit",
