@@ -29,10 +29,10 @@ from flax import nnx
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
-from avit_jax import AViT
 from avit_jax.execution.packed import packed_program
 from avit_jax.execution.plan import capacities_every, default_plan
 from avit_jax.model.presets import config_from
+from avit_jax.model.vit import model_of_shapes
 from benchmarks.results import save_results
 
 
@@ -45,7 +45,7 @@ def main() -> None:
     config = config_from(options.preset, dtype="bfloat16")
     chip = SingleDeviceSharding(topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4").devices[0])
     plan = default_plan(config, options.batch, "tpu")
-    graphdef, params = nnx.split(nnx.eval_shape(lambda: AViT(config, rngs=nnx.Rngs(0))))
+    graphdef, params = nnx.split(model_of_shapes(config))
 
     def on_chip(tree: Any) -> Any:
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=chip), tree)

@@ -24,9 +24,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import jax
 from flax import nnx
 
-from avit_jax import AViT
 from avit_jax.execution.work import whole_gmacs
 from avit_jax.model.presets import config_from
+from avit_jax.model.vit import model_of_shapes
 from benchmarks.results import save_results
 
 PASSES, MATMUL_SHARE, LINK_SHARE = 4, 0.4, 0.8
@@ -98,7 +98,7 @@ class Model:
 def model_of(size: str) -> Model:
     """A-ViT of a size at 224x224."""
     config = config_from(f"avit_{size}_patch16_224")
-    _, params = nnx.split(nnx.eval_shape(lambda: AViT(config, rngs=nnx.Rngs(0))), nnx.Param)
+    _, params = nnx.split(model_of_shapes(config), nnx.Param)
     count, sum_bytes = 0, 0
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         count += leaf.size

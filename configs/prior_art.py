@@ -23,7 +23,7 @@ from ml_collections import ConfigDict
 
 from avit_jax.execution.work import shrinking_gmacs
 from avit_jax.model.config import AViTConfig
-from avit_jax.model.vit import AViT
+from avit_jax.model.vit import AViT, model_of_shapes
 from configs import fashion_mnist
 
 RATES_TRIED = (3e-4, 1e-3, 2e-3)
@@ -163,6 +163,6 @@ def first_layers(model: AViT, layers: int) -> AViT:
     config = dataclasses.replace(model.config, depth=layers)
     arrays = nnx.to_pure_dict(nnx.state(model))
     arrays["blocks"] = jax.tree.map(lambda array: array[:layers], arrays["blocks"])
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: AViT(config, rngs=nnx.Rngs(0))))
+    graphdef, state = nnx.split(model_of_shapes(config))
     nnx.replace_by_pure_dict(state, arrays)
     return nnx.merge(graphdef, state)

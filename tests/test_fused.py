@@ -22,6 +22,7 @@ from avit_jax.execution.stages import Stage
 from avit_jax.model import attention, fused
 from avit_jax.model.config import NO_RULE
 from avit_jax.model.fused import fused_attention
+from avit_jax.model.vit import model_of_shapes
 from avit_jax.runtime.mesh import MeshSettings, training_mesh
 from avit_jax.train.optim import OptimSettings, learning_rate_schedule, make_optimizer
 from avit_jax.train.settings import StepSettings
@@ -183,7 +184,7 @@ def kernels(function: Any, *arguments: Any) -> tuple[int, int]:
 
 
 def shapes(config: AViTConfig) -> tuple[nnx.GraphDef, Any, jax.ShapeDtypeStruct]:
-    graphdef, params = nnx.split(nnx.eval_shape(lambda: AViT(config, rngs=nnx.Rngs(0))))
+    graphdef, params = nnx.split(model_of_shapes(config))
     return graphdef, params, jax.ShapeDtypeStruct((5, 12, 8, 2), "float32")
 
 

@@ -30,7 +30,7 @@ from avit_jax.train.progress import Progress
 from tests.harness.builders import small_config, tiny_experiment
 from tests.harness.devices import run_on_devices
 from tests.test_stopping import train
-from tests.test_training import Killed, leaves, lines_without_times
+from tests.test_training import kill_in_step, leaves, lines_without_times
 
 CONFIG = small_config(image_size=32)  # 65 tokens, 4 layers
 MESH = data_mesh(1)
@@ -94,18 +94,9 @@ def test_shapes_are_planned_and_kept_with_the_checkpoint(whole: Path) -> None:
 def test_a_stopped_run_goes_on_bit_for_bit(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed between a checkpoint and the end of a window, and with a plan in force."""
     plan_often(monkeypatch)
-    checked, config = training._checked, experiment(whole, "planned")
-    for killed_at in (4, 7):
-
-        def killing(step: int, metrics: Any, last: int = killed_at) -> Any:
-            if step == last:
-                raise Killed
-            return checked(step, metrics)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(training, "_checked", killing)
-            with pytest.raises(Killed):
-                train(config, tmp_path / "stopped")
+    config = experiment(whole, "planned")
+    for step in (4, 7):
+        kill_in_step(step, lambda: train(config, tmp_path / "stopped"), monkeypatch)
     train(config, tmp_path / "stopped")
     for options in ({}, {"ema": True}):
         pairs = (leaves(folder / "checkpoints", **options) for folder in (whole / "planned", tmp_path / "stopped"))

@@ -10,10 +10,10 @@ import jax
 import pytest
 from flax import nnx
 
-from avit_jax import AViT
 from avit_jax.commands.typed_config import parse
 from avit_jax.execution.packed import packed_program
 from avit_jax.execution.plan import default_plan
+from avit_jax.model.vit import model_of_shapes
 from avit_jax.runtime.mesh import MeshSettings, training_mesh
 from avit_jax.train.optim import learning_rate_schedule, make_optimizer
 from avit_jax.train.state import TrainState
@@ -49,7 +49,7 @@ def test_train_step_and_packed_evaluation_lower_for_cuda(gate: tuple[float | Non
     config.augment.update({"mixup": 0.8, "cutmix": 1.0, "erasing": 0.25})
     settings = parse(config)
     optimizer = make_optimizer(settings.optim, learning_rate_schedule(settings.optim, 1000, epochs=1.0, batch_size=4))
-    graphdef, params = nnx.split(nnx.eval_shape(lambda: AViT(model, rngs=nnx.Rngs(0))), nnx.Param)
+    graphdef, params = nnx.split(model_of_shapes(model), nnx.Param)
     state = TrainState(jax.ShapeDtypeStruct((), "int32"), params, params, jax.eval_shape(optimizer.init, params))
     batch = {"image": jax.ShapeDtypeStruct((4, 12, 8, 2), "float32"), "label": jax.ShapeDtypeStruct((4,), "int32")}
     mesh = training_mesh(MeshSettings(), 1)  # one device

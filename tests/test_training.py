@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -58,6 +59,21 @@ def lines_without_times(workdir: Path) -> list[dict[str, Any]]:
 
 class Killed(Exception):
     """Stands for whatever ends a process."""
+
+
+def kill_in_step(last: int, start: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Start a training that is killed in this step, and has to be."""
+    checked = training._checked
+
+    def killing(step: int, metrics: Any) -> dict[str, float]:
+        if step == last:
+            raise Killed
+        return checked(step, metrics)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "_checked", killing)
+        with pytest.raises(Killed):
+            start()
 
 
 def test_a_run_learns_and_leaves_everything_behind(
@@ -129,18 +145,9 @@ def test_a_stopped_run_goes_on_bit_for_bit(
 ) -> None:
     """Killed before its first checkpoint, between two, and in the last step."""
     config.model.drop_path_rate = 0.3
-    checked, stopped = training._checked, tmp_path / "stopped"
-    for killed_at in (2, 5, 8):
-
-        def killing(step: int, metrics: Any, last: int = killed_at) -> dict[str, float]:
-            if step == last:
-                raise Killed
-            return checked(step, metrics)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(training, "_checked", killing)
-            with pytest.raises(Killed):
-                run(config, stopped)
+    stopped = tmp_path / "stopped"
+    for step in (2, 5, 8):
+        kill_in_step(step, lambda: run(config, stopped), monkeypatch)
         with (stopped / "metrics.jsonl").open("a") as file:
             file.write('{"split": "train", "st')  # a line that the kill cut short
     run(config, stopped)

@@ -23,7 +23,7 @@ from avit_jax.execution.compiled import CompiledModel
 from avit_jax.execution.program import AUTO, compile
 from avit_jax.execution.work import image_gmacs
 from avit_jax.model.config import NO_RULE, AViTConfig, changed
-from avit_jax.model.vit import AViT
+from avit_jax.model.vit import AViT, model_of_shapes
 from avit_jax.rules import rule_to_json
 from avit_jax.runtime.memory import program_memory
 from avit_jax.runtime.mesh import available_cores, batch_sharding, data_mesh
@@ -196,7 +196,7 @@ def features(model: AViT, batch: int, images: Images) -> Float[np.ndarray, "n d"
         config = changed(model.config, num_classes=0)
     except ValueError:
         return None
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: AViT(config, rngs=nnx.Rngs(0))))
+    graphdef, state = nnx.split(model_of_shapes(config))
     arrays = nnx.to_pure_dict(nnx.state(model))
     nnx.replace_by_pure_dict(state, {name: value for name, value in arrays.items() if name in nnx.to_pure_dict(state)})
     return answers(removing(nnx.merge(graphdef, state), batch), images).outputs

@@ -21,7 +21,6 @@ from flax import nnx
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from avit_jax import AViT
 from avit_jax.commands.dry_run import IMAGENET_IMAGES
 from avit_jax.execution.packed import packed_program
 from avit_jax.execution.plan import default_plan
@@ -29,6 +28,7 @@ from avit_jax.execution.planned_model import planned_program
 from avit_jax.execution.stages import PlannedPlan
 from avit_jax.model.config import AViTConfig
 from avit_jax.model.presets import config_from
+from avit_jax.model.vit import model_of_shapes
 from avit_jax.runtime.mesh import batch_sharding, replicated, state_shardings
 from avit_jax.train.settings import TrainSettings
 from avit_jax.train.setup import prepare
@@ -52,7 +52,7 @@ def model_of(settings: TrainSettings) -> AViTConfig:
 def compile_train_step(settings: TrainSettings, mesh: Mesh, plan: PlannedPlan | None = None) -> Any:
     """The compiled train step of an experiment, built as training builds it. plan: of planned execution."""
     model = model_of(settings)
-    shapes = nnx.eval_shape(lambda: AViT(model, rngs=nnx.Rngs(0)))
+    shapes = model_of_shapes(model)
     setup = prepare(settings, shapes, mesh, IMAGENET_IMAGES)
     layout = state_shardings(mesh, setup.state)
     state = jax.tree.map(
@@ -93,7 +93,7 @@ def _compiled(
     model_config: AViTConfig, images_a_chip: int, mesh: Mesh, program: Callable[[Any], Callable[..., Any]]
 ) -> Any:
     """program(graphdef), a function of weights, images and their number, compiled for the mesh."""
-    graphdef, params = nnx.split(nnx.eval_shape(lambda: AViT(model_config, rngs=nnx.Rngs(0))))
+    graphdef, params = nnx.split(model_of_shapes(model_config))
     params = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=replicated(mesh)), params)
     images = jax.ShapeDtypeStruct(
         (images_a_chip * mesh.size, *model_config.image_shape, model_config.in_channels),
@@ -113,7 +113,7 @@ def bytes_needed(compiled: Any) -> int:
 
 def check_crossing(compiled: Any, model_config: AViTConfig, allowed: set[str], fsdp: int) -> dict[str, Any]:
     """What crosses chips in a program. Raises ValueError if that is more than `allowed`."""
-    _, params = nnx.split(nnx.eval_shape(lambda: AViT(model_config, rngs=nnx.Rngs(0))), nnx.Param)
+    _, params = nnx.split(model_of_shapes(model_config), nnx.Param)
     shapes = [(jax.tree_util.keystr(path), leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(params)]
     found = collectives(compiled.as_text())
     crossing = what_crosses(found, shapes, model_config.depth, fsdp)
