@@ -297,6 +297,8 @@ def test_float16_and_int8_by_the_standard_tools(tmp_path: Path) -> None:
         assert 0 < (other_depth != token_depth).mean() < off
 
 
+# OpenVINO's import starts a process by os.fork, which JAX warns of.
+@pytest.mark.filterwarnings("ignore:os.fork:RuntimeWarning")
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_openvino_gives_the_recorded_outputs(name: str, tmp_path: Path) -> None:
