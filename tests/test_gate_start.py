@@ -78,6 +78,9 @@ def test_the_start_changes_who_halts_and_nothing_else(
     assert abs(float(output.token_depth.mean()) - 3.0) < 0.05
     assert len(np.unique(output.token_depth[:, static.config.num_special :])) >= 3
     np.testing.assert_array_equal(output.token_depth[:, : static.config.num_special], static.config.depth)
+    # What the head reads is weighed almost whole; scores are sums of numbers near 30, so they are rounded.
+    early = output.halting_scores[:-1, :, : static.config.num_special]
+    assert early.max() <= static.config.halt_epsilon / 2 * 1.001
     ungated = with_gate(model, gate_scale=None, gate_center=None)
     np.testing.assert_allclose(answers(ungated, images).logits, answers(static, images).logits, atol=2e-4)
 
