@@ -3,6 +3,7 @@
     python benchmarks/prior_art.py                  trains them, hours
     python benchmarks/fine_tuned.py                 measures those that are there, about a minute each
     python benchmarks/compare.py --draw             pictures and table
+    python benchmarks/fine_tuned.py --data=scattered --most=2500       the same on Scattered Fashion-MNIST
 
 Each model is evaluated and timed by the program that removes tokens, in turn with the static model of the comparison
 (avit_jax/evaluate/bench.py). The machine should be idle. A row that is there already is kept.
@@ -18,40 +19,46 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import avit_jax
 from avit_jax.commands.typed_config import parse
 from avit_jax.data.open import open_dataset
+from avit_jax.data.sources import spread
 from avit_jax.evaluate.bench import BATCHES, ROUNDS, Bench
 from avit_jax.evaluate.rows import GROUPS, row_file, save_row, saved_row
 from avit_jax.runtime.files import read_json
 from avit_jax.runtime.mesh import use_all_cores
-from benchmarks.compare import CHECKPOINT, OUT
+from benchmarks.compare import DATA
 from benchmarks.prior_art import RUNS, Row, rows
-from configs import fashion_mnist
 
 
 def main() -> None:
     """Measure every trained model that has no row yet."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--data", choices=DATA, default=next(iter(DATA)))
+    parser.add_argument("--out", type=Path)
     parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--most", type=int, default=50_000)
     options = parser.parse_args()
     use_all_cores()
-    data = parse(fashion_mnist.get_config("dense")).data
-    bench = Bench(avit_jax.load(CHECKPOINT), open_dataset(data).test, data=Path(data.path).name, rounds=options.rounds)
+    compared = DATA[options.data]
+    options.out = options.out or compared.out
+    data = parse(compared.config).data
+    test = spread(open_dataset(data).test, options.most)
+    bench = Bench(avit_jax.load(compared.checkpoint), test, data=Path(data.path).name, rounds=options.rounds)
     batches: dict[tuple[str, str], int] = {}  # the best one of each method and budget, chosen with the first seed
     for row in rows():
         folder = RUNS / "models" / row.name
-        if row.rate is None and row.result.exists() and folder.exists():
+        ours = row.rate is None and row.scattered == (options.data == "scattered")
+        if ours and row.result.exists() and folder.exists():
             print(f"{row.name}: {_measured(bench, row, avit_jax.load(folder), options, batches)}", flush=True)
 
 
 def _measured(bench: Bench, row: Row, model: avit_jax.AViT, options: Any, batches: dict[tuple[str, str], int]) -> str:
     result = read_json(row.result)
     method, budget = result["method"], result["budget"]
-    settings = {"trained": result["commit"], "batches": list(BATCHES), "rounds": options.rounds}
+    settings = {"trained": result["commit"], "batches": list(BATCHES), "rounds": options.rounds, "most": options.most}
     file = row_file(options.out, GROUPS[1], method, budget, row.seed)
     if saved_row(file, model.config.rule_in_force, settings):
         return "there"
     test = open_dataset(parse(row.config()).data).test if row.method == "image" else None
-    key = method, row.work
+    key = method, row.budget or row.work
     if key not in batches:
         batches[key] = bench.batch if test is not None else bench.best_batch(model)
     measured = bench.row(

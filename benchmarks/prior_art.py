@@ -39,7 +39,7 @@ from avit_jax.data.sources import Dataset, Split
 from avit_jax.evaluate.position_share import explained_by_position
 from avit_jax.evaluate.rows import STATIC_SHORT
 from avit_jax.execution.program import AUTO, compile, suited
-from avit_jax.execution.work import image_gmacs
+from avit_jax.execution.work import image_gmacs, shrinking_gmacs
 from avit_jax.model.config import NO_RULE
 from avit_jax.model.vit import AViT, AViTOutput
 from avit_jax.rules import rule_to_json
@@ -50,7 +50,7 @@ from avit_jax.train.loop import train
 from avit_jax.train.run_folder import check_folder
 from avit_jax.train.start import initial_model, load_teacher
 from benchmarks.results import machine
-from configs import fashion_mnist, prior_art
+from configs import fashion_mnist, prior_art, scattered
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/prior_art"
@@ -83,13 +83,20 @@ class Row:
     seed: int = 0
     rate: float | None = None
     sampled: bool = False  # PonderNet
+    scattered: bool = False  # Scattered Fashion-MNIST
 
     @property
     def name(self) -> str:
         """Of its files."""
-        method = self.method + ("_sampled" if self.sampled else "")
+        method = ("scattered_" if self.scattered else "") + self.method + ("_sampled" if self.sampled else "")
+        moved = f"at_{self.budget}" if self.moved else ""
         end = f"s{self.seed}" if self.rate is None else f"rate_{self.rate:g}"
-        return "_".join(part for part in (method, self.work or self.budget, end) if part)
+        return "_".join(part for part in (method, self.work or self.budget, moved, end) if part)
+
+    @property
+    def moved(self) -> bool:
+        """Whether it is a model that was trained for another work."""
+        return self.scattered and self.method in scattered.MOVED and self.budget not in ("", self.work)
 
     @property
     def label(self) -> str:
@@ -108,13 +115,23 @@ class Row:
 
     def config(self) -> Any:
         """The config of its training."""
-        config = prior_art.get_config(f"{self.method},{self.work}")
+        config = scattered.get_config(self.method) if self.scattered else self.fashion()
         config.seed = self.seed
+        return config
+
+    def fashion(self) -> Any:
+        """The config of its training on Fashion-MNIST."""
+        config = prior_art.get_config(f"{self.method},{self.work}")
         if self.rate is not None:
             config.epochs = 0.5
         if self.method != "dynamicvit_own":
             config.optim.learning_rate = self.rate or best_rate(self.method)
         return config
+
+    @property
+    def static_model(self) -> avit_jax.AViT:
+        """What its training starts from."""
+        return avit_jax.load(scattered.STATIC_MODEL if self.scattered else fashion_mnist.STATIC_MODEL)
 
 
 def best_rate(method: str) -> float:
@@ -148,6 +165,8 @@ def rows() -> list[Row]:
         if seed == 0:
             found += [row(method, budget) for method in SINGLE for budget in BUDGETS]
             found += [row("pondernet", budget, sampled=True) for budget in BUDGETS]
+    found += [Row("static", scattered=True), Row("layers", scattered.WORK, str(scattered.LAYERS), scattered=True)]
+    found += [Row(m, b, scattered.WORK, scattered=True) for m in scattered.MOVED for b in scattered.BUDGETS]
     return found
 
 
@@ -157,7 +176,7 @@ def run(row: Row) -> None:
     model = at_budget(row, model, dataset.val)
     checked = figures(model, dataset.val)
     rule = model.config.rule_in_force
-    result: dict[str, Any] = {"data": "fashion_mnist", "group": "fine-tuned"}
+    result: dict[str, Any] = {"data": "scattered" if row.scattered else "fashion_mnist", "group": "fine-tuned"}
     result |= {
         "method": row.label if row.rate is None else row.method,
         "rule": None if rule is None else rule_to_json(rule),
@@ -169,13 +188,13 @@ def run(row: Row) -> None:
         shutil.rmtree(folder, ignore_errors=True)  # of a row that stopped after it had saved its model
         avit_jax.save(model, folder)
     config = row.config()
-    settings = {"config": f"{row.method},{row.work}", "sampled": row.sampled, "epochs": config.epochs}
+    settings = {"config": config.name, "sampled": row.sampled, "epochs": config.epochs}
     settings |= {"optim": config.optim.to_dict(), "loss": config.loss.to_dict()}
     result |= {"seconds": round(seconds, 1), "machine": machine(), "commit": commit(), "settings": settings}
     result |= {"validation_top1": checked["top1"], "validation_gmacs": checked["gmacs"]}
     row.result.parent.mkdir(parents=True, exist_ok=True)
     write_json(row.result, result)
-    work = checked["gmacs"] / prior_art.WHOLE_GMACS
+    work = checked["gmacs"] / shrinking_gmacs(row.static_model.config, short_last_layer=False)
     print(f"{row.name}: validation top-1 {checked['top1']:.4f} at {work:.4f} of the work")
 
 
@@ -183,7 +202,7 @@ def trained(row: Row) -> tuple[AViT, Dataset, float]:
     """The trained model, the data, and the seconds that training took: train.py without its tables and pictures."""
     config, workdir = row.config(), RUNS / row.run
     if row.method == "layers":
-        write_first_layers(Path(config.init_from), config.model.depth)
+        write_first_layers(Path(config.init_from), row.static_model, config.model.depth)
     if row.method == "image":
         write_images(Path(config.data.path), int(row.work))
     dataset = open_dataset(parse(config).data)
@@ -208,7 +227,7 @@ def trained(row: Row) -> tuple[AViT, Dataset, float]:
 
 def at_budget(row: Row, model: AViT, validation: Split) -> AViT:
     """The model with the setting of its halting rule at which validation images cost the budget, within 1 %."""
-    rule: Any = model.config.halting
+    rule: Any = model.config.rule_in_force if row.moved else model.config.halting
     if row.sampled:  # its work follows from the training
         return model.with_config(rule=dataclasses.replace(rule, sampled=True))
     if rule is None:
@@ -232,10 +251,10 @@ def as_text(rule: Any) -> str:
     return f"{rule.name}({', '.join(settings)})"
 
 
-def write_first_layers(path: Path, layers: int) -> None:
+def write_first_layers(path: Path, static: AViT, layers: int) -> None:
     """The static model's first layers as a checkpoint."""
     if not path.exists():
-        avit_jax.save(prior_art.first_layers(avit_jax.load(fashion_mnist.STATIC_MODEL), layers), path)
+        avit_jax.save(prior_art.first_layers(static, layers), path)
 
 
 def write_gate(path: Path, split: Split, depth: float) -> None:

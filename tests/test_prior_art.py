@@ -13,9 +13,10 @@ from flax import nnx
 
 from avit_jax import AViT
 from avit_jax.commands.typed_config import parse
+from avit_jax.execution.work import shrinking_gmacs
 from avit_jax.model.config import NO_RULE
 from avit_jax.rules import parse_rule
-from configs import prior_art
+from configs import prior_art, scattered
 from tests.harness.builders import answers, small_config
 from tests.harness.command_server import ROOT, run_command
 
@@ -32,6 +33,27 @@ def test_a_setting_meets_its_budget(method: str, work: str) -> None:
     rule = parse_rule(parse(prior_art.get_config(f"{method},{work}")).model.rule)
     assert rule.name == method
     assert prior_art.share(dataclasses.replace(prior_art.STATIC, rule=rule)) == pytest.approx(float(work), rel=0.01)
+
+
+@pytest.mark.parametrize("method", scattered.SETTINGS)
+def test_a_setting_for_scattered_items_meets_its_budget(method: str) -> None:
+    config = scattered.get_config(method)
+    vit = dataclasses.replace(prior_art.STATIC, image_size=config.model.image_size)
+    rest = 196 * 16 * 64 + 64 * 10  # patch embedding and head
+    whole = (12 * whole_layer(197) + rest) / 1e9
+    found = shrinking_gmacs(dataclasses.replace(vit, rule=parse_rule(config.model.rule)), short_last_layer=True)
+    assert found / whole == pytest.approx(float(scattered.WORK), rel=0.01)
+
+
+def test_training_on_scattered_items_is_that_of_the_comparison() -> None:
+    """The objective and the rates are the same; the data, the length and the static model are its own."""
+    for method in scattered.METHODS:
+        work = str(scattered.LAYERS) if method == "layers" else scattered.WORK
+        ours, theirs = scattered.get_config(method), prior_art.get_config(f"{method},{work}")
+        assert (ours.loss, ours.optim, ours.batch_size) == (theirs.loss, theirs.optim, theirs.batch_size)
+        assert (ours.epochs, ours.data.source, ours.teacher) == (1, "scattered", scattered.STATIC_MODEL)
+    with pytest.raises(ValueError, match="'tme' is not one of dense, static, "):
+        scattered.get_config("tme")
 
 
 @pytest.mark.parametrize("work", ["0.71", "0.6", "0.49"])
@@ -108,6 +130,7 @@ def test_rows_have_names_of_their_own() -> None:
     listed = run_command(["benchmarks/prior_art.py", "--list"], environment=dict(os.environ))
     names = [line.split()[0] for line in listed.stdout.splitlines()]
     assert len(names) == len(set(names)) > 30
-    assert {"static_s0", "avit_0.49_s2", "tome_0.71_s0", "layers_9_s1", "pondernet_sampled_0.49_s0"} <= set(names)
+    some = ("static_s0", "avit_0.49_s2", "tome_0.71_s0", "layers_9_s1", "pondernet_sampled_0.49_s0")
+    assert {*some, "scattered_avit_0.6_at_0.5_s0"} <= set(names)
     wrong = run_command(["benchmarks/prior_art.py", "--list", "--only=static_s9"], environment=dict(os.environ))
     assert wrong.returncode == 2 and "static_s9" in wrong.stderr
