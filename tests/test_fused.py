@@ -4,6 +4,7 @@ There is no GPU here. The numbers are those of jax.nn.dot_product_attention with
 are lowered, not run.
 """
 
+import dataclasses
 import re
 from types import SimpleNamespace
 from typing import Any
@@ -220,15 +221,18 @@ def test_programs_for_a_gpu_have_the_kernel(on_a_gpu: None) -> None:
     # All layers but the last, and the last, each with three capacities.
     assert kernels(packed, params, images, count) == (6, 0)
     planned = planned_program(graphdef, roomy(gated), False, None)
-    # Two stages of three groups; the fallback, like packed, has one capacity twice.
-    assert kernels(planned, params, images, count) == (8, 0)
+    # Two stages, each of three groups with the same places, which run as one; the fallback has one capacity twice.
+    assert kernels(planned, params, images, count) == (4, 0)
+    apart = dataclasses.replace(roomy(gated), stages=(Stage(0, (7, 7, 7)), Stage(2, (3, 5, 7))))
+    planned = planned_program(graphdef, apart, False, None)
+    assert kernels(planned, params, images, count) == (6, 0)
 
 
 def test_training_steps_for_a_gpu_have_it_in_both_directions(on_a_gpu: None) -> None:
     gated = small_config(**HALF)
     assert step_kernels(small_config(**HALF, **NO_RULE)) == step_kernels(gated) == (1, 1)
-    # Two stages of three groups, and the fallback, which computes its forward pass twice (remat).
-    assert step_kernels(gated, roomy(gated)) == (6 + 2, 6 + 1)
+    # Two stages, each of groups that run as one, and the fallback, which computes its forward pass twice (remat).
+    assert step_kernels(gated, roomy(gated)) == (2 + 2, 2 + 1)
 
 
 @pytest.mark.parametrize(

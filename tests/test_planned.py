@@ -305,15 +305,20 @@ def test_moves_sort_images_and_bring_needed_tokens_to_the_front(cells: list[list
 
 
 def test_layouts_hold_the_first_tokens_of_each_image_group_by_group() -> None:
-    layout = Layout(2, (0, 1, 3))
+    layout = Layout((2, 2, 2), (0, 1, 3))
     values = jnp.arange(24).reshape(6, 4)
     flat = layout.flat(values)
     assert flat.tolist() == [8, 12, 16, 17, 18, 20, 21, 22]
     assert [part.tolist() for part in layout.split(flat)] == [[[], []], [[8], [12]], [[16, 17, 18], [20, 21, 22]]]
     first, capacities = layout.of_rows()
     assert first.tolist() == [0, 0, 0, 1, 2, 5] and capacities.tolist() == [0, 0, 1, 1, 3, 3]
-    assert layout.tokens == 8
+    assert layout.sizes == (0, 2, 6)
     np.testing.assert_array_equal(layout.joined(layout.split(flat)), flat)
+
+
+def test_neighbours_with_the_same_capacity_are_one_group() -> None:
+    assert Layout.of(2, (0, 3, 3, 3, 5)) == Layout((2, 6, 2), (0, 3, 5))
+    assert Layout.of(4, (7,)) == Layout((4,), (7,))
 
 
 def test_a_sort_moves_tokens_as_a_gather_does() -> None:
@@ -329,10 +334,10 @@ def test_a_sort_moves_tokens_as_a_gather_does() -> None:
 def test_moved_tokens_and_their_gradients() -> None:
     """Against a loop over tokens, and against the gradients that JAX derives itself from plain indexing."""
     rng = np.random.default_rng(0)
-    before, after = Layout(2, (4, 5)), Layout(2, (2, 3))
+    before, after = Layout((2, 2), (4, 5)), Layout((2, 2), (2, 3))
     needed = np.array([[1, 0, 1, 0, 0], [0, 1, 0, 0, 0], [1, 1, 0, 1, 0], [0, 0, 0, 1, 1]], bool)
     move = Move.packing(jnp.asarray(needed))
-    x = rng.normal(size=(before.tokens, 3)).astype(np.float32)
+    x = rng.normal(size=(sum(before.sizes), 3)).astype(np.float32)
     places, capacities = before.of_rows()
     rows: list[np.ndarray] = []
     for new_row, row in enumerate(np.asarray(move.rows)):
@@ -341,7 +346,7 @@ def test_moved_tokens_and_their_gradients() -> None:
     np.testing.assert_array_equal(move.tokens(jnp.asarray(x), before, after), rows)
 
     y, z = jnp.asarray(rng.normal(size=(4, 5, 3))), jnp.asarray(rng.normal(size=(4, 2)))
-    weight, weight_y = jnp.asarray(rng.normal(size=(after.tokens, 3))), jnp.asarray(rng.normal(size=y.shape))
+    weight, weight_y = jnp.asarray(rng.normal(size=(sum(after.sizes), 3))), jnp.asarray(rng.normal(size=y.shape))
 
     def ours(x: Any, y: Any, z: Any) -> jax.Array:
         moved = move.tokens(x, before, after)

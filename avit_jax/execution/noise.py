@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
+from avit_jax.execution.places import Layout
 from avit_jax.model.config import AViTConfig
 from avit_jax.model.layers import Block
 
@@ -15,11 +16,12 @@ from avit_jax.model.layers import Block
 class Noise:
     """The noise of one layer.
 
-    It is drawn for the whole batch, so that every number of devices draws the same, and `of` takes that of some images.
+    It is drawn for the whole batch, so that every number of devices draws the same, and `of` takes that of a device.
     """
 
-    factors: tuple[Float[Array, "b n _"] | None, ...] = (None, None, None)  # of dropout: attention, hidden values, MLP
-    kept: tuple[Bool[Array, " b"] | None, ...] = (None, None)  # by stochastic depth: attention, MLP
+    # Of dropout: attention, hidden values, MLP. For each token of each image; after `of`, for each place.
+    factors: tuple[Float[Array, "b n _"] | Float[Array, "t _"] | None, ...] = (None, None, None)
+    kept: tuple[Bool[Array, " _"] | None, ...] = (None, None)  # by stochastic depth: attention, MLP
     rate: Float[Array, ""] | None = None  # of stochastic depth in this layer
 
     @classmethod
@@ -58,25 +60,31 @@ class Noise:
             rate,
         )
 
-    def of(self, image: Int[Array, " g"], index: Int[Array, "g c"]) -> "Noise":
-        """The noise of tokens. image: position in the batch of each image; index: in its image of each token."""
-        factors = tuple(None if f is None else f[image[:, None], index] for f in self.factors)
-        return Noise(factors, tuple(None if k is None else k[image] for k in self.kept), self.rate)
+    def of(self, image: Int[Array, " b"], index: Int[Array, "b n"], layout: Layout) -> "Noise":
+        """The noise of a layout's tokens. image: position of each image in the batch; index: of tokens in their image.
 
-    def attention(self, branch: Float[Array, "g c d"]) -> Float[Array, "g c d"]:
+        What was drawn for each token or image becomes one row for each place.
+        """
+        factors = tuple(None if f is None else layout.flat(f[image[:, None], index]) for f in self.factors)
+        kept = tuple(
+            None if k is None else layout.flat(jnp.broadcast_to(k[image, None], index.shape)) for k in self.kept
+        )
+        return Noise(factors, kept, self.rate)
+
+    def attention(self, branch: Float[Array, "t d"]) -> Float[Array, "t d"]:
         """The branch of attention, with noise."""
         return self._path(_dropped(branch, self.factors[0]), self.kept[0])
 
-    def mlp(self, x: Float[Array, "g c d"], block: Block) -> Float[Array, "g c d"]:
+    def mlp(self, x: Float[Array, "t d"], block: Block) -> Float[Array, "t d"]:
         """The branch of the MLP, with noise, from its normalised input."""
         inner = _dropped(block.mlp.hidden(x), self.factors[1])
         return self._path(_dropped(block.mlp.fc2(inner), self.factors[2]), self.kept[1])
 
-    def _path(self, branch: Float[Array, "g c d"], kept: Bool[Array, " g"] | None) -> Float[Array, "g c d"]:
+    def _path(self, branch: Float[Array, "t d"], kept: Bool[Array, " t"] | None) -> Float[Array, "t d"]:
         if kept is None or self.rate is None:
             return branch
-        return jnp.where(kept[:, None, None], branch / (1 - self.rate), 0)
+        return jnp.where(kept[:, None], branch / (1 - self.rate), 0)
 
 
-def _dropped(values: Float[Array, "g c m"], factors: Float[Array, "g c m"] | None) -> Float[Array, "g c m"]:
+def _dropped(values: Float[Array, "t m"], factors: Float[Array, "t m"] | None) -> Float[Array, "t m"]:
     return values if factors is None else values * factors

@@ -1,6 +1,9 @@
 """Where tokens lie between the stages of planned execution, and how they move; gradients move back the same way."""
 
 import dataclasses
+import itertools
+import operator
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -15,42 +18,48 @@ from avit_jax.halting.rule import State
 class Layout:
     """A flat array of tokens: for each group of images in turn, image by image, `capacities[group]` places."""
 
-    group_size: int
+    images: tuple[int, ...]  # of each group
     capacities: tuple[int, ...]
 
-    @property
-    def tokens(self) -> int:
-        """Places in all."""
-        return self.group_size * sum(self.capacities)
+    @classmethod
+    def of(cls, group_size: int, capacities: Sequence[int]) -> "Layout":
+        """Groups of one size; neighbours with the same capacity are one group, which is one program less to compile."""
+        runs = [(capacity, len(list(run))) for capacity, run in itertools.groupby(capacities)]
+        return cls(tuple(group_size * length for _, length in runs), tuple(capacity for capacity, _ in runs))
 
     @property
     def sizes(self) -> tuple[int, ...]:
         """Places of each group."""
-        return tuple(self.group_size * capacity for capacity in self.capacities)
+        return tuple(map(operator.mul, self.images, self.capacities))
 
     def of_rows(self) -> tuple[Int[np.ndarray, " b"], Int[np.ndarray, " b"]]:
         """For each image, in the order of the layout: its first place, and its number of places."""
-        capacities = np.repeat(np.array(self.capacities), self.group_size)
+        capacities = np.repeat(self.capacities, self.images)
         return np.concatenate([[0], np.cumsum(capacities)[:-1]]), capacities
+
+    def groups(self, values: Any) -> list[Any]:
+        """The values of each group's images, from arrays with one for each image."""
+        ends = np.cumsum(self.images).tolist()
+        return [
+            jax.tree.map(lambda v, first=end - count, end=end: v[first:end], values)
+            for end, count in zip(ends, self.images, strict=True)
+        ]
 
     def flat(self, values: Shaped[Array, "b n ..."]) -> Shaped[Array, "t ..."]:
         """The values of the places, from one for each token of each image."""
-        parts = [
-            values[g * self.group_size : (g + 1) * self.group_size, :capacity].reshape(-1, *values.shape[2:])
-            for g, capacity in enumerate(self.capacities)
-        ]
-        return jnp.concatenate(parts)
+        parts = zip(self.groups(values), self.capacities, strict=True)
+        return jnp.concatenate([part[:, :capacity].reshape(-1, *values.shape[2:]) for part, capacity in parts])
 
-    def joined(self, parts: list[Shaped[Array, "g _ ..."]]) -> Shaped[Array, "t ..."]:
+    def joined(self, parts: list[Shaped[Array, "_ _ ..."]]) -> Shaped[Array, "t ..."]:
         """The inverse of `split`."""
         return jnp.concatenate([part.reshape(-1, *part.shape[2:]) for part in parts])
 
-    def split(self, values: Shaped[Array, "t ..."]) -> list[Shaped[Array, "g c ..."]]:
+    def split(self, values: Shaped[Array, "t ..."]) -> list[Shaped[Array, "_ _ ..."]]:
         """The values of each group, image by image. (lax.split, because the gradient of slices is a sum of arrays.)"""
         parts = jax.lax.split(values, self.sizes)
         return [
-            part.reshape(self.group_size, capacity, *part.shape[1:])
-            for part, capacity in zip(parts, self.capacities, strict=True)
+            part.reshape(count, capacity, *part.shape[1:])
+            for part, count, capacity in zip(parts, self.images, self.capacities, strict=True)
         ]
 
 

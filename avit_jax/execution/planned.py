@@ -113,25 +113,25 @@ def _run(
     # Rows that only fill the last group are inactive from the start.
     x, state = jax.tree.map(lambda v: jnp.pad(v, ((0, missing), *[(0, 0)] * (v.ndim - 1))), (x, state))
     layers = _Layers(model, rule, key, batch, rows, image_exit)
-    layout = Layout(plan.group_size, (config.num_tokens,) * plan.groups)
-    parts = layout.split(x.reshape(-1, config.embed_dim))
+    layout = Layout.of(plan.group_size, (config.num_tokens,) * plan.groups)
+    x = x.reshape(-1, config.embed_dim)
     overflow = jnp.zeros((), bool)
     index = jnp.broadcast_to(jnp.arange(config.num_tokens), (plan.rows, config.num_tokens))
     image = jnp.arange(plan.rows)
     read = jnp.broadcast_to(jnp.asarray(config.tokens_read), index.shape)
-    capacities, moved, traces = layout.capacities, False, []
+    capacities, moved, traces = (config.num_tokens,) * plan.groups, False, []
     least = state.output.shape[1] % config.num_tokens  # the heads' tokens have places wherever an image has
     for stage, end in zip(plan.stages, plan.ends(), strict=True):
         if stage.capacities != capacities:  # not where the first layers have all places, so that nothing moves
             capacities = stage.capacities
-            new = Layout(plan.group_size, tuple(max(c, least) if c else 0 for c in capacities))
+            new = Layout.of(plan.group_size, [max(c, least) if c else 0 for c in capacities])
             needed, _ = load(state)
             move = Move.packing(needed)
             overflow |= (needed.sum(1)[move.rows] > np.repeat(capacities, plan.group_size)).any()
-            parts, state = new.split(move.tokens(layout.joined(parts), layout, new)), move.state(state)
+            x, state = move.tokens(x, layout, new), move.state(state)
             index, read, image = move.apply(index), move.apply(read), move.apply_rows(image)
             moved, layout = True, new
-        parts, state, trace = layers.stage(parts, state, index, image, read, stage.first, end)
+        x, state, trace = layers.stage(x, layout, state, index, image, read, stage.first, end)
         if moved:
             back = _original(index, image)
             trace = Trace(
@@ -153,7 +153,7 @@ def _original(index: Int[Array, "b n"], image: Int[Array, " b"]) -> Move:
 
 @dataclasses.dataclass(frozen=True)
 class _Layers:
-    """The layers of a model, run group by group."""
+    """The layers of a model. Attention runs group by group; linear layers take the tokens of all groups at once."""
 
     model: AViT
     rule: Halting
@@ -164,17 +164,18 @@ class _Layers:
 
     def stage(
         self,
-        parts: list[Float[Array, "g _ d"]],
+        x: Float[Array, "t d"],
+        layout: Layout,
         state: State,
         index: Int[Array, "b n"],
         image: Int[Array, " b"],
         read: Bool[Array, "b n"],
         first: int,
         end: int,
-    ) -> tuple[list[Array], State, Trace]:
+    ) -> tuple[Float[Array, "t d"], State, Trace]:
         """Layers first to end - 1 with the same places; the trace [l b n] is in the order of `image` and `index`.
 
-        parts: the tokens of each group. read: tokens that the logits read.
+        x: the tokens of `layout`. read: tokens that the logits read.
         """
         config = self.model.config
         graphdef, stacked = nnx.split(self.model.blocks)
@@ -182,30 +183,29 @@ class _Layers:
         # The losses of training read the scores of all tokens, and some rules need the whole last layer.
         short = self.image_exit and config.pool == "token" and not self.rule.reads_last_layer
         own = self.rows.first + jnp.minimum(image, self.batch - 1)  # rows that fill the last group: any image
-        size = len(image) // len(parts)
-        states, indices, images, reads = (
-            [jax.tree.map(lambda v, at=at: v[at : at + size], tree) for at in range(0, len(image), size)]
-            for tree in (state, index, own, read)
-        )
+        states, reads = layout.groups(state), layout.groups(read)
         # A group without places has slots for the tokens that the rule looks at.
         least = max(state.output.shape[1] % config.num_tokens, 1)
-        near = [_slots(state, max(part.shape[1], least)) for part, state in zip(parts, states, strict=True)]
+        near = [_slots(state, max(places, least)) for places, state in zip(layout.capacities, states, strict=True)]
 
         def layer(carry: Any, inputs: Any, read_only: bool = False) -> tuple[Any, list[Trace]]:
-            params, number, rate = inputs
+            (x, states), (params, number, rate) = carry, inputs
             block = nnx.merge(graphdef, params)
-            noise = Noise.of_layer(config, block, self.key, number, rate, self.rows.total)
-            groups, traces = [], []
-            for (x, state), index, image, read in zip(carry, indices, images, reads, strict=True):
+            if read_only:
+                z, seen = self._read(block, x, layout, states)
+            else:
+                noise = Noise.of_layer(config, block, self.key, number, rate, self.rows.total)
+                z, seen = self._block(block, x, layout, states, noise.of(own, index, layout))
+            ended, traces = [], []
+            for (tokens, facts), state, read in zip(seen, states, reads, strict=True):
                 width = state.active.shape[1]
-                z, facts = self._block(block, x, state, noise.of(image, index[:, :width]), read_only)
-                state, trace = self._advanced(z, state, facts, read[:, :width], number, read_only)
-                groups.append((z[:, : x.shape[1]], state))
+                state, trace = self._advanced(tokens, state, facts, read[:, :width], number, read_only)
+                ended.append(state)
                 traces.append(trace)
-            return groups, traces
+            return (z, ended), traces
 
         stop = end - 1 if short and end == config.depth else end
-        carry, traces = list(zip(parts, near, strict=True)), []
+        carry, traces = (x, near), []
         if stop > first:
             weights = jax.tree.map(lambda p: jax.lax.slice_in_dim(p, first, stop), stacked)
             inputs = weights, jnp.arange(first, stop), None if rates is None else rates[first:stop]
@@ -216,34 +216,49 @@ class _Layers:
             carry, trace = layer(carry, (params, stop, None), read_only=True)
             traces.append(jax.tree.map(lambda v: v[None], trace))
         of_groups = jax.tree.map(lambda *layers: jnp.concatenate(layers), *traces)
-        ended = [_with_slots(old, new) for old, (_, new) in zip(states, carry, strict=True)]
-        state = jax.tree.map(lambda *groups: jnp.concatenate(groups), *ended)
-        return [x for x, _ in carry], state, _all_traces(of_groups, config.num_tokens)
+        x, near = carry
+        state = jax.tree.map(lambda *groups: jnp.concatenate(groups), *map(_with_slots, states, near))
+        return x, state, _all_traces(of_groups, config.num_tokens)
 
     def _block(
-        self, block: Block, x: Float[Array, "g c d"], state: State, noise: Noise, read_only: bool
-    ) -> tuple[Float[Array, "g w d"], Facts]:
-        """The tokens of a group after a layer, and the facts that the rule reads; zeros for slots without a place.
+        self, block: Block, x: Float[Array, "t d"], layout: Layout, states: list[State], noise: Noise
+    ) -> tuple[Float[Array, "t d"], list[tuple[Array, Facts]]]:
+        """The tokens after a layer, and for each group its tokens and facts, with zeros for slots without a place."""
+        reads = self.rule.reads
 
-        read_only: only the tokens that the heads read are computed; the others are zeros.
-        """
-        rule, width = self.rule, state.active.shape[1]
+        def attended(columns: Array, state: State) -> tuple[Array, Facts]:
+            mass = self.rule.mass(state)
+            if columns.shape[1]:
+                return block.attn.attended(columns, mass, of_attention(reads))
+            slots = jax.ShapeDtypeStruct((len(columns), state.active.shape[1], columns.shape[2]), columns.dtype)
+            _, facts = jax.eval_shape(lambda c: block.attn.attended(c, mass, of_attention(reads)), slots)
+            mixed = jnp.zeros((*columns.shape[:2], columns.shape[2] // 3), columns.dtype)
+            return mixed, jax.tree.map(lambda fact: jnp.zeros(fact.shape, fact.dtype), facts)
 
-        def computed(x: Array) -> tuple[Array, Facts]:
-            mass = rule.mass(state)
-            x = drop_halted(x, state.active)
-            if read_only:
-                z = block.read(x, mass, state.output.shape[1])
-                return jnp.pad(z, ((0, 0), (0, width - z.shape[1]), (0, 0))), {}
-            branch, facts = block.attn(block.norm1(x), mass, of_attention(rule.reads))
-            y = x + noise.attention(branch.astype(x.dtype))
-            z = y + noise.mlp(block.norm2(y), block).astype(y.dtype)
-            return z, facts | ({"before": x} if "before" in rule.reads else {})
+        x = _dropped(x, layout, states)
+        columns = layout.split(block.attn.columns(block.norm1(x)))
+        mixed, facts = zip(*map(attended, columns, states), strict=True)
+        branch = block.attn.proj(layout.joined(list(mixed)))
+        y = x + noise.attention(branch.astype(x.dtype))
+        z = y + noise.mlp(block.norm2(y), block).astype(y.dtype)
+        if "before" in reads:
+            before = map(_filled, layout.split(x), states)
+            facts = tuple(found | {"before": own} for found, own in zip(facts, before, strict=True))
+        return z, list(zip(map(_filled, layout.split(z), states), facts, strict=True))
 
-        if x.shape[1]:
-            return computed(x)
-        shapes = jax.eval_shape(computed, jax.ShapeDtypeStruct((len(x), width, x.shape[2]), x.dtype))
-        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    def _read(
+        self, block: Block, x: Float[Array, "t d"], layout: Layout, states: list[State]
+    ) -> tuple[Float[Array, "t d"], list[tuple[Array, Facts]]]:
+        """As `_block`, but only the tokens that the heads read are computed; the others are zeros."""
+
+        def read(x: Array, state: State) -> Array:
+            if x.shape[1]:
+                x = block.read(x, self.rule.mass(state), state.output.shape[1])
+            return _filled(x, state)
+
+        groups = list(map(read, layout.split(_dropped(x, layout, states)), states))
+        z = layout.joined([group[:, :places] for group, places in zip(groups, layout.capacities, strict=True)])
+        return z, [(group, {}) for group in groups]
 
     def _advanced(
         self,
@@ -267,6 +282,17 @@ class _Layers:
             known = jnp.arange(x.shape[1]) < state.output.shape[1]
             trace = Trace(jax.tree.map(lambda v: jnp.where(known, v, 0), trace.of_tokens), trace.of_images)
         return state, trace
+
+
+def _dropped(x: Float[Array, "t d"], layout: Layout, states: list[State]) -> Float[Array, "t d"]:
+    """The tokens of a layout with the halted ones set to zero."""
+    active = [state.active[:, :places] for state, places in zip(states, layout.capacities, strict=True)]
+    return drop_halted(x, layout.joined(active))
+
+
+def _filled(x: Float[Array, "g c d"], state: State) -> Float[Array, "g w d"]:
+    """The tokens of a group, with zeros for the slots of its state that have no place."""
+    return jnp.pad(x, ((0, 0), (0, state.active.shape[1] - x.shape[1]), (0, 0)))
 
 
 def _slots(state: State, width: int) -> State:

@@ -22,7 +22,7 @@ from avit_jax.runtime.mesh import mesh_or_all_cores
 
 MOST_STAGES = 6  # each is a program of its own; compiling one takes seconds
 _DRAWN_BATCHES = 2000  # a plan has room for all of them
-_GROUPS = 4  # of images
+GROUPS = 8  # of images
 _MULTIPLE = 4  # capacities are multiples of it
 _MARGIN = 0.03  # places beyond those that the drawn batches need, as a fraction
 _SPREAD = 2.0  # of the noise on drawn loads, in standard deviations over the fifth root of the number of images
@@ -163,14 +163,15 @@ def plan(
     image_exit: bool = True,
     margin: float = _MARGIN,
     most_stages: int = MOST_STAGES,
+    groups: int = GROUPS,
     mesh: Mesh | None = None,
 ) -> PlannedPlan:
     """A plan with which about 1 in 1,000 batches of images such as these does not fit.
 
     images: a sample, as the model takes them; a few hundred are enough. batch_size, image_exit, mesh: as for
     compile_planned; the plan is for the images of one device. margin: places beyond those needed, as a fraction.
-    most_stages: more save work and take longer to compile. Raises ValueError without images, and for a model without a
-    halting rule.
+    most_stages, groups: of layers and of images; more save work and take longer to compile. Raises ValueError without
+    images, and for a model without a halting rule.
     """
     config = model.config
     if config.halting is None:
@@ -182,7 +183,7 @@ def plan(
     mesh = mesh_or_all_cores(mesh, batch_size)
     own = -(-batch_size // (1 if mesh is None else mesh.shape["data"]))
     loads = layer_loads(_depths(model, np.asarray(images)), config, image_exit=image_exit)
-    return plan_loads(loads, config, own, margin=margin, most_stages=most_stages)
+    return plan_loads(loads, config, own, margin=margin, most_stages=most_stages, groups=groups)
 
 
 def plan_loads(
@@ -192,6 +193,7 @@ def plan_loads(
     *,
     margin: float = _MARGIN,
     most_stages: int = MOST_STAGES,
+    groups: int = GROUPS,
 ) -> PlannedPlan:
     """As `plan`, from the tokens that each layer computes of each image (execution.plan.layer_loads)."""
     if not 0 <= margin < math.inf:
@@ -207,7 +209,7 @@ def plan_loads(
         drawn = np.where(drawn > 0, drawn + noise * rng.standard_normal(batch_size), 0)
         fullest = np.maximum(fullest, np.sort(drawn, axis=1))
     fullest = np.minimum(np.rint(fullest), config.num_tokens).astype(int)
-    return plan_fullest(fullest, config, batch_size, margin=margin, most_stages=most_stages)
+    return plan_fullest(fullest, config, batch_size, margin=margin, most_stages=most_stages, groups=groups)
 
 
 def plan_fullest(
@@ -217,9 +219,10 @@ def plan_fullest(
     *,
     margin: float,
     most_stages: int = MOST_STAGES,
+    groups: int = GROUPS,
 ) -> PlannedPlan:
-    """The plan for the fullest batch: for each layer the sorted loads of its images, rising. margin: see `plan`."""
-    group_size = -(-batch_size // _GROUPS)
+    """The plan for the fullest batch: for each layer the sorted loads of its images, rising. The rest: see `plan`."""
+    group_size = -(-batch_size // whole_number("groups", groups))
     most = group_loads(fullest, group_size)
     most[:, -1] = np.maximum(most[:, -1], 1)  # a group must have places
     wanted = np.where(most > 0, np.ceil((most * (1 + margin) + 1) / _MULTIPLE) * _MULTIPLE, 0)

@@ -78,7 +78,7 @@ def first_state(batch: int, num_tokens: int, num_outputs: int, embed_dim: int) -
     )
 
 
-def drop_halted(tokens: Float[Array, "b n d"], active: Bool[Array, "b n"]) -> Float[Array, "b n d"]:
+def drop_halted(tokens: Float[Array, "*b d"], active: Bool[Array, "*b"]) -> Float[Array, "*b d"]:
     """Tokens with the halted ones set to zero; not by a product, because 0 * NaN is NaN."""
     return jnp.where(active[..., None], tokens, 0)
 

@@ -36,7 +36,7 @@ class Attention(nnx.Module):
 
     def query_key_value(self, x: Float[Array, "b n d"]) -> tuple[Array, Array, Array]:
         """Query, key and value, each [B, H, N, d]; on a CPU, batched matmuls are twice as fast as with [B, N, H, d]."""
-        query, key, value = self._cut(self.qkv(x).astype(self.qkv.dtype))
+        query, key, value = self._cut(self.columns(x))
         return query, key, value
 
     def __call__(
@@ -51,12 +51,28 @@ class Attention(nnx.Module):
 
         mass: None: all 1. self_visible: a query sees its own key with mass 1 (DynamicViT's training).
         """
-        query, key, value = self.query_key_value(x)
+        columns = self.columns(x)
         if self_visible and mass is not None:
+            query, key, value = self._cut(columns)
             weights, total = _self_visible_weights(query, key, mass)
             return self._projected(weights, total, value), self._facts(weights, total, key, value, reads)
-        mixed, facts = self._attended(query, key, value, mass, reads)
+        mixed, facts = self.attended(columns, mass, reads)
         return self.proj(mixed), facts
+
+    def columns(self, x: Float[Array, "... d"]) -> Float[Array, "... e"]:
+        """Query, key and value of every token, side by side."""
+        return self.qkv(x).astype(self.qkv.dtype)
+
+    def attended(
+        self, columns: Float[Array, "b n e"], mass: Mass, reads: frozenset[str]
+    ) -> tuple[Float[Array, "b n d"], Facts]:
+        """The mean of the values that each query attends to, and the facts; by a fused kernel where there is one."""
+        query, key, value = self._cut(columns)
+        kernel = _kernel(self.attention, query, mass, reads)
+        if kernel is not None:
+            return fused_attention(query, key, value, mass, kernel), self._facts(None, None, key, value, reads)
+        weights, total = _attention_weights(query, key, mass)
+        return self._mixed(weights, total, value), self._facts(weights, total, key, value, reads)
 
     def read(self, x: Float[Array, "b n d"], mass: Mass, queries: int) -> Float[Array, "b q d"]:
         """The attention output of the first `queries` tokens; for the others only key and value are computed."""
@@ -86,13 +102,13 @@ class Attention(nnx.Module):
         The attention matrix of the shorter sequence has the weighted mean of a slot's queries and the sum of a slot's
         keys. It is not computed: each key has the value of its slot, and the outputs of a slot's queries are averaged.
         """
-        columns = self._columns(x, 2, 3)
+        columns = self._some_columns(x, 2, 3)
         if groups is None:
             return self._projected(weights, total, self._cut(columns)[0])
         (value,) = self._cut(spread(columns, groups))
         return self.proj(reduce(self._mixed(weights, total, value), dataclasses.replace(groups, mean=True)))
 
-    def _columns(self, rows: Float[Array, "b n d"], first: int, last: int) -> Float[Array, "b n _"]:
+    def _some_columns(self, rows: Float[Array, "b n d"], first: int, last: int) -> Float[Array, "b n _"]:
         """Query, key and value (parts 0, 1 and 2) from the first part to before the last one, side by side."""
         kernel, bias = self.qkv.kernel[...], self.qkv.bias[...] if self.qkv.bias is not None else None
         columns = slice(first * rows.shape[-1], last * rows.shape[-1])
@@ -108,18 +124,8 @@ class Attention(nnx.Module):
         width = self.qkv.out_features // 3 // self.num_heads
         return [part.reshape(*part.shape[:2], self.num_heads, width).transpose(0, 2, 1, 3) for part in parts]
 
-    def _attended(
-        self, query: Array, key: Array, value: Array, mass: Mass, reads: frozenset[str]
-    ) -> tuple[Float[Array, "b q d"], Facts]:
-        """The mean of the values that each query attends to, and the facts; by a fused kernel where there is one."""
-        kernel = _kernel(self.attention, query, mass, reads)
-        if kernel is not None:
-            return fused_attention(query, key, value, mass, kernel), self._facts(None, None, key, value, reads)
-        weights, total = _attention_weights(query, key, mass)
-        return self._mixed(weights, total, value), self._facts(weights, total, key, value, reads)
-
     def _heads(self, rows: Float[Array, "b n d"], first: int, last: int) -> list[Float[Array, "b h n c"]]:
-        return self._cut(self._columns(rows, first, last))
+        return self._cut(self._some_columns(rows, first, last))
 
     def _projected(self, weights: Array, total: Array, value: Array) -> Array:
         return self.proj(self._mixed(weights, total, value))
