@@ -19,6 +19,11 @@ Mass = Bool[Array, "b n"] | Float[Array, "b n"] | None
 _FROM_WEIGHTS = frozenset({"class_attention", "attention_received"})
 
 
+def of_channels(heads: Float[Array, "b h"], channels: int) -> Float[Array, "b 1 d"]:
+    """Each head's factor for all its channels."""
+    return jnp.repeat(heads, channels // heads.shape[1], axis=1)[:, None]
+
+
 class Attention(nnx.Module):
     """Multi-head self-attention in which every key has a mass.
 
@@ -57,6 +62,20 @@ class Attention(nnx.Module):
             return self._projected(weights, total, value), self._facts(weights, total, key, value, reads)
         mixed, facts = self._attended(query, key, value, mass, reads)
         return self.proj(mixed), facts
+
+    def gated(
+        self, x: Float[Array, "b n d"], on: Bool[Array, "b n"], heads: Float[Array, "b h"]
+    ) -> Float[Array, "b n d"]:
+        """The attention output if some tokens and heads are off; no row of tokens that are off means anything.
+
+        on: tokens that are seen. heads: a factor for each head, 0 or 1; its gradient goes through query, key, value and
+        the output of attention. A token that is off sees itself alone, which decides the gradient of its gate.
+        """
+        query, key, value = (part * heads[:, :, None, None].astype(part.dtype) for part in self.query_key_value(x))
+        mixed, _ = self._attended(query, key, value, on, frozenset())
+        alone = value.transpose(0, 2, 1, 3).reshape(mixed.shape).astype(mixed.dtype)
+        mixed = jnp.where(on[..., None], mixed, alone)
+        return self.proj(mixed * of_channels(heads, mixed.shape[-1]))
 
     def read(self, x: Float[Array, "b n d"], mass: Mass, queries: int) -> Float[Array, "b q d"]:
         """The attention output of the first `queries` tokens; for the others only key and value are computed."""
