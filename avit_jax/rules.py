@@ -19,7 +19,7 @@ from avit_jax.reduction.dynamicvit import DynamicViT
 from avit_jax.reduction.groups import Reduction
 from avit_jax.reduction.mctf import MCTF
 from avit_jax.reduction.positions import PositionDepths
-from avit_jax.reduction.random_drop import RandomDrop
+from avit_jax.reduction.random_drop import RandomDrop, RandomPatches
 from avit_jax.reduction.tome import ToMe
 from avit_jax.reduction.topk import EViT, TopK
 from avit_jax.runtime.files import shown
@@ -27,7 +27,7 @@ from avit_jax.runtime.json_fields import typed_fields
 from avit_jax.runtime.settings import Settings
 
 _HALTING = (ACT, ATS, AttentionMass, AViTGate, ConfidenceExit, PonderNet, Similarity)
-_REDUCTION = (DynamicViT, EViT, MCTF, PositionDepths, RandomDrop, ToMe, TopK)
+_REDUCTION = (DynamicViT, EViT, MCTF, PositionDepths, RandomDrop, RandomPatches, ToMe, TopK)
 RULES: dict[str, Any] = {rule.name: rule for rule in (*_HALTING, *_REDUCTION, Gates)}
 _MOST_TEXT = 10_000  # characters of a rule on the command line: a thousand patches have a depth each
 

@@ -145,6 +145,7 @@ def rows() -> list[Row]:
         if seed == 0:
             found += [row(method, budget) for method in SINGLE for budget in BUDGETS]
             found += [row("pondernet", budget, sampled=True) for budget in BUDGETS]
+    found += [row("gates", budget, seed=seed) for seed in range(3) for budget in BUDGETS]
     return found
 
 
@@ -204,8 +205,8 @@ def trained(row: Row) -> tuple[AViT, Dataset, float]:
 
 
 def at_budget(row: Row, model: AViT, validation: Split) -> AViT:
-    """The model with the setting of its halting rule at which validation images cost the budget, within 1 %."""
-    rule: Any = model.config.halting
+    """The model with the setting of its rule at which validation images cost the budget, within 1 %."""
+    rule: Any = model.config.halting or model.config.gates
     if row.sampled:  # its work follows from the training
         return model.with_config(rule=dataclasses.replace(rule, sampled=True))
     if rule is None:

@@ -22,7 +22,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from avit_jax.commands.typed_config import parse
 from avit_jax.data.open import open_dataset
-from avit_jax.evaluate.random_views import RandomViews, evaluate_views
+from avit_jax.evaluate.random_views import evaluate_views
+from avit_jax.execution.random_views import RandomViews
 from avit_jax.runtime.files import read_json, write_json
 from avit_jax.runtime.signals import FolderLock
 from avit_jax.train.loop import train

@@ -19,14 +19,15 @@ from avit_jax.commands.typed_config import parse
 from avit_jax.data.mix import training_positions
 from avit_jax.data.open import open_dataset
 from avit_jax.data.settings import AugmentSettings
-from avit_jax.evaluate.random_views import RandomViews, evaluate_views, random_views
+from avit_jax.evaluate.random_views import evaluate_views
+from avit_jax.execution.random_views import RandomViews, random_views
 from avit_jax.execution.work import image_gmacs
 from avit_jax.model.config import NO_RULE
 from avit_jax.model.random_patches import config_of_tokens, cut, draw_positions, interpolated
 from avit_jax.train.loop import train
 from avit_jax.train.setup import prepare
 from avit_jax.train.start import initial_model
-from tests.harness.builders import answers, small_config, spread_gate, tiny_experiment
+from tests.harness.builders import answers, shrunk, small_config, spread_gate, tiny_experiment
 
 STATIC = small_config(**NO_RULE)  # 12 x 8 pixels, patch 4: 3 x 2 patches
 KEYS = jax.random.split(jax.random.key(3), 400)
@@ -312,3 +313,17 @@ def test_a_part_of_the_training_images(tmp_path: Path) -> None:
     config.data.train_images = 88
     with pytest.raises(ValueError, match="config.data.train_images is 88 and there are 87 training images"):
         open_dataset(parse(config).data)
+
+
+def test_fewer_patches_as_a_rule() -> None:
+    """It is the model that is given the cells that it draws, and nothing else."""
+    rule = avit_jax.RandomPatches(keep_rate=0.5)
+    assert rule.counts(STATIC) == (4, 4, 4, 4)
+    model, images = spread_gate(STATIC), pictures()
+    output, reduced = shrunk(model, images, rule)
+    cells = np.stack([np.flatnonzero(slots[1:] < 4) for slots in reduced.slots[0]])
+    assert cells.shape == (3, 3) and len(np.unique(cells)) > 3
+    positions = np.take_along_axis(np.asarray(on_the_grid(3)), cells[..., None], axis=1)
+    np.testing.assert_allclose(output.logits, forward(model, images, jnp.asarray(positions)).logits, atol=1e-5)
+    with pytest.raises(ValueError, match=r"RandomPatches' layers are \(1,\): leave them out"):
+        avit_jax.RandomPatches(0.5, layers=(1,))
