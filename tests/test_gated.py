@@ -13,15 +13,24 @@ from flax import nnx
 
 import avit_jax
 from avit_jax import AViT, Gates, PackedPlan
-from avit_jax.evaluate.gate_controls import fixed_gates, random_gates
+from avit_jax.commands.typed_config import parse
+from avit_jax.data.open import open_dataset
+from avit_jax.data.preprocessing import normalize
+from avit_jax.evaluate.figures import evaluate
+from avit_jax.evaluate.gate_controls import fixed_gates, gate_figures, gate_rates, random_gates
 from avit_jax.execution import gated
 from avit_jax.execution.work import masked_gmacs, output_gmacs, published_gmacs, whole_gmacs
 from avit_jax.gated.gates import Choice, straight_through
 from avit_jax.gated.losses import GateLoss, usage_losses
+from avit_jax.gated.work import layer_macs
 from avit_jax.model.config import NO_RULE, AViTConfig
 from avit_jax.model.output import GatedOutput
+from avit_jax.model.presets import config_from
+from avit_jax.model.vit import model_of_shapes
 from avit_jax.rules import parse_rule, rule_from_json, rule_to_json
-from tests.harness.builders import answers, small_config
+from avit_jax.train.loop import train
+from avit_jax.train.start import initial_model
+from tests.harness.builders import answers, small_config, tiny_experiment
 
 GOLDENS = Path(__file__).parent / "data" / "methods"
 CONFIG = small_config(**NO_RULE | {"rule": Gates(token_bias=0.0, bias=0.0)})  # 6 patches, 4 layers, 2 heads of 8
@@ -89,7 +98,7 @@ def slow_logits(params: Any, images: jax.Array, noise: list[tuple[Any, ...]] | N
         if drawn is None:
             return (jax.nn.sigmoid(logits) > threshold).astype(jnp.float32)
         soft = jax.nn.sigmoid((logits + drawn) / 5)
-        return (soft > threshold) + soft - jax.lax.stop_gradient(soft)
+        return (soft > threshold) + (soft - jax.lax.stop_gradient(soft))
 
     patches = jnp.stack(
         [images[:, 4 * (i // 2) : 4 * (i // 2) + 4, 4 * (i % 2) : 4 * (i % 2) + 4] for i in range(6)], 1
@@ -239,9 +248,9 @@ def test_counts_of_a_block_of_deit_small() -> None:
 
 def test_extra_parameters() -> None:
     """L (D + 1) + (L - 1)(H + 2)(D + 1), and the first layer's unused maps, which are zero."""
-    model = avit_jax.create("deit_small_patch16_224", rule=Gates())
-    own = nnx.state(model.rule_module)
-    assert sum(leaf.size for leaf in jax.tree.leaves(own)) - (6 + 2) * 385 == 38_500
+    model = model_of_shapes(config_from("deit_small_patch16_224", rule=Gates()))
+    assert sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model.rule_module))) - (6 + 2) * 385 == 38_500
+    own = nnx.state(AViT(CONFIG, rngs=nnx.Rngs(0)).rule_module)
     assert all(
         float(jnp.abs(leaf[0]).max()) == 0 for part in ("heads", "sublayers") for leaf in jax.tree.leaves(own[part])
     )
@@ -303,8 +312,6 @@ def test_controls() -> None:
     np.testing.assert_allclose(drawn.tokens[..., 1:].mean((1, 2)), rates.tokens[..., 1:].mean((1, 2)), atol=0.02)
     np.testing.assert_allclose(drawn.sublayers.mean(1), rates.sublayers[:, 0], atol=0.03)
     assert float(drawn.tokens[..., 0].min()) == 1
-    from avit_jax.gated.work import layer_macs
-
     for wanted in (3e-5, 5e-5):
         fixed = fixed_gates(rates, MODEL, wanted)
         cost = float(layer_macs(CONFIG, fixed, short_last_layer=True).sum()) / 1e9
@@ -363,3 +370,35 @@ def test_saved_and_loaded(tmp_path: Path) -> None:
     loaded = avit_jax.load(tmp_path / "model")
     assert loaded.config.rule == CONFIG.rule
     np.testing.assert_allclose(answers(loaded, IMAGES).logits, answers(MODEL, IMAGES).logits, atol=1e-6)
+
+
+def test_training_evaluation_and_budget(tmp_path: Path) -> None:
+    """A run of three steps: named terms, frozen positions, figures from the gates, and thresholds that meet a work."""
+    config = tiny_experiment(tmp_path / "toy.npz")
+    config.model.update({"gate_scale": None, "gate_center": None, "rule": "gates()"})
+    config.loss.update({"token_target": 0.8})
+    config.epochs, config.optim.warmup_steps = 3 * 12 / 87, 1
+    settings = parse(config)
+    dataset = open_dataset(settings.data)
+    model = initial_model(settings, dataset)
+    before = np.asarray(model.pos_embed[...]), np.asarray(model.rule_module.tokens.kernel[...])
+    trained = train(settings, dataset, model, tmp_path / "run").model
+    np.testing.assert_array_equal(trained.pos_embed[...], before[0])
+    assert np.abs(np.asarray(trained.rule_module.tokens.kernel[...]) - before[1]).max() > 0
+    line = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
+    assert {"token_use", "head_use", "sublayer_use"} <= line.keys()
+    rng = np.random.default_rng(0)
+    own = jax.tree.map(lambda p: jnp.asarray(rng.standard_normal(p.shape), jnp.float32), nnx.state(trained.rule_module))
+    nnx.update(trained.rule_module, own)
+    images = np.asarray(normalize(dataset.test.images, trained.config))
+    rule = avit_jax.calibrate(trained, images, trained.config.gates, 0.6)
+    found = gate_figures(trained.with_config(rule=rule), dataset.test, batch_size=16)
+    assert found["gmacs"] / whole_gmacs(trained.config) == pytest.approx(0.6, rel=0.01)
+    evaluated = evaluate(trained.with_config(rule=rule), dataset.test, 16, "packed")
+    assert evaluated.top1 == pytest.approx(found["top1"])
+    assert found["gmacs"] < evaluated.gmacs < masked_gmacs(trained.config), "here the last layer is whole"
+    assert evaluated.executed_gmacs > evaluated.gmacs, "heads are masks, and groups are padded"
+    rates = gate_rates(trained, dataset.test, 16)
+    assert gate_figures(trained, dataset.test, rates, batch_size=16)["use"]["tokens"] == pytest.approx(
+        float(rates.tokens[..., 1:].mean()), abs=0.1
+    )
