@@ -14,7 +14,7 @@ import pytest
 from flax import nnx
 
 import avit_jax
-from avit_jax import AViT, AViTOutput
+from avit_jax import AViT, AViTConfig, AViTOutput
 from avit_jax.commands.typed_config import parse
 from avit_jax.data.mix import training_positions
 from avit_jax.data.open import open_dataset
@@ -327,3 +327,15 @@ def test_fewer_patches_as_a_rule() -> None:
     np.testing.assert_allclose(output.logits, forward(model, images, jnp.asarray(positions)).logits, atol=1e-5)
     with pytest.raises(ValueError, match=r"RandomPatches' layers are \(1,\): leave them out"):
         avit_jax.RandomPatches(0.5, layers=(1,))
+
+
+def test_the_part_of_an_image_that_uniform_places_leave_unseen() -> None:
+    """39 % of 28 x 28 pixels with 49 patches of 4 x 4, as docs/neighbours.md says."""
+    config = AViTConfig(image_size=28, patch_size=4)
+    unseen = []
+    for places in np.asarray(draw_positions(KEYS, config)):
+        seen = np.zeros((28, 28), bool)
+        for top, left in places:
+            seen[top : top + 4, left : left + 4] = True
+        unseen.append(1 - seen.mean())
+    assert np.mean(unseen) == pytest.approx(0.39, abs=0.005)

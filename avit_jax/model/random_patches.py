@@ -63,13 +63,12 @@ def check_tokens(tokens: int, config: AViTConfig) -> None:
 
 def cut(images: Float[Array, "b h w c"], positions: Int[Array, "b n 2"], side: int) -> Float[Array, "b n v"]:
     """The pixels of the patches at these corners, in the order of PatchEmbed.patches. side: of a patch, in pixels."""
-    batch, _, width, channels = images.shape
-    inside = (jnp.arange(side)[:, None] * width + jnp.arange(side)).reshape(-1)
-    first = positions[..., 0] * width + positions[..., 1]
-    index = (first[..., None] + inside).reshape(batch, -1, 1)
-    # One gather of whole pixels. Slices by vmap(dynamic_slice) take twice as long on a CPU.
-    pixels = jnp.take_along_axis(images.reshape(batch, -1, channels), index, axis=1)
-    return pixels.reshape(*positions.shape[:2], -1)
+
+    def patch(image: Array, corner: Array) -> Array:
+        return jax.lax.dynamic_slice(image, (*corner, 0), (side, side, image.shape[-1])).reshape(-1)
+
+    # One gather of whole pixels by their index takes longer on a CPU, by a seventh at 224 pixels.
+    return jax.vmap(jax.vmap(patch, (None, 0)))(images, positions)
 
 
 def interpolated(
