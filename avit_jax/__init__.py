@@ -21,6 +21,7 @@ from avit_jax.halting.mass import AttentionMass
 from avit_jax.halting.pondernet import PonderNet
 from avit_jax.halting.similarity import Similarity
 from avit_jax.model.config import AViTConfig, Preprocessing
+from avit_jax.model.output import GatedOutput
 from avit_jax.model.presets import PRESETS
 from avit_jax.model.vit import AViT, AViTOutput, create
 from avit_jax.reduction.dynamicvit import DynamicViT
@@ -49,6 +50,7 @@ __all__ = [
     "ConfidenceExit",
     "DynamicViT",
     "EViT",
+    "GatedOutput",
     "Gates",
     "PackedModel",
     "PackedPlan",
