@@ -103,15 +103,15 @@ def gate_figures(
         }
         found.append({name: np.asarray(values)[:count] for name, values in parts.items()})
     of_images = {name: np.concatenate([part[name] for part in found]) for name in found[0]}
-    parts = ("tokens", "heads", "sublayers")
+    kinds = ("tokens", "heads", "sublayers")
     return {
         "images": len(split),
         "top1": float((of_images["logits"].argmax(1) == split.labels).mean()),
         "gmacs": float(of_images["gmacs"].mean(dtype=np.float64)),
         "published_gmacs": float(of_images["published"].mean(dtype=np.float64)),
-        "use": {name: float(of_images[name].mean()) for name in parts},
-        "use_by_layer": {name: of_images[name].mean(0).tolist() for name in parts},
-        "deviation": {name: float(of_images[name].std(0).mean()) for name in parts},
+        "use": {name: float(of_images[name].mean()) for name in kinds},
+        "use_by_layer": {name: of_images[name].mean(0).tolist() for name in kinds},
+        "deviation": {name: float(of_images[name].std(0).mean()) for name in kinds},
         "gmacs_deviation": float(of_images["gmacs"].std()),
     }
 
