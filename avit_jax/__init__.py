@@ -11,7 +11,9 @@ from avit_jax.execution.packed import PackedModel, compile_packed
 from avit_jax.execution.plan import PackedPlan, plan_packed
 from avit_jax.execution.planned_model import PlannedModel, compile_planned
 from avit_jax.execution.program import compile
+from avit_jax.execution.random_views import RandomViews, random_views
 from avit_jax.execution.stages import PlannedPlan, plan
+from avit_jax.gated.gates import Gates
 from avit_jax.halting.act import ACT
 from avit_jax.halting.ats import ATS
 from avit_jax.halting.confidence import ConfidenceExit
@@ -19,12 +21,13 @@ from avit_jax.halting.mass import AttentionMass
 from avit_jax.halting.pondernet import PonderNet
 from avit_jax.halting.similarity import Similarity
 from avit_jax.model.config import AViTConfig, Preprocessing
+from avit_jax.model.output import GatedOutput
 from avit_jax.model.presets import PRESETS
 from avit_jax.model.vit import AViT, AViTOutput, create
 from avit_jax.reduction.dynamicvit import DynamicViT
 from avit_jax.reduction.mctf import MCTF
 from avit_jax.reduction.positions import PositionDepths, position_depths
-from avit_jax.reduction.random_drop import RandomDrop
+from avit_jax.reduction.random_drop import RandomDrop, RandomPatches
 from avit_jax.reduction.tome import ToMe
 from avit_jax.reduction.topk import EViT, TopK
 from avit_jax.runtime.mesh import use_all_cores
@@ -47,6 +50,8 @@ __all__ = [
     "ConfidenceExit",
     "DynamicViT",
     "EViT",
+    "GatedOutput",
+    "Gates",
     "PackedModel",
     "PackedPlan",
     "PlannedModel",
@@ -55,6 +60,8 @@ __all__ = [
     "PositionDepths",
     "Preprocessing",
     "RandomDrop",
+    "RandomPatches",
+    "RandomViews",
     "Similarity",
     "ToMe",
     "TopK",
@@ -71,6 +78,7 @@ __all__ = [
     "plan_packed",
     "position_depths",
     "preprocess",
+    "random_views",
     "save",
     "save_torch",
     "start_gate",

@@ -6,6 +6,7 @@ import typing
 from collections.abc import Iterable
 from typing import Any
 
+from avit_jax.gated.gates import Gates
 from avit_jax.halting.act import ACT
 from avit_jax.halting.ats import ATS
 from avit_jax.halting.avit import AViTGate
@@ -18,7 +19,7 @@ from avit_jax.reduction.dynamicvit import DynamicViT
 from avit_jax.reduction.groups import Reduction
 from avit_jax.reduction.mctf import MCTF
 from avit_jax.reduction.positions import PositionDepths
-from avit_jax.reduction.random_drop import RandomDrop
+from avit_jax.reduction.random_drop import RandomDrop, RandomPatches
 from avit_jax.reduction.tome import ToMe
 from avit_jax.reduction.topk import EViT, TopK
 from avit_jax.runtime.files import shown
@@ -26,18 +27,18 @@ from avit_jax.runtime.json_fields import typed_fields
 from avit_jax.runtime.settings import Settings
 
 _HALTING = (ACT, ATS, AttentionMass, AViTGate, ConfidenceExit, PonderNet, Similarity)
-_REDUCTION = (DynamicViT, EViT, MCTF, PositionDepths, RandomDrop, ToMe, TopK)
-RULES: dict[str, Any] = {rule.name: rule for rule in (*_HALTING, *_REDUCTION)}
+_REDUCTION = (DynamicViT, EViT, MCTF, PositionDepths, RandomDrop, RandomPatches, ToMe, TopK)
+RULES: dict[str, Any] = {rule.name: rule for rule in (*_HALTING, *_REDUCTION, Gates)}
 _MOST_TEXT = 10_000  # characters of a rule on the command line: a thousand patches have a depth each
 
 
-def rule_to_json(rule: Halting | Reduction) -> dict[str, Any]:
+def rule_to_json(rule: Halting | Reduction | Gates) -> dict[str, Any]:
     """The rule's name and its settings as plain JSON."""
-    settings = dataclasses.asdict(rule)  # type: ignore[call-overload]  # every rule is a dataclass
+    settings = dataclasses.asdict(rule)  # type: ignore[arg-type]  # every rule is a dataclass
     return {"name": rule.name} | settings
 
 
-def rule_from_json(content: Any) -> Halting | Reduction:
+def rule_from_json(content: Any) -> Halting | Reduction | Gates:
     """The inverse of rule_to_json. The content may come from a stranger.
 
     Raises ValueError for an unknown rule, an unknown setting and a value of the wrong type or range, naming it.
@@ -58,7 +59,7 @@ def rule_from_json(content: Any) -> Halting | Reduction:
     return kind(**typed_fields(kind, settings, f"the rule {name}", needed))
 
 
-def parse_rule(text: str) -> Halting | Reduction:
+def parse_rule(text: str) -> Halting | Reduction | Gates:
     """A rule from text such as "confidence(threshold=0.9)"; each value is a number, a string, or a list of them.
 
     Raises ValueError, which shows the form of a rule, for any other text.
@@ -97,7 +98,7 @@ class _RuleLosses(Settings):
 
     section = "loss"
 
-    def of(self, rule: Halting | Reduction | None) -> Any:
+    def of(self, rule: Halting | Reduction | Gates | None) -> Any:
         """The rule's own part, of its type `loss_settings`; None if it has none."""
         kind = None if rule is None else rule.loss_settings
         return None if kind is None else _part(kind, self)

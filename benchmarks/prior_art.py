@@ -10,14 +10,10 @@ benchmarks/prior_art/rows. The search for learning rates trains for half an epoc
 benchmarks/prior_art/rates. A row whose JSON is there is skipped. A row that fails is reported, and the next one starts.
 """
 
-import argparse
 import base64
 import dataclasses
 import shutil
-import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -39,17 +35,18 @@ from avit_jax.data.sources import Dataset, Split
 from avit_jax.evaluate.position_share import explained_by_position
 from avit_jax.evaluate.rows import STATIC_SHORT
 from avit_jax.execution.program import AUTO, compile, suited
-from avit_jax.execution.work import image_gmacs, shrinking_gmacs
+from avit_jax.execution.work import output_gmacs, shrinking_gmacs
 from avit_jax.model.config import NO_RULE
 from avit_jax.model.vit import AViT, AViTOutput
 from avit_jax.rules import rule_to_json
 from avit_jax.runtime.files import read_json, write_json
-from avit_jax.runtime.mesh import data_mesh, use_all_cores
+from avit_jax.runtime.mesh import data_mesh
 from avit_jax.runtime.signals import FolderLock
 from avit_jax.train.loop import train
 from avit_jax.train.run_folder import check_folder
 from avit_jax.train.start import initial_model, load_teacher
 from benchmarks.results import machine
+from benchmarks.resumable import commit, run_rows
 from configs import fashion_mnist, prior_art, scattered
 
 ROOT = Path(__file__).parents[1]
@@ -165,6 +162,7 @@ def rows() -> list[Row]:
         if seed == 0:
             found += [row(method, budget) for method in SINGLE for budget in BUDGETS]
             found += [row("pondernet", budget, sampled=True) for budget in BUDGETS]
+    found += [row("gates", budget, seed=seed) for seed in range(3) for budget in BUDGETS]
     found += [Row("static", scattered=True), Row("layers", scattered.WORK, str(scattered.LAYERS), scattered=True)]
     found += [Row(m, b, scattered.WORK, scattered=True) for m in scattered.MOVED for b in scattered.BUDGETS]
     return found
@@ -226,8 +224,9 @@ def trained(row: Row) -> tuple[AViT, Dataset, float]:
 
 
 def at_budget(row: Row, model: AViT, validation: Split) -> AViT:
-    """The model with the setting of its halting rule at which validation images cost the budget, within 1 %."""
-    rule: Any = model.config.rule_in_force if row.moved else model.config.halting
+    """The model with the setting of its rule at which validation images cost the budget, within 1 %."""
+    config = model.config
+    rule: Any = config.rule_in_force if row.moved else config.halting or config.gates
     if row.sampled:  # its work follows from the training
         return model.with_config(rule=dataclasses.replace(rule, sampled=True))
     if rule is None:
@@ -336,60 +335,11 @@ def answers(model: AViT, images: np.ndarray, execution: str = "masked") -> dict[
         depth = np.asarray(output.token_depth)
         logits.append(np.asarray(output.logits))
         depths.append(depth)
-        gmacs.append(np.asarray(image_gmacs(config, output.token_depth, short_last_layer=True)))
-        executed += program.executed(depth, len(batch)).gmacs * len(batch)
+        gmacs.append(np.asarray(output_gmacs(config, output, short_last_layer=True)))
+        executed += program.executed(depth, len(batch), output).gmacs * len(batch)
     found = {"logits": logits, "token_depth": depths, "gmacs": gmacs}
     return {name: np.concatenate(parts) for name, parts in found.items()} | {"executed_gmacs": executed / len(images)}
 
 
-def commit() -> str:
-    """The commit of this checkout."""
-    command = ["git", "rev-parse", "HEAD"]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-
-
-def main() -> None:
-    """Run every row in a process of its own."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="names of rows, with commas between them")
-    parser.add_argument("--list", action="store_true", help="print the rows and run none")
-    parser.add_argument("--here", action="store_true", help="run the row in this process")
-    arguments = parser.parse_args()
-    names = [name for name in arguments.only.split(",") if name]
-    chosen = [row for row in rows() if not names or row.name in names]
-    if len(names) > len(chosen):
-        parser.error(f"--only={arguments.only}: not all of these are rows; --list shows the names")
-    if arguments.list:
-        print("\n".join(f"{row.name:24}{'there' if row.result.exists() else ''}".rstrip() for row in chosen))
-        return
-    if arguments.here:
-        use_all_cores()
-        run(chosen[0])
-        return
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped; the same command goes on"))
-    for number, row in enumerate(chosen, 1):
-        if row.result.exists():
-            continue
-        began = time.perf_counter()
-        print(f"{time.strftime('%H:%M:%S')} {number} of {len(chosen)}: {row.name}", flush=True)
-        code = in_own_process(row)
-        minutes = (time.perf_counter() - began) / 60
-        print(f"    {f'FAILED with {code}' if code else 'done'} after {minutes:.1f} min", flush=True)
-
-
-def in_own_process(row: Row) -> int:
-    """Run the row with its output in runs/prior_art/NAME.log; returns the exit status."""
-    RUNS.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, __file__, "--here", "--only", row.name]
-    with (RUNS / f"{row.name}.log").open("a") as log:
-        process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
-        try:
-            return process.wait()
-        except BaseException:
-            process.terminate()  # it writes its checkpoint
-            process.wait()
-            raise
-
-
 if __name__ == "__main__":
-    main()
+    run_rows(__file__, __doc__, rows(), run, RUNS)

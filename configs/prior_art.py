@@ -42,6 +42,7 @@ RELATIVES = {
     "pondernet": "static",
     "act": "avit",
     "similarity": "avit",
+    "gates": "avit",
     "positions": "avit",
     "mctf": "tome",
     "topk": "evit",
@@ -82,9 +83,12 @@ STARTS = {
     },
     "ats": {"0.71": "ats(samples=374)", "0.49": "ats(samples=52)"},
     "mass": {"0.71": "mass(share=0.98)", "0.49": "mass(share=0.866)"},
+    "gates": {"0.71": "gates()", "0.49": "gates()"},
 }
 # Mean depth at which A-ViT's gate starts, and ACT's, whose images leave whole; in layers.
 GATE_START = {"0.71": 9.0, "0.6": 7.5, "0.49": 6.15}
+# The share of patches, of heads and of sublayers that leaves about the work: gates^2 (1 + 2 gates) / 3.
+GATES_ON = {"0.71": 0.88, "0.49": 0.77}
 ACT_DEPTH = {"0.71": 8.5, "0.49": 5.9}
 # The architecture of checkpoints/fashion_mnist_dense.
 STATIC = AViTConfig(image_size=28, patch_size=4, in_channels=1, num_classes=10, embed_dim=64, num_heads=4)
@@ -124,6 +128,8 @@ def get_config(arg: str = "static") -> ConfigDict:
         config.init_from = gate_path(work)
         config.loss.update({"ponder_weight": 2.9e-4, "prior_weight": 5e-3, "prior_deviation": 3.0})
         config.loss.prior_target_depth = ACT_DEPTH[work] + 0.6
+    if method == "gates":
+        config.loss.update({f"{part}_target": GATES_ON[work] for part in ("token", "head", "sublayer")})
     if method == "dynamicvit":
         config.loss.teacher_logits_weight = 0.0  # all methods learn from the teacher's logits
     if method == "dynamicvit_own":

@@ -83,6 +83,11 @@ BOUNDS: list[tuple[str, float, float, str]] = [  # the key, the bound, a value b
     *((f"loss.{name}_weight", 0, -0.1, "at least 0") for name in ("keep_ratio", "teacher_logits", "teacher_tokens")),
     ("loss.distillation_weight", 0, -0.1, "at least 0"),
     ("loss.geometric_weight", 0, -0.1, "at least 0"),
+    ("loss.gate_weight", 0, -0.1, "at least 0"),
+    *((f"loss.{part}_target", 0, -0.1, "at least 0") for part in ("token", "head", "sublayer")),
+    *((f"loss.{part}_target", 1, 1.1, "at most 1") for part in ("token", "head", "sublayer")),
+    ("augment.random_tokens", 0, -1, "at least 0"),
+    ("data.train_images", 0, -1, "at least 0"),
     ("loss.distillation_weight", 1, 1.1, "at most 1"),
     *((f"optim.{name}", 0, -0.1, "at least 0") for name in ("learning_rate", "final_learning_rate", "weight_decay")),
     *((f"optim.{name}", 0, -0.1, "at least 0") for name in ("clip_norm", "beta1", "beta2", "ema_decay", "rule_factor")),
@@ -255,7 +260,7 @@ OTHERS = {
     "model.preset": "deit_tiny_patch16_224",
     "augment.randaugment": "rand-m9-mstd0.5-inc1", "loss.distillation": "soft", "model.pool": "norm_mean",
     "model.dtype": "bfloat16", "model.rule": "tome(r=2)", "data.mean": (0.5,), "data.std": (0.5,),
-    "accumulation": 2, "execution": "masked", "mesh.data": 1,
+    "accumulation": 2, "execution": "masked", "mesh.data": 1, "loss.gate_form": "paper", "augment.random_law": "jitter",
 }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Random erasing, mixup and cutmix inside the jitted training step; image i is mixed with image i XOR 1.
+"""Random erasing, mixup, cutmix and random patches inside the jitted training step; image i is mixed with i XOR 1.
 
 Both images of a pair are on one device, so no data moves between devices. Each pair draws its own weight or rectangle.
 """
@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt8
 from avit_jax.data.preprocessing import normalize
 from avit_jax.data.settings import AugmentSettings
 from avit_jax.model.config import AViTConfig
+from avit_jax.model.random_patches import draw_positions
 
 ERASED_AREA = (0.02, 1 / 3)  # least and most of the image's area (arXiv 1708.04896, with timm's upper limit)
 ERASED_RATIO = (0.3, 1 / 0.3)  # height / width
@@ -47,6 +48,24 @@ def augment_on_device(
         probability=augment.mix_probability,
         label_smoothing=label_smoothing,
         weight=weight,
+    )
+
+
+def training_positions(
+    key: PRNGKeyArray, images: int, augment: AugmentSettings, model_config: AViTConfig
+) -> Int[Array, "b n 2"]:
+    """Where the patches of a training batch are cut, by config.augment.random_*; the key that augment_on_device takes.
+
+    Each image draws from the key and its number in the batch, so a run is the same on every mesh.
+    """
+    own = jax.random.fold_in(key, 2)  # splitting the key in two gives what fold_in(key, 0) and fold_in(key, 1) give
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(own, jnp.arange(images))
+    return draw_positions(
+        keys,
+        model_config,
+        tokens=augment.random_tokens,
+        law=augment.random_law,
+        probability=augment.random_patches,
     )
 
 

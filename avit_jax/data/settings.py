@@ -3,6 +3,7 @@
 import dataclasses
 
 from avit_jax.model.config import INTERPOLATIONS, MIN_CROP_FRACTION
+from avit_jax.model.random_patches import LAWS
 from avit_jax.runtime.settings import Settings, setting
 
 SOURCES = ("mnist", "npz", "idx", "folder", "tfds", "scattered")
@@ -28,6 +29,11 @@ class DataSettings(Settings):
         resume="free",
     )
     name: str = setting("", "tfds: the data set, as imagenet2012 or cifar10:3.0.2.")
+    train_images: int = setting(
+        0,
+        "Train on so many of the training images, evenly spread over them; 0: all.",
+        least=0,
+    )
     class_names: tuple[str, ...] = setting((), "idx, scattered: the names of the classes, which the files do not hold.")
     mean: tuple[float, ...] = setting(
         (), "By channel, of 0..1 pixels; (): ImageNet's for images read from disk, else the training images' own."
@@ -67,8 +73,8 @@ class AugmentSettings(Settings):
     """What training images go through, in this order; every default leaves them alone.
 
     On the host, image by image: crop, flip, RandAugment (or, where it is off, colour jitter), affine changes.
-    On the device, in the training step (data/mix.py): erasing, then mixup or cutmix. DeiT's values are in
-    configs/imagenet_deit.py. Raises ValueError for values that cannot be.
+    On the device, in the training step (data/mix.py): erasing, then mixup or cutmix, then random patches. DeiT's values
+    are in configs/imagenet_deit.py. Raises ValueError for values that cannot be.
     """
 
     section = "augment"
@@ -95,6 +101,17 @@ class AugmentSettings(Settings):
     )
     mix_switch: float = setting(0.5, "Probability of cutmix where mixup is on too.")
     mix_probability: float = setting(1.0, "Probability that a pair of images is mixed at all.")
+    random_patches: float = setting(
+        0.0, "Probability that an image's patches are cut at random places instead of the grid (RaViTT)."
+    )
+    random_law: str = setting(
+        "uniform",
+        "Where random patches are: uniform, anywhere; jitter, up to half a patch beside the grid; grid, on it.",
+        choices=LAWS,
+    )
+    random_tokens: int = setting(
+        0, "Patches of a training image, drawn anew for each; 0: as many as the grid has.", least=0
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -102,13 +119,18 @@ class AugmentSettings(Settings):
             good = len(limits) == 2 and 0 < limits[0] <= limits[1]
             self.check(name, good or (name == "crop_scale" and not limits), "(least, most), both above 0")
         self.check("crop_scale", not self.crop_scale or self.crop_scale[1] <= 1, "at most 1, the whole image")
-        for name in ("flip", "erasing", "mix_switch", "mix_probability"):
+        for name in ("flip", "erasing", "mix_switch", "mix_probability", "random_patches"):
             self.check(name, 0 <= getattr(self, name) <= 1, "a probability, 0 to 1")
 
     @property
     def affine(self) -> dict[str, float]:
         """The limits of RandomAffine."""
         return {name: getattr(self, name) for name in ("rotate", "scale", "shear", "translate")}
+
+    @property
+    def cuts(self) -> bool:
+        """Whether training cuts patches elsewhere than on the grid, or fewer of them."""
+        return bool(self.random_patches or self.random_tokens)
 
     @property
     def needs_pictures(self) -> bool:

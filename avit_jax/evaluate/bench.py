@@ -21,7 +21,7 @@ from avit_jax.evaluate.rows import STATIC, Row, as_bits
 from avit_jax.evaluate.timing import Timed, sample_in_turn
 from avit_jax.execution.compiled import CompiledModel
 from avit_jax.execution.program import AUTO, compile
-from avit_jax.execution.work import image_gmacs
+from avit_jax.execution.work import image_gmacs, output_gmacs
 from avit_jax.model.config import NO_RULE, AViTConfig, changed
 from avit_jax.model.vit import AViT, model_of_shapes
 from avit_jax.rules import rule_to_json
@@ -44,6 +44,9 @@ class Answers:
     label: Int[np.ndarray, " n"]  # -1: no labels
     token_depth: Int[np.ndarray, "n t"]
     executed_gmacs: float  # mean for an image
+    # Of a model with gates, whose work does not follow from depths:
+    gmacs: Float[np.ndarray, " n"] | None = None  # of each image, last layer short
+    tokens: Float[np.ndarray, " l"] | None = None  # mean number that each layer computes
 
 
 class Bench:
@@ -205,7 +208,7 @@ def features(model: AViT, batch: int, images: Images) -> Float[np.ndarray, "n d"
 def answers(program: Any, images: Images) -> Answers:
     """What a compiled program says of every image."""
     config, size = program.config, program.batch_size
-    outputs, labels, depths, work = [], [], [], 0.0
+    outputs, labels, depths, own, tokens, work = [], [], [], [], [], 0.0
     for batch in evaluation_batches(images, config, size):
         real = np.asarray(batch["weight"]) > 0
         pixels = batch["image"]
@@ -214,12 +217,17 @@ def answers(program: Any, images: Images) -> Answers:
         count = int(real.sum())
         if not count:
             continue
-        work += count * program.executed(np.where(real[:, None], depth, 0), count).gmacs
+        work += count * program.executed(np.where(real[:, None], depth, 0), count, output).gmacs
+        if config.gates is not None:
+            own.append(np.asarray(output_gmacs(config, output, short_last_layer=True), np.float64)[real])
+            runs = np.asarray(output.sublayer_gates).max(-1)
+            tokens.append((np.asarray(output.token_gates).sum(-1) * runs)[:, real])
         outputs.append(np.asarray(output.logits)[real])
         labels.append(np.asarray(batch["label"])[real])
         depths.append(depth[real].astype(np.int16))
     label = np.concatenate(labels)
-    return Answers(np.concatenate(outputs), label, np.concatenate(depths), work / len(label))
+    gmacs, used = (np.concatenate(own), np.concatenate(tokens, axis=1).mean(1)) if own else (None, None)
+    return Answers(np.concatenate(outputs), label, np.concatenate(depths), work / len(label), gmacs, used)
 
 
 def _by_the_rule(depth: Int[np.ndarray, "n t"], config: AViTConfig) -> bool:
@@ -234,16 +242,15 @@ def _work(
     config: AViTConfig, depth: Int[np.ndarray, "n t"], found: Answers, *, short_last_layer: bool
 ) -> dict[str, Any]:
     """GMACs by the rule and tokens of each layer; for a halting rule how they differ between images."""
-    gmacs = np.concatenate(
-        [
-            np.asarray(image_gmacs(config, jnp.asarray(part, jnp.int32), short_last_layer=short_last_layer), np.float64)
-            for part in np.array_split(depth, -(-len(depth) // 1000))
-        ]
-    )
+    gmacs = found.gmacs
+    if gmacs is None:
+        gmacs = _of_depths(config, depth, short_last_layer)
     share = explained_by_position(depth[:, config.num_special :])
     row: dict[str, Any] = {"gmacs": float(gmacs.mean()), "tokens": _tokens(config, depth)}
+    if found.tokens is not None:
+        row["tokens"] = found.tokens.tolist()
     row |= {"explained_by_position": None if math.isnan(share) else share, "deciles": [], "histogram": None}
-    if config.halting is None:
+    if config.halting is None and config.gates is None:
         return row
     right = found.outputs.argmax(1) == found.label
     labelled = bool(config.num_classes and (found.label >= 0).all())
@@ -261,6 +268,15 @@ def _work(
     counts, edges = np.histogram(gmacs, _BINS)
     row["histogram"] = {"edges": edges.tolist(), "counts": counts.tolist()}
     return row
+
+
+def _of_depths(config: AViTConfig, depth: Int[np.ndarray, "n t"], short_last_layer: bool) -> Float[np.ndarray, " n"]:
+    return np.concatenate(
+        [
+            np.asarray(image_gmacs(config, jnp.asarray(part, jnp.int32), short_last_layer=short_last_layer), np.float64)
+            for part in np.array_split(depth, -(-len(depth) // 1000))
+        ]
+    )
 
 
 def _tokens(config: AViTConfig, depth: Int[np.ndarray, "n t"]) -> list[float]:

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from avit_jax.execution.program import compile
-from avit_jax.execution.work import image_gmacs, whole_gmacs
+from avit_jax.execution.work import image_gmacs, output_gmacs, whole_gmacs
 from avit_jax.model.check_images import check_images
 from avit_jax.model.vit import AViT
 from avit_jax.rules import RULES
@@ -54,7 +54,7 @@ class WorkByLevel:
             raise ValueError("there is no image to calibrate with: give a few hundred")
         self.rule = instance_of(rule)
         self._model, self._images = model, np.asarray(images)
-        self._halts = model.with_config(rule=self.rule).config.halts
+        self._halts = model.with_config(rule=self.rule).config.reduction is None
         # A trained rule's levels start from the model's own setting.
         self._at: Callable[[float], Any] = self.rule.levels(model.with_config(rule=self.rule), self._images)
         self._works: dict[float, float] = {}
@@ -138,8 +138,8 @@ class WorkByLevel:
         program = compile(model, size, execution="masked", mesh=data_mesh(size))
         total = 0.0
         for start in range(0, len(images), size):
-            depth = np.asarray(program(images[start : start + size]).token_depth)
-            total += float(image_gmacs(config, jnp.asarray(depth), short_last_layer=True).sum())
+            output = program(images[start : start + size])
+            total += float(output_gmacs(config, output, short_last_layer=True).sum())
         return total / len(images) / whole
 
 

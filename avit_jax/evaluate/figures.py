@@ -18,7 +18,7 @@ from avit_jax.data.pipeline import evaluation_batches
 from avit_jax.data.preprocessing import normalize
 from avit_jax.data.sources import Images
 from avit_jax.execution.program import compile, suited
-from avit_jax.execution.work import image_gmacs
+from avit_jax.execution.work import output_gmacs
 from avit_jax.model.config import AViTConfig
 from avit_jax.model.vit import AViT, AViTOutput
 from avit_jax.runtime.bars import counted
@@ -117,7 +117,7 @@ def _of_images(config: AViTConfig, output: AViTOutput, label: Int[Array, " b"]) 
         "mean_depth": depth.mean(1),
         "depth_std": depth.std(1),
         "class_token_depth": output.token_depth[:, 0] if config.class_token else jnp.zeros(len(label), jnp.int32),
-        "gmacs": image_gmacs(config, output.token_depth),
+        "gmacs": output_gmacs(config, output),
     }
 
 
@@ -207,7 +207,7 @@ def totals(
         by_token += depth.sum(0)
         count = int(real.sum())
         if count:  # in the last batch a process may have no images
-            executed = program.executed(depth, count)
+            executed = program.executed(depth, count, output)
             slots += executed.slots
             performed[executed.gmacs] += count
     columns = {name: np.concatenate([part[name] for part in images]) for name in images[0]}

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int, Shaped
 from avit_jax.execution.work import Executed
 from avit_jax.model.check_images import check_images
 from avit_jax.model.config import AViTConfig
-from avit_jax.model.output import AViTOutput
+from avit_jax.model.output import IMAGES_SECOND, AViTOutput
 from avit_jax.model.vit import AViT
 from avit_jax.runtime.mesh import batch_sharding, replicated
 
@@ -40,8 +40,12 @@ class Program(Protocol):
         """The output for each image. Raises ValueError for images that the model does not take, or too many."""
         ...
 
-    def executed(self, token_depth: Int[np.ndarray, "b n"], images: int) -> Executed:
-        """The work done for the first `images` of a batch. token_depth: by the rule, in layers; 0 for padding."""
+    def executed(self, token_depth: Int[np.ndarray, "b n"], images: int, output: AViTOutput | None = None) -> Executed:
+        """The work done for the first `images` of a batch.
+
+        token_depth: by the rule, in layers; 0 for padding. output: of this batch; only packed execution of gates needs
+        it.
+        """
         ...
 
 
@@ -148,24 +152,21 @@ class CompiledModel:
 
 
 def _first_images(output: AViTOutput, count: int) -> AViTOutput:
-    return AViTOutput(
-        output.logits[:count],
-        output.head_logits[:, :count],
-        output.token_depth[:count],
-        output.ponder_cost[:count],
-        output.halting_scores[:, :count],
-    )
+    first = {
+        name: values[:, :count] if name in IMAGES_SECOND else values[:count] for name, values in vars(output).items()
+    }
+    return type(output)(**first)
 
 
 # (params, images, number of images that count) -> the output, and more arrays with a first axis to join.
 Local = Callable[[Any, Array, Array], tuple[AViTOutput, tuple[Array, ...]]]
 
 
-def on_each_device(local: Local, mesh: Mesh | None) -> Local:
-    """The function with which every device computes its own images, without communication."""
+def on_each_device(local: Local, mesh: Mesh | None, kind: type[AViTOutput] = AViTOutput) -> Local:
+    """The function with which every device computes its own images, without communication. kind: of its output."""
     if mesh is None:
         return local
-    names = [field.name for field in dataclasses.fields(AViTOutput)]
+    names = [field.name for field in dataclasses.fields(kind)]
 
     def shard(params: Any, images: Array, count: Array) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
         first = jax.lax.axis_index("data") * len(images)
@@ -173,14 +174,14 @@ def on_each_device(local: Local, mesh: Mesh | None) -> Local:
         return tuple(getattr(output, name) for name in names), more
 
     rows, second = PartitionSpec("data"), PartitionSpec(None, "data")
-    fields = tuple(second if name in ("head_logits", "halting_scores") else rows for name in names)
+    fields = tuple(second if name in IMAGES_SECOND else rows for name in names)
     sharded = jax.shard_map(
         shard, mesh=mesh, in_specs=(PartitionSpec(), rows, PartitionSpec()), out_specs=(fields, rows), check_vma=False
     )
 
     def split(params: Any, images: Array, count: Array) -> tuple[AViTOutput, tuple[Array, ...]]:
         values, more = sharded(params, images, count)
-        return AViTOutput(**dict(zip(names, values, strict=True))), more
+        return kind(**dict(zip(names, values, strict=True))), more
 
     return split
 

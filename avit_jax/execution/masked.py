@@ -6,6 +6,7 @@ from jaxtyping import Int
 
 from avit_jax.execution.compiled import CompiledForward
 from avit_jax.execution.work import Executed, masked_gmacs
+from avit_jax.model.output import AViTOutput
 from avit_jax.model.vit import AViT
 
 
@@ -17,6 +18,6 @@ class MaskedModel(CompiledForward):
     def __init__(self, model: AViT, batch_size: int, mesh: Mesh | None = None) -> None:
         super().__init__(model, batch_size, AViT.__call__, mesh)
 
-    def executed(self, token_depth: Int[np.ndarray, "b n"], images: int) -> Executed:
+    def executed(self, token_depth: Int[np.ndarray, "b n"], images: int, output: AViTOutput | None = None) -> Executed:
         """Every layer computes every token, whatever the depths."""
         return Executed(images * self.config.depth * self.config.num_tokens, masked_gmacs(self.config))

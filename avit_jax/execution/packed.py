@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
 from avit_jax.execution.compiled import CompiledModel, check_batch_size, on_each_device, split_model
+from avit_jax.execution.gated_packed import GatedPackedModel
 from avit_jax.execution.packing import forward
 from avit_jax.execution.plan import PackedPlan, default_plan, layer_loads, padded_loads
 from avit_jax.execution.work import Executed, packed_gmacs
@@ -58,7 +59,7 @@ class PackedModel(CompiledModel):
                 f"{rule.advice if rule else ''}"
             )
 
-    def executed(self, token_depth: Int[np.ndarray, "b n"], images: int) -> Executed:
+    def executed(self, token_depth: Int[np.ndarray, "b n"], images: int, output: AViTOutput | None = None) -> Executed:
         """The work done for the first `images` of a batch; the rest are padding, with depths of 0.
 
         token_depth: by the rule, as without image exit. The work is counted with image exit, whether this program has
@@ -90,7 +91,7 @@ def compile_packed(
     *,
     image_exit: bool = True,
     mesh: Mesh | None = None,
-) -> PackedModel:
+) -> PackedModel | GatedPackedModel:
     """Compile packed execution: the same predictions as model(images), but halted tokens cost nothing.
 
     The result takes up to batch_size images and returns a row for each.
@@ -98,8 +99,9 @@ def compile_packed(
     image_exit: an image ends as soon as the tokens that its logits read have halted (class and distillation token, or
     the patches of a mean). Logits stay the same, token_depth counts the layers computed, and with pool "token" the last
     layer has scores for these tokens only. Without image_exit, depths, ponder costs and scores are those of masked
-    execution. plan: see plan_packed; it only affects speed. mesh: the batch is split over its axis `data`, and each
-    device packs its own images; without one, over all CPU devices (see use_all_cores), or on one accelerator.
+    execution. A model with gates has no image exit. plan: see plan_packed; it only affects speed. mesh: the batch is
+    split over its axis `data`, and each device packs its own images; without one, over all CPU devices (see
+    use_all_cores), or on one accelerator.
 
     Logits differ from masked execution by rounding, about 1e-5. If a token's cumulative score is within rounding of the
     threshold, the token may stop one layer earlier or later, and the logits of its image differ by more (6.9e-4 was
@@ -117,4 +119,6 @@ def compile_packed(
         raise ValueError(
             f"the plan is for {plan.num_tokens} tokens and the model has {model.config.num_tokens}: make a new plan"
         )
+    if model.config.gates is not None:
+        return GatedPackedModel(model, batch_size, plan, mesh)
     return PackedModel(model, batch_size, plan, image_exit, mesh)

@@ -110,9 +110,12 @@ def plan_packed(
     Times one block for several group sizes and numbers of tokens, and adds up what each plan would run for batches of
     batch_size of these images, image exit included. Among plans within 1 % of the best, it returns the one with the
     fewest capacities, which compiles fastest. images: as the model takes them. mesh: as for compile_packed; its devices
-    are timed together, because they may share cores. Raises ValueError if there are fewer images than batch_size.
+    are timed together, because they may share cores. Raises ValueError for gates, and if there are
+    fewer images than batch_size.
     """
     config = model.config
+    if config.gates is not None:
+        raise ValueError("a plan is measured for tokens that stop and the rule gates lets them return: leave plan out")
     if not 1 <= batch_size <= len(images):
         raise ValueError(f"batch_size is {batch_size} and the sample has {len(images)} images: give at least a batch")
     mesh = mesh_or_all_cores(mesh, batch_size) or data_mesh(1)

@@ -41,14 +41,16 @@ def forward(
     image_exit: bool = False,
     key: PRNGKeyArray | None = None,
     mesh: Mesh | None = None,
+    positions: Int[Array, "b p 2"] | None = None,
 ) -> tuple[AViTOutput, Ran]:
     """The model's output with the plan's shapes, and what led to it. If `overflow` is True, all of it is wrong.
 
     count: images that are not padding; None: all. image_exit: an image ends when the tokens that its logits read have
     halted. key: draws dropout and stochastic depth as in masked execution; None: neither. mesh: the images are split
-    over all its devices, and each packs its own; the plan is for one device.
+    over all its devices, and each packs its own; the plan is for one device. positions: where patches are cut, as many
+    as the grid has; None: on the grid.
     """
-    x = model.embed(images, key)
+    x = model.embed(images, key, positions)
     state = rule.initial(len(images), model.config, model.draw(rule, images, key))
     if count is not None:
         state = dataclasses.replace(state, active=state.active & (jnp.arange(len(images)) < count)[:, None])

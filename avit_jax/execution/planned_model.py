@@ -56,7 +56,7 @@ class PlannedModel(CompiledModel):
             self._overflows = self._overflows + overflow.any()
         return output
 
-    def executed(self, token_depth: Int[np.ndarray, "b n"], images: int) -> Executed:
+    def executed(self, token_depth: Int[np.ndarray, "b n"], images: int, output: AViTOutput | None = None) -> Executed:
         """The work done for the first `images` of a batch; the rest are padding, with depths of 0.
 
         It is that of the plan's shapes, and that of every token again for a device whose images did not fit.

@@ -118,6 +118,9 @@ def choose(
     if execution == AUTO:
         if config.reduction is not None:
             return Choice("shrinking", "its rule leaves a number of tokens that is known ahead")
+        if config.gates is not None:
+            unknown = "masked", "without a halting rule it is the fastest but on a CPU"
+            return Choice(*(_WITHOUT_PLAN["cpu"] if (platform or jax.default_backend()) == "cpu" else unknown))
         if config.halting is None:
             return Choice("masked", "without a rule every token is computed")
         if plan is not None:
@@ -135,6 +138,8 @@ def fitting_executions(config: AViTConfig) -> tuple[str, ...]:
     """The executions that can run the model's rule. Planned needs a plan."""
     if config.reduction is not None:
         return ("shrinking",)
+    if config.gates is not None:
+        return ("packed", "masked")
     return ("packed", "masked", "planned") if config.halting is not None else ("masked", "packed", "shrinking")
 
 
@@ -143,6 +148,7 @@ def suited(config: AViTConfig, execution: str) -> Choice:
 
     For commands whose flag applies to every model that they load. Raises ValueError for an unknown execution.
     """
-    if execution in EXECUTIONS and (config.halting is None or execution not in fitting_executions(config)):
+    choice = config.halting is not None or config.gates is not None
+    if execution in EXECUTIONS and (not choice or execution not in fitting_executions(config)):
         execution = AUTO
     return choose(config, execution)

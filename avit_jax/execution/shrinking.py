@@ -41,20 +41,22 @@ def forward(
     *,
     key: PRNGKeyArray | None = None,
     short_last_layer: bool = False,
+    positions: Int[Array, "b p 2"] | None = None,
 ) -> AViTOutput:
     """The model's output under a reduction rule (None: no rule), for images that check_images accepts.
 
     key: draws dropout and stochastic depth as in masked execution; None: neither. short_last_layer: if the logits only
-    read the first tokens, the last layer computes only these; the result is the same.
+    read the first tokens, the last layer computes only these; the result is the same. positions: where patches are cut,
+    without a rule perhaps fewer than the grid has; None: on the grid.
 
     token_depth counts the layers in which a token led a slot of its own: a token that is merged stops at the layer that
     merges it, and the token that it joins goes on. ponder_cost is token_depth + 1 and halting_scores are 0. A mean over
     patches is the mean over all patches of the image, each with the value of the token that stands for it, so tokens
     are weighted by size.
 
-    Raises ValueError if the rule does not fit the model.
+    Raises ValueError if the rule does not fit the model or the number of patches.
     """
-    return run(model, images, rule, key=key, short_last_layer=short_last_layer)[0]
+    return run(model, images, rule, key=key, short_last_layer=short_last_layer, positions=positions)[0]
 
 
 def follow_tokens(model: AViT, images: Shaped[Array | np.ndarray, "..."], rule: Reduction) -> Reduced:
@@ -69,10 +71,17 @@ def run(
     *,
     key: PRNGKeyArray | None = None,
     short_last_layer: bool = False,
+    positions: Int[Array, "b p 2"] | None = None,
 ) -> tuple[AViTOutput, Reduced]:
     """The results of `forward` and `follow_tokens` together; arguments as for `forward`."""
     graphdef, params = nnx.split(model)
-    return _program(graphdef, rule, short_last_layer, params, jnp.asarray(images), key)
+    grid = model.config.num_tokens - model.config.num_special
+    if rule is not None and positions is not None and positions.shape[1] != grid:
+        raise ValueError(
+            f"the rule {rule.name} fixes the number of tokens for {grid} patches and there are {positions.shape[1]}: "
+            "give as many, or a model without this rule"
+        )
+    return _program(graphdef, rule, short_last_layer, params, jnp.asarray(images), key, positions)
 
 
 # Jitted, because outside jit each operation would be compiled for each of a dozen shapes.
@@ -84,14 +93,16 @@ def _program(
     params: Any,
     images: Float[Array, "b h w c"],
     key: PRNGKeyArray | None,
+    positions: Int[Array, "b p 2"] | None,
 ) -> tuple[AViTOutput, Reduced]:
     model = nnx.merge(graphdef, params)
-    config, count, num_tokens = model.config, len(images), model.config.num_tokens
+    config = model.config
     acts = () if rule is None else rule.acts_in(config)
     short = short_last_layer and shortens_last_layer(config, rule) and key is None
     layers = _Layers(model, rule, key, None if rule is None else model.draw(rule, images, key))
 
-    x = model.embed(images, key)
+    x = model.embed(images, key, positions)
+    count, num_tokens, _ = x.shape
     size = jnp.ones((count, num_tokens))
     slot = jnp.broadcast_to(jnp.arange(num_tokens)[None], (count, num_tokens))
     leads = jnp.ones((count, num_tokens), bool)
@@ -229,7 +240,7 @@ class ShrinkingModel(CompiledForward):
     def __init__(self, model: AViT, batch_size: int, mesh: Mesh | None = None) -> None:
         super().__init__(model, batch_size, _to_the_logits, mesh)
 
-    def executed(self, token_depth: Int[np.ndarray, "b n"], images: int) -> Executed:
+    def executed(self, token_depth: Int[np.ndarray, "b n"], images: int, output: AViTOutput | None = None) -> Executed:
         """The same for every image, whatever the depths: the tokens that enter each layer, and the rule's own work."""
         rule, config = self.config.reduction, self.config
         counts = (config.num_tokens,) * config.depth if rule is None else rule.counts(config)

@@ -123,7 +123,8 @@ class PlannedPlan:
 
     def __str__(self) -> str:
         shown = "; ".join(f"from layer {s.first}: {', '.join(map(str, s.capacities))}" for s in self.stages)
-        return f"groups of {self.group_size} images, tokens for each group {shown}"
+        images = "1 image" if self.group_size == 1 else f"{self.group_size} images"
+        return f"groups of {images}, tokens for each group {shown}"
 
     def save(self, path: str | Path) -> None:
         """Write the plan to a JSON file."""

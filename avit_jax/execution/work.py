@@ -10,7 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from avit_jax.gated.gates import Choice
+from avit_jax.gated.work import layer_macs, published_macs
 from avit_jax.model.config import AViTConfig
+from avit_jax.model.output import AViTOutput, GatedOutput
 from avit_jax.reduction.groups import Place, Reduction
 
 
@@ -68,14 +71,37 @@ def image_gmacs(
 
     token_depth: layers that computed each token, special tokens first, as in AViTOutput. With a halting rule every
     block counts its active tokens. With a reduction rule all images cost the same, whatever their depths.
-    short_last_layer: the last layer computes only the tokens that the logits read, if these are the first ones.
+    short_last_layer: the last layer computes only the tokens that the logits read, if these are the first ones. Raises
+    ValueError for a model with gates, whose work does not follow from depths.
     """
+    if config.gates is not None:
+        raise ValueError("the work of a model with gates does not follow from depths: use work.output_gmacs")
     if config.reduction is not None:
         return jnp.full(len(token_depth), shrinking_gmacs(config, short_last_layer=short_last_layer))
     macs = _macs_of_depths(config, token_depth, short_last_layer and config.pool == "token")
     if config.halting is not None:
         macs = macs + config.halting.extra_macs(config, token_depth)
     return macs / 1e9
+
+
+def output_gmacs(
+    config: AViTConfig, output: AViTOutput, *, short_last_layer: bool = False
+) -> Float[Array | np.ndarray, " b"]:
+    """10^9 multiply-adds of each image by the model's rule: image_gmacs, or from the gates if the model has them."""
+    if config.gates is None:
+        return image_gmacs(config, output.token_depth, short_last_layer=short_last_layer)
+    layers = layer_macs(config, _choice(output), short_last_layer=short_last_layer)
+    return (layers.sum(0) + embedding_macs(config) + head_macs(config)) / 1e9
+
+
+def published_gmacs(config: AViTConfig, output: AViTOutput) -> Float[Array, " b"]:
+    """The work of each image of a model with gates as its authors' table counts it, for comparison only."""
+    return (published_macs(config, _choice(output)).sum(0) + embedding_macs(config) + head_macs(config)) / 1e9
+
+
+def _choice(output: AViTOutput) -> Choice:
+    assert isinstance(output, GatedOutput)
+    return Choice(*map(jnp.asarray, (output.token_gates, output.head_gates, output.sublayer_gates)))
 
 
 def whole_gmacs(config: AViTConfig) -> float:
@@ -85,6 +111,10 @@ def whole_gmacs(config: AViTConfig) -> float:
 
 def masked_gmacs(config: AViTConfig) -> float:
     """10^9 multiply-adds of an image in masked execution: every token in every layer, and the rule's own work."""
+    if config.gates is not None:
+        everything = (config.num_tokens, config.num_heads, 2)
+        choice = Choice(*(jnp.ones((config.depth, 1, count)) for count in everything))
+        return float(layer_macs(config, choice).sum() + embedding_macs(config) + head_macs(config)) / 1e9
     return float(image_gmacs(config, _full_depth(config))[0])
 
 
@@ -170,3 +200,22 @@ def packed_gmacs(
     # A rule's own work is not packed: it looks at every image after every layer.
     own = 0.0 if rule is None else float(rule.extra_macs(config, _full_depth(config))[0])
     return float(blocks * group_size / images + embedding_macs(config) + head_macs(config) + own) / 1e9
+
+
+def gated_packed_gmacs(
+    config: AViTConfig,
+    attention: Int[np.ndarray, "devices l groups"],
+    mlp: Int[np.ndarray, "devices l groups"],
+    group_size: int,
+    images: int,
+) -> float:
+    """10^9 multiply-adds that packed execution of a model with gates performs for each of `images` images.
+
+    attention, mlp: the capacity with which each group of group_size images runs the sublayer. Heads are masks, which
+    save nothing.
+    """
+    d, n = config.embed_dim, attention.astype(np.float64)
+    blocks = (4 * n * d**2 + 2 * n**2 * d).sum() + 2 * d * config.mlp_dim * float(mlp.sum())
+    nothing = Choice(*(jnp.zeros((config.depth, 1, count)) for count in (config.num_tokens, config.num_heads, 2)))
+    gates = float(layer_macs(config, nothing).sum())
+    return float(blocks * group_size / images + embedding_macs(config) + head_macs(config) + gates) / 1e9

@@ -19,6 +19,11 @@ Mass = Bool[Array, "b n"] | Float[Array, "b n"] | None
 _FROM_WEIGHTS = frozenset({"class_attention", "attention_received"})
 
 
+def of_channels(heads: Float[Array, "b h"], channels: int) -> Float[Array, "b 1 d"]:
+    """Each head's factor for all its channels."""
+    return jnp.repeat(heads, channels // heads.shape[1], axis=1)[:, None]
+
+
 class Attention(nnx.Module):
     """Multi-head self-attention in which every key has a mass.
 
@@ -73,6 +78,21 @@ class Attention(nnx.Module):
             return fused_attention(query, key, value, mass, kernel), self._facts(None, None, key, value, reads)
         weights, total = _attention_weights(query, key, mass)
         return self._mixed(weights, total, value), self._facts(weights, total, key, value, reads)
+
+    def gated(
+        self, x: Float[Array, "b n d"], on: Bool[Array, "b n"], heads: Float[Array, "b h"]
+    ) -> Float[Array, "b n d"]:
+        """The attention output if some tokens and heads are off; no row of tokens that are off means anything.
+
+        on: tokens that are seen. heads: a factor for each head, 0 or 1; its gradient goes through query, key, value and
+        the output of attention. A token that is off sees itself alone, which decides the gradient of its gate.
+        """
+        columns = self.columns(x)
+        columns = columns * jnp.tile(of_channels(heads, x.shape[-1]), 3).astype(columns.dtype)
+        mixed, _ = self.attended(columns, on, frozenset())
+        alone = columns[..., -x.shape[-1] :].astype(mixed.dtype)  # the values
+        mixed = jnp.where(on[..., None], mixed, alone)
+        return self.proj(mixed * of_channels(heads, mixed.shape[-1]))
 
     def read(self, x: Float[Array, "b n d"], mass: Mass, queries: int) -> Float[Array, "b q d"]:
         """The attention output of the first `queries` tokens; for the others only key and value are computed."""

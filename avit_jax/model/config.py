@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+from avit_jax.gated.gates import Gates
 from avit_jax.halting.avit import AViTGate
 from avit_jax.halting.rule import Halting
 from avit_jax.model.fused import ATTENTION, cudnn_takes
@@ -78,7 +79,7 @@ class AViTConfig:
     gate_scale: float | None = setting(None, "Halting score: sigmoid(gate_scale * channel 0 - gate_center).")
     gate_center: float | None = setting(None, "See gate_scale; without both no token ever halts.")
     halt_epsilon: float = setting(0.01, "A token stops once its halting scores add up to 1 - halt_epsilon.")
-    rule: Halting | Reduction | None = setting(None, "A rule to use instead of the gate, such as tome(r=8).")
+    rule: Halting | Reduction | Gates | None = setting(None, "A rule to use instead of the gate, such as tome(r=8).")
     drop_rate: float = setting(0.0, "Dropout rate in training, for embeddings, attention output and MLP.")
     drop_path_rate: float = setting(0.0, "Stochastic depth in training: rate of the last layer; the first has 0.")
     dtype: str = setting("float32", "Type of matrix products: float32 or bfloat16. Parameters are float32.")
@@ -98,7 +99,7 @@ class AViTConfig:
             object.__setattr__(self, "rule", None)
         if isinstance(self.rule, type):
             raise ValueError(f"rule is the class {self.rule.__name__}: give its settings, such as ToMe(r=8)")
-        if self.rule is not None and not isinstance(self.rule, Halting | Reduction):
+        if self.rule is not None and not isinstance(self.rule, Halting | Reduction | Gates):
             kind = type(self.rule).__name__
             raise ValueError(f"rule has the type {kind}: give one of the rules {', '.join(RULES)}, or None")
         for name in ("image_size", "class_names"):
@@ -163,6 +164,8 @@ class AViTConfig:
             self.halting.check(self)
         if self.reduction is not None:
             self.reduction.counts(self)  # refuses a model that it does not fit
+        if self.gates is not None:
+            self.gates.check(self)
 
     @property
     def image_shape(self) -> tuple[int, int]:
@@ -225,9 +228,14 @@ class AViTConfig:
         return self.rule if isinstance(self.rule, Reduction) else None
 
     @property
-    def rule_in_force(self) -> Halting | Reduction | None:
-        """The rule in force, of either kind and including A-ViT's gate; None if every token runs through all layers."""
-        return self.reduction or self.halting
+    def gates(self) -> Gates | None:
+        """The gates in force, which choose anew in every layer what is computed, or None."""
+        return self.rule if isinstance(self.rule, Gates) else None
+
+    @property
+    def rule_in_force(self) -> Halting | Reduction | Gates | None:
+        """The rule in force, of any kind and including A-ViT's gate; None if every token runs through all layers."""
+        return self.reduction or self.gates or self.halting
 
     @property
     def halts(self) -> bool:
@@ -261,8 +269,10 @@ class AViTConfig:
         return AViTConfig(**{**model, **names, "preprocessing": Preprocessing(**preprocessing)})
 
 
-def rule_of_training(config: AViTConfig) -> Halting | None:
-    """The halting rule that runs in training: the model's own, or the one that stands in for its reduction rule."""
+def rule_of_training(config: AViTConfig) -> Halting | Gates | None:
+    """The rule that has terms in training: the model's own, or the one that stands in for its reduction rule."""
+    if config.gates is not None:
+        return config.gates
     return config.halting if config.reduction is None else config.reduction.in_training(config)
 
 

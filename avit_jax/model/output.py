@@ -20,6 +20,23 @@ class AViTOutput:
     halting_scores: Float[Array, "l b n"]  # 0 for a token that had halted
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class GatedOutput(AViTOutput):
+    """The output of a model with gates: also what each layer computed, 1 or 0.
+
+    token_depth counts the layers in which a token was on and attention or MLP ran; that may be any of the layers.
+    """
+
+    token_gates: Float[Array, "l b n"]
+    head_gates: Float[Array, "l b h"]
+    sublayer_gates: Float[Array, "l b 2"]  # attention, MLP
+
+
+# Fields whose images are on the second axis.
+IMAGES_SECOND = ("head_logits", "halting_scores", "token_gates", "head_gates", "sublayer_gates")
+
+
 def _output_of(aux_data: Any, children: Any) -> AViTOutput:
     """jax.export builds the output from shapes, which the type check of the constructor would refuse."""
     output = object.__new__(AViTOutput)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, PRNGKeyArray, Shaped
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Shaped
 
 from avit_jax.halting.rule import Halting, State, Teacher, Trace, drop_halted
 from avit_jax.model.check_images import check_images
@@ -18,6 +18,7 @@ from avit_jax.model.linear import INIT, layer_norm, linear
 from avit_jax.model.output import AViTOutput
 from avit_jax.model.positions import resize_positions
 from avit_jax.model.presets import config_from
+from avit_jax.model.random_patches import config_of_tokens, cut, interpolated
 from avit_jax.model.rule import Keys, Rule, image_keys
 from avit_jax.model.seen import Facts, Seen, of_attention
 from avit_jax.runtime.mesh import check_platform
@@ -78,6 +79,8 @@ class AViT(nnx.Module):
     ) -> AViTOutput:
         """The output for a batch, by masked execution, or by shrinking execution under a reduction rule.
 
+        Under gates it is a GatedOutput.
+
         images: float32 [B, H, W, C], as avit_jax.preprocess returns them. deterministic: False in training, which draws
         dropout and stochastic depth from rngs.dropout. Raises ValueError for other images, or if rngs is missing.
         """
@@ -87,23 +90,33 @@ class AViT(nnx.Module):
         return self.forward(images, None if deterministic or rngs is None else rngs.dropout())[0]
 
     def forward(
-        self, images: Shaped[Array | np.ndarray, "b h w c"], key: PRNGKeyArray | None = None
+        self,
+        images: Shaped[Array | np.ndarray, "b h w c"],
+        key: PRNGKeyArray | None = None,
+        positions: Int[Array, "b p 2"] | None = None,
     ) -> tuple[AViTOutput, Trace, State | None]:
         """The output, the halting rule's trace of every layer (stacked), and its final state (None: no halting rule).
 
         key: given in training. It draws dropout and stochastic depth, and a rule may then compute every token.
+        positions: where patches are cut (random_patches.draw_positions), perhaps fewer than the grid has; None: the
+        grid. Raises ValueError for fewer patches if a reduction rule runs.
         """
         config, rule = self.config, self.config.halting
         images = jnp.asarray(images)
+        if config.gates is not None:
+            from avit_jax.execution import gated  # imported here, because it imports this module
+
+            return gated.forward(self, images, key, positions)
         if config.reduction is not None:
             rule = config.reduction.in_training(config) if key is not None else None
             if rule is None:
                 from avit_jax.execution import shrinking  # imported here, because it imports this module
 
-                return shrinking.forward(self, images, config.reduction, key=key), Trace(), None
-        x = self.embed(images, key)
+                return shrinking.forward(self, images, config.reduction, key=key, positions=positions), Trace(), None
+        x = self.embed(images, key, positions)
         draw = None if rule is None else self.draw(rule, images, key)
-        x, state, trace = self._layers(x, rule, None if rule is None else rule.initial(len(x), config, draw), key)
+        seen = config_of_tokens(config, x.shape[1] - config.num_special)
+        x, state, trace = self._layers(x, rule, None if rule is None else rule.initial(len(x), seen, draw), key)
         if rule is None or state is None:
             token_depth = jnp.full(x.shape[:2], config.depth, jnp.int32)
             active = jnp.zeros(x.shape[:2], bool)
@@ -125,15 +138,32 @@ class AViT(nnx.Module):
         x, _, _ = self._layers(self.embed(images), None, None, None)
         return Teacher(self.head_logits(x[:, : self.config.num_outputs]).mean(0), self.norm(x))
 
-    def embed(self, images: Float[Array, "b h w c"], key: PRNGKeyArray | None = None) -> Float[Array, "b n d"]:
-        """Special tokens, then patches, with their positions added. key: draws dropout; None: no dropout."""
-        patches = self.patch_embed(images).astype(jnp.float32)
-        config = self.config
+    def embed(
+        self,
+        images: Float[Array, "b h w c"],
+        key: PRNGKeyArray | None = None,
+        positions: Int[Array, "b p 2"] | None = None,
+    ) -> Float[Array, "b n d"]:
+        """Special tokens, then patches, with their position embeddings added.
+
+        key: draws dropout; None: no dropout. positions: where patches are cut, in pixels; None: on the grid.
+        """
+        config, places = self.config, self.pos_embed[...]
+        if config.gates is not None and not config.gates.train_positions:
+            places = jax.lax.stop_gradient(places)
+        if positions is None:
+            patches = self.patch_embed(images)
+        else:
+            patches = self.patch_embed.proj(cut(images, positions, config.patch_size))
+            before = jnp.repeat(places[:, : config.num_special], len(images), axis=0)
+            table = places[0, config.num_special :]
+            places = jnp.concatenate([before, interpolated(table, positions, config)], axis=1)
+        patches = patches.astype(jnp.float32)
         special = [self.cls_token] if config.class_token else []
         special += [self.dist_token] if config.distilled else []
         special += [self.reg_token] if config.num_registers else []
         first = [jnp.broadcast_to(token[...], (images.shape[0], *token.shape[1:])) for token in special]
-        x = jnp.concatenate([*first, patches], axis=1) + self.pos_embed[...]
+        x = jnp.concatenate([*first, patches], axis=1) + places
         if key is None:
             return x
         return self.drop(x, deterministic=False, rngs=jax.random.fold_in(key, config.depth))

@@ -1,4 +1,4 @@
-"""Random drop: patches are dropped at random, as a control for rules that choose."""
+"""Patches dropped at random, as a control for rules that choose: in some layers, or before the first one."""
 
 import dataclasses
 from typing import ClassVar
@@ -8,6 +8,7 @@ from jaxtyping import Array, Float
 
 from avit_jax.model.rule import Keys
 from avit_jax.model.seen import Seen
+from avit_jax.reduction.groups import Place
 from avit_jax.reduction.topk import TopK
 from avit_jax.runtime.files import shown_value
 from avit_jax.runtime.numbers import is_whole
@@ -44,3 +45,25 @@ class RandomDrop(TopK):
         assert seen.size is not None
         tokens = seen.size.shape[1]
         return jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, self.seed), (tokens,)))(draw)
+
+
+@dataclasses.dataclass(frozen=True)
+class RandomPatches(RandomDrop):
+    """Only a random part of the patches of the grid enters the first layer: what a model can do with fewer tokens.
+
+    It is random_views with the law "grid" and one view, as a rule, so that it can be compared with others. The patches
+    are drawn as RandomDrop does, ceil(keep_rate * n) of n.
+
+    Raises ValueError for layers other than (0,), and as RandomDrop does.
+    """
+
+    layers: tuple[int, ...] = (0,)
+
+    name: ClassVar[str] = "patches"
+    label: ClassVar[str] = "fewer random patches"
+    place: ClassVar[Place] = "before the layer"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.layers != (0,):
+            raise ValueError(f"RandomPatches' layers are {self.layers}: leave them out, it acts before layer 0 alone")

@@ -153,6 +153,7 @@ def _describe(subject: Subject) -> dict[str, Any]:
         "rule_text": None if rule is None else rule.describe(),
         "execution": _own_execution(config),
         "halts": config.halts,
+        "gated": config.gates is not None,
         "gate_scale": config.gate_scale,
         "gate_center": config.gate_center,
         "depth": config.depth,

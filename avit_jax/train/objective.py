@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
+from avit_jax.gated.gates import Gates
 from avit_jax.halting.image_mean import image_mean
 from avit_jax.halting.rule import Classify, Halting, State, Teacher, Trace
 from avit_jax.runtime.settings import Settings, setting
@@ -96,7 +97,7 @@ def distillation_loss(
 
 
 def objective_terms(
-    rule: Halting | None,
+    rule: Halting | Gates | None,
     head_logits: Float[Array, "heads b c"],
     trace: Trace,
     state: State | None,

@@ -10,6 +10,7 @@ from jaxtyping import Int
 
 from avit_jax.execution.plan import whole_number
 from avit_jax.execution.stages import PlannedPlan, plan_fullest
+from avit_jax.halting.rule import Halting
 from avit_jax.model.config import AViTConfig, rule_of_training
 
 WINDOW = 50  # steps; at the end of each a plan may change
@@ -28,7 +29,7 @@ def plans(execution: str, config: AViTConfig, steps: int, mesh: Mesh) -> bool:
     """
     rule = rule_of_training(config)
     fits = (
-        rule is not None
+        isinstance(rule, Halting)
         and config.reduction is None
         and rule.masks_in_training
         and not rule.self_visible

@@ -9,6 +9,8 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from avit_jax.execution.stages import PlannedPlan
+from avit_jax.model.config import rule_of_training
+from avit_jax.model.random_patches import check_tokens
 from avit_jax.model.vit import AViT
 from avit_jax.train.optim import learning_rate_schedule, make_optimizer
 from avit_jax.train.planner import Planner, plans
@@ -34,14 +36,26 @@ def prepare(settings: TrainSettings, model: AViT, mesh: Mesh, images: int, teach
     """Number of steps, optimizer and jitted step for this number of training images.
 
     model, teacher: their shapes are enough (nnx.eval_shape). Raises ValueError if config.optim's schedule does not fit
-    the number of steps.
+    the number of steps, and for config.augment.random_tokens that the model or the execution cannot have.
     """
     steps = settings.steps(images)
     schedule = learning_rate_schedule(settings.optim, steps, epochs=settings.epochs, batch_size=settings.batch_size)
     optimizer = make_optimizer(settings.optim, schedule)
     state = state_shapes(model, optimizer, settings.optim.ema_decay)
     planner = None
-    if plans(settings.execution, model.config, steps, mesh):
+    tokens = settings.augment.random_tokens
+    check_tokens(tokens, model.config)
+    if tokens and settings.execution == "planned":
+        raise ValueError(
+            f"config.execution is planned and config.augment.random_tokens {tokens}: planned shapes are for images "
+            "with all patches; give config.execution=masked"
+        )
+    if tokens and rule_of_training(model.config) is None and model.config.reduction is not None:
+        raise ValueError(
+            f"config.augment.random_tokens is {tokens} and the rule {model.config.reduction.name} fixes the number of "
+            "tokens itself: give random_tokens=0, or another rule"
+        )
+    if not tokens and plans(settings.execution, model.config, steps, mesh):
         planner = Planner(model.config, settings.batch_size // (mesh.size * settings.accumulation), steps)
     step_settings = dataclasses.replace(settings.step, counts=planner is not None)
 

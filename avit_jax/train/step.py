@@ -10,10 +10,11 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array
 
-from avit_jax.data.mix import augment_on_device
+from avit_jax.data.mix import augment_on_device, training_positions
 from avit_jax.execution import planned
 from avit_jax.execution.stages import PlannedPlan, sorted_loads
 from avit_jax.halting.image_mean import image_mean
+from avit_jax.halting.rule import Halting
 from avit_jax.model.config import rule_of_training
 from avit_jax.runtime.mesh import batch_sharding, replicated, state_shardings
 from avit_jax.train.objective import distillation_loss, objective_terms
@@ -73,11 +74,12 @@ def build_train_step(
         if remat:
             model = model.with_config(remat=True)
         weight, rule = batch.get("weight"), rule_of_training(model.config)
+        positions = batch.get("positions")
         draws, overflow = nnx.Rngs(dropout=key).dropout(), jnp.zeros((), bool)
-        if plan is None or rule is None:
-            output, trace, final = model.forward(batch["image"], draws)
+        if plan is None or not isinstance(rule, Halting):
+            output, trace, final = model.forward(batch["image"], draws, positions)
         else:
-            output, ran = planned.forward(model, rule, batch["image"], plan, key=draws, mesh=mesh)
+            output, ran = planned.forward(model, rule, batch["image"], plan, key=draws, mesh=mesh, positions=positions)
             trace, final, overflow = ran.trace, ran.state, ran.overflow
         teacher, teacher_logits = None, None
         if teacher_graphdef is not None:
@@ -161,8 +163,9 @@ def build_train_step(
     ) -> tuple[TrainState, dict[str, Array]]:
         key = jax.random.fold_in(jax.random.key(settings.seed), state.step)
         model_config = nnx.merge(graphdef, state.params).config
+        augment_key = jax.random.fold_in(key, 1)
         images, targets = augment_on_device(
-            jax.random.fold_in(key, 1),
+            augment_key,
             batch["image"],
             batch["label"],
             settings.augment,
@@ -171,6 +174,8 @@ def build_train_step(
             weight=batch.get("weight"),
         )
         batch = batch | {"image": images, "target": targets}
+        if settings.augment.cuts:
+            batch["positions"] = training_positions(augment_key, len(images), settings.augment, model_config)
         # If fsdp splits the parameters, gather them once: otherwise the compiler may move activations instead.
         whole = jax.lax.with_sharding_constraint(state.params, replicated(mesh))
         grads, metrics, counts = gradients(whole, batch, key, teacher_state)

@@ -15,7 +15,7 @@ from avit_jax.model.presets import config_from
 # Width -> heads of published ViTs. Each head has 64 channels, or 80 in ViT-Huge.
 _HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}
 # The fields of another program's checkpoint that a preset does not determine.
-BESIDE_PRESET = ("norm_epsilon", "pool", "class_token", "num_registers")
+BESIDE_PRESET = ("norm_epsilon", "pool", "class_token", "num_registers", "rule")
 
 
 def override(saved: AViTConfig, overrides: dict[str, Any]) -> AViTConfig:

@@ -63,7 +63,8 @@ def _with_rule(
 ) -> AViT:
     """The filled model; what its rule has to learn is the checkpoint's, or starts anew."""
     own = [name for name in flat if name.startswith(_OWN)]
-    kept = saved is not None and type(saved.rule_in_force) is type(model_config.rule_in_force)
+    # Only gates come from the files of other programs.
+    kept = saved is None or type(saved.rule_in_force) is type(model_config.rule_in_force)
     brings = "rule_module" in nnx.to_pure_dict(nnx.state(model_of_shapes(model_config)))
     if own and kept and brings:
         return _filled(model_config, flat)

@@ -43,6 +43,7 @@ _FOREIGN: list[tuple[str, str]] = [
     (r"(?:q_norm|k_norm)\.", "it normalises queries and keys (qk-norm), which AViT lacks"),
     (r"(?:attn|mlp)\.norm\.", "it has a LayerNorm inside attention or MLP, which AViT lacks"),
     (r"norm_pre\.", "it has a LayerNorm before the first block, which AViT lacks"),
+    (r"tokens_to_token\.", "its tokens come from a tokens-to-token stem (T2T-ViT), which AViT lacks"),
     (r"patch_embed\.norm\.", "it has a LayerNorm on the patches, which AViT lacks"),
     (
         r"patch_embed\.backbone\.|conv_root/|conv_proj\.conv_|patch_embed\.proj\.[0-9]",

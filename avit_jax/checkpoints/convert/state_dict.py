@@ -12,11 +12,13 @@ from flax import nnx
 
 from avit_jax.checkpoints.convert.architecture import configuration
 from avit_jax.checkpoints.convert.fitting import Conversion, fit
+from avit_jax.checkpoints.convert.gated import take_gates
 from avit_jax.checkpoints.convert.huggingface import read_folder
 from avit_jax.checkpoints.convert.layouts import Recognised, can_tell_pool, recognise
 from avit_jax.checkpoints.convert.names import LAYER
 from avit_jax.checkpoints.convert.published import CHANGE, described, merged, published
 from avit_jax.checkpoints.convert.weight_files import read_weight_file, write_pth, write_safetensors
+from avit_jax.gated.gates import Gates
 from avit_jax.model.config import AViTConfig, Preprocessing
 from avit_jax.model.vit import AViT
 from avit_jax.runtime.files import writable_folder
@@ -58,6 +60,9 @@ def convert(
     if averages is not None:
         told["pool"] = found.traits.get("pool", "norm_mean") if averages == "avg" else "token"
     found.traits |= {name: value for name, value in told.items() if name != "preprocessing"}
+    gates = take_gates(found.state)
+    if gates:
+        found.traits["rule"] = Gates()
     asked = overrides.pop("preprocessing", None)
     config = configuration(found.state, found.traits, preset, saved, overrides)
     if saved is None:
@@ -66,7 +71,10 @@ def convert(
         notes += _doubts_of_pool(config, found, told, overrides)
     elif asked is not None:
         config = dataclasses.replace(config, preprocessing=merged(asked, config.preprocessing))
-    if preset is None and saved is None and "gate_scale" not in overrides:
+    if gates and config.gates is None:
+        gates = {}
+        notes.append("its gates were left out, as the model has another rule")
+    if preset is None and saved is None and "gate_scale" not in overrides and config.gates is None:
         notes.append("neither preset nor gate_scale is given: this model never halts")
     if saved is None and not config.num_classes and "head.weight" not in found.state:
         notes.append(f"it has no head: logits are the {config.head_inputs} features that a head would read")
@@ -74,7 +82,7 @@ def convert(
     if extras:
         shown = ", ".join(extras[:8]) + (f" and {len(extras) - 8} more" if len(extras) > 8 else "")
         warnings.warn(f"left out, because the model has no such part: {shown}", stacklevel=2)
-    conversion = fit(_to_ours(found.state, config.depth), config, saved, overrides.keys())
+    conversion = fit(_to_ours(found.state, config.depth) | gates, config, saved, overrides.keys())
     return dataclasses.replace(conversion, layout=found.layout, notes=notes + conversion.notes)
 
 

@@ -1,0 +1,131 @@
+"""Does a model with gates look at the image? Its figures beside those of random and of fixed gates."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+
+from avit_jax.data.pipeline import evaluation_images
+from avit_jax.data.preprocessing import normalize
+from avit_jax.data.sources import Split
+from avit_jax.execution import gated
+from avit_jax.execution.work import output_gmacs, published_gmacs
+from avit_jax.gated.gates import Choice
+from avit_jax.gated.work import layer_macs
+from avit_jax.model.output import GatedOutput
+from avit_jax.model.vit import AViT
+
+_HALVINGS = 40  # of the search for a threshold
+
+
+def gate_rates(model: AViT, split: Split, batch_size: int = 200) -> Choice:
+    """How often each gate is on, over the images of a split in memory; [l 1 n], [l 1 h] and [l 1 2], 0..1."""
+    total = [0.0, 0.0, 0.0]
+    for pixels, count in _batches(model, split, batch_size):
+        output = _run(*nnx.split(model), pixels, None)
+        for at, gates in enumerate((output.token_gates, output.head_gates, output.sublayer_gates)):
+            total[at] = total[at] + np.asarray(gates)[:, :count].sum(1, keepdims=True)
+    tokens, heads, sublayers = (jnp.asarray(part / len(split), jnp.float32) for part in total)
+    return Choice(tokens, heads, sublayers)
+
+
+def random_gates(rates: Choice, num_special: int, images: int, seed: int = 0) -> Choice:
+    """Gates that are on by chance, for each image anew, with the mean rate of their layer.
+
+    rates: of gate_rates. Attention and MLP have a rate each. Special tokens are always on.
+    """
+    depth = rates.tokens.shape[0]
+    shares = {
+        "tokens": rates.tokens[..., num_special:].mean(-1, keepdims=True),
+        "heads": rates.heads.mean(-1, keepdims=True),
+        "sublayers": rates.sublayers,
+    }
+    drawn = {}
+    for at, (name, share) in enumerate(shares.items()):
+        width = getattr(rates, name).shape[-1]
+        key = jax.random.fold_in(jax.random.key(seed), at)
+        drawn[name] = jax.random.bernoulli(key, share, (depth, images, width)).astype(jnp.float32)
+    drawn["tokens"] = drawn["tokens"].at[..., :num_special].set(1)
+    return Choice(**drawn)
+
+
+def fixed_gates(rates: Choice, model: AViT, gmacs: float) -> Choice:
+    """The same gates for every image: those that are on most often, as many as this work allows.
+
+    rates: of gate_rates. gmacs: that the layers of an image may cost, gates included, in 10^9 multiply-adds, with a
+    short last layer. A gate is on if its rate is above a threshold, which is one number for the whole model.
+    """
+    low, high = 0.0, 1.0
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        costs = float(layer_macs(model.config, _above(rates, middle), short_last_layer=True).sum()) / 1e9
+        low, high = (middle, high) if costs > gmacs else (low, middle)
+    return _above(rates, high)
+
+
+def _above(rates: Choice, threshold: float) -> Choice:
+    # A gate that is always on stays on at every threshold.
+    return jax.tree.map(lambda rate: ((rate > threshold) | (rate >= 1)).astype(jnp.float32), rates)
+
+
+def gate_figures(
+    model: AViT, split: Split, forced: Choice | None = None, *, seed: int = 0, batch_size: int = 200
+) -> dict[str, Any]:
+    """Top-1, work and use of a model with gates on a split in memory, each image counted once.
+
+    forced: [l 1 ..], fixed gates; None: the model's own. With rates between 0 and 1 it is the control of random gates,
+    which are drawn from the seed. "gmacs" are true multiply-adds with a short last layer, "published_gmacs" those of
+    the authors' table. "use" has the mean share of gates that are on, "deviation" how much that share differs between
+    images (standard deviation, mean over layers): 0 for a policy that does not look at the image.
+    """
+    config, found = model.config, []
+    random = forced is not None and any(
+        bool(((rate > 0) & (rate < 1)).any()) for rate in (forced.tokens, forced.heads, forced.sublayers)
+    )
+    for number, (pixels, count) in enumerate(_batches(model, split, batch_size)):
+        choice = forced
+        if random and forced is not None:
+            choice = random_gates(forced, config.num_special, batch_size, seed + 1000 * number)
+        elif forced is not None:
+            choice = jax.tree.map(lambda gate: jnp.repeat(gate, batch_size, axis=1), forced)
+        output = _run(*nnx.split(model), pixels, choice)
+        parts = {
+            "logits": output.logits,
+            "gmacs": output_gmacs(config, output, short_last_layer=True),
+            "published": published_gmacs(config, output),
+            "tokens": output.token_gates[..., config.num_special :].mean(-1).T,
+            "heads": output.head_gates[1:].mean(-1).T,
+            "sublayers": output.sublayer_gates[1:].mean(-1).T,
+        }
+        found.append({name: np.asarray(values)[:count] for name, values in parts.items()})
+    of_images = {name: np.concatenate([part[name] for part in found]) for name in found[0]}
+    kinds = ("tokens", "heads", "sublayers")
+    return {
+        "images": len(split),
+        "top1": float((of_images["logits"].argmax(1) == split.labels).mean()),
+        "gmacs": float(of_images["gmacs"].mean(dtype=np.float64)),
+        "published_gmacs": float(of_images["published"].mean(dtype=np.float64)),
+        "use": {name: float(of_images[name].mean()) for name in kinds},
+        "use_by_layer": {name: of_images[name].mean(0).tolist() for name in kinds},
+        "deviation": {name: float(of_images[name].std(0).mean()) for name in kinds},
+        "gmacs_deviation": float(of_images["gmacs"].std()),
+    }
+
+
+def _batches(model: AViT, split: Split, batch_size: int) -> Any:
+    """The images of a split, normalised and filled up to whole batches, with the number that counts."""
+    for start in range(0, len(split), batch_size):
+        chosen = range(start, min(start + batch_size, len(split)))
+        pixels = np.asarray(normalize(evaluation_images(split, chosen, model.config), model.config))
+        yield np.pad(pixels, ((0, batch_size - len(pixels)), (0, 0), (0, 0), (0, 0))), len(pixels)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _run(
+    graphdef: nnx.GraphDef, params: nnx.State, images: Float[Array | np.ndarray, "b h w c"], choice: Choice | None
+) -> GatedOutput:
+    return gated.forward(nnx.merge(graphdef, params), jnp.asarray(images), forced=choice)[0]

@@ -1,0 +1,142 @@
+"""Random patches with few labels: the grid, jitter and uniform places, and fewer tokens at inference.
+
+    python benchmarks/random_patches.py                                  hours on 2 cores; it may be stopped
+    python benchmarks/random_patches.py --list                           the rows, and which of them are there
+    python benchmarks/random_patches.py --only mnist_360_grid_s0         one row
+    python benchmarks/random_patches.py --table                          the tables of docs/neighbours.md, from the rows
+
+Each row trains configs/random_patches.py in runs/random_patches/NAME, reads the test images once on the grid and once
+for each way of cutting fewer patches, and writes its JSON in benchmarks/random_patches/rows. The settings are the
+config's; nothing is chosen on these figures. A row whose JSON is there is skipped.
+"""
+
+import dataclasses
+import shutil
+import statistics
+import sys
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from avit_jax.commands.typed_config import parse
+from avit_jax.data.open import open_dataset
+from avit_jax.evaluate.random_views import evaluate_views
+from avit_jax.execution.random_views import RandomViews
+from avit_jax.runtime.files import read_json, write_json
+from avit_jax.runtime.signals import FolderLock
+from avit_jax.train.loop import train
+from avit_jax.train.run_folder import check_folder
+from avit_jax.train.start import initial_model
+from benchmarks.results import machine
+from benchmarks.resumable import ROOT, commit, run_rows
+from configs import random_patches
+
+RESULTS = ROOT / "benchmarks/random_patches/rows"
+RUNS = ROOT / "runs/random_patches"
+SETS = (("mnist", 360), ("mnist", 1200), ("fashion", 1000), ("mnist", 3600), ("fashion", 5000))
+CUTS = (("grid", ""), ("uniform", "0.5"), ("jitter", "0.5"), ("uniform", "1"), ("jitter", "1"))
+TOKENS = (49, 36, 25, 16)  # at inference
+FEW = 16  # the number for which the mean of some views is taken too
+VIEWS = 4
+SEEDS = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One training and its figures."""
+
+    data: str
+    images: int
+    law: str
+    probability: str
+    affine: bool
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Of its files."""
+        parts = [self.data, str(self.images), self.law, self.probability, "affine" if self.affine else ""]
+        return "_".join(part for part in (*parts, f"s{self.seed}") if part)
+
+    @property
+    def result(self) -> Path:
+        """Its JSON file."""
+        return RESULTS / f"{self.name}.json"
+
+    def config(self) -> Any:
+        """The config of its training."""
+        parts = [self.data, str(self.images), self.law, self.probability or "0", *(["affine"] if self.affine else [])]
+        config = random_patches.get_config(",".join(parts))
+        config.seed = self.seed
+        return config
+
+
+def rows() -> list[Row]:
+    """Every row, the smallest first: all seeds of a data set, then the next one."""
+    return [
+        Row(data, images, law, probability, affine, seed)
+        for data, images in SETS
+        for affine in (False, True)
+        for law, probability in CUTS
+        for seed in range(SEEDS)
+    ]
+
+
+def run(row: Row) -> None:
+    """Train, evaluate, write the result."""
+    settings, workdir = parse(row.config()), RUNS / row.name
+    with FolderLock(workdir):
+        check_folder(settings, workdir, resume=True)
+        dataset = open_dataset(settings.data)
+        write_json(workdir / "train_config.json", {"config": settings.to_config()})
+        trained = train(settings, dataset, initial_model(settings, dataset), workdir)
+        checked = evaluate_views(trained.model, dataset.val, RandomViews(law="grid"))
+        ways = [RandomViews(tokens=count, law=law) for count in TOKENS for law in ("grid", "uniform")]
+        ways += [RandomViews(tokens=FEW, law=law, views=VIEWS) for law in ("grid", "uniform")]
+        found = [dataclasses.asdict(way) | evaluate_views(trained.model, dataset.test, way) for way in ways]
+    result = dataclasses.asdict(row) | {"top1": found[0]["top1"], "validation_top1": checked["top1"]}
+    result |= {"inference": found, "test_images": len(dataset.test), "epochs": settings.epochs}
+    result |= {"seconds": round(trained.progress.seconds, 1), "machine": machine(), "commit": commit()}
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    write_json(row.result, result)
+    shutil.rmtree(workdir)
+    print(f"{row.name}: test top-1 {result['top1']:.4f} on the grid, after {result['seconds']:.0f} s of training")
+
+
+def table() -> str:
+    """Both tables of docs/neighbours.md from the rows that are there: means over seeds, least and most, in percent."""
+    found: dict[Any, list[dict[str, Any]]] = defaultdict(list)
+    for row in rows():
+        if row.result.exists():
+            found[row.data, row.images, row.affine, row.law, row.probability].append(read_json(row.result))
+    lines = ["| data | images | affine | cut | seeds | top-1 | " + " | ".join(f"{n} tokens" for n in TOKENS[1:]) + " |"]
+    lines += ["|" + "---|" * (6 + len(TOKENS) - 1)]
+    for (data, images, affine, law, probability), results in found.items():
+        cut = law if law == "grid" else f"{law}, {probability}"
+        cells = [data, f"{images:,}", "yes" if affine else "no", cut, str(len(results))]
+        cells.append(_spread([100 * result["top1"] for result in results]))
+        for count in TOKENS[1:]:
+            own = "grid" if law == "grid" else "uniform"
+            cells.append(_spread([100 * _inference(result, count, own) for result in results]))
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _inference(result: dict[str, Any], tokens: int, law: str) -> float:
+    return next(
+        way["top1"] for way in result["inference"] if (way["tokens"], way["law"], way["views"]) == (tokens, law, 1)
+    )
+
+
+def _spread(values: list[float]) -> str:
+    middle = f"{statistics.mean(values):.1f}"
+    return middle if len(values) == 1 else f"{middle} ({min(values):.1f} to {max(values):.1f})"
+
+
+if __name__ == "__main__":
+    if "--table" in sys.argv:
+        print(table())
+    else:
+        run_rows(__file__, __doc__, rows(), run, RUNS)
