@@ -177,7 +177,8 @@ def test_a_plan_is_made_when_places_can_be_saved() -> None:
     assert found.renewed(150)
     assert found.plan is not None and found.plans == 1
     found.plan.check(CONFIG, 8)
-    assert str(found).startswith(f"shapes are planned for {100 * found.plan.share():.0f}% of all tokens; groups of 1 image,")
+    said = f"shapes are planned for {100 * found.plan.share():.0f}% of all tokens; groups of 1 image,"
+    assert str(found).startswith(said)
     assert found.plan.fits(np.tile(np.array([65, 20, 20, 2])[:, None], (1, 8))), "the fullest of both steps"
     assert not found.plan.fits(np.tile(np.array([65, 40, 20, 2])[:, None], (1, 8)))
     found.saw(counts(65, 19, 19, 2))
