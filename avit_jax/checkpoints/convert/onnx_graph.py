@@ -19,6 +19,7 @@ from avit_jax.runtime.files import shown
 MOST_BYTES = 2**31  # protobuf's own limit; larger models keep their weights beside the file
 MOST_NODES = 100_000
 _MOST_TEXT = 1000  # bytes of a name
+_MOST_PIECES = 10_000  # of a tensor; numbers that are not packed are one each
 _DTYPES: dict[int, Any] = {
     1: np.float32, 2: np.uint8, 3: np.int8, 6: np.int32, 7: np.int64, 9: np.bool_, 10: np.float16, 11: np.float64,
     16: ml_dtypes.bfloat16,
@@ -164,6 +165,8 @@ class _Reader:
                 pieces.append(np.array(self.numbers(content), np.int64))
             elif number == 13:
                 where.update([self.entry(_bytes(content))])
+            if len(pieces) > _MOST_PIECES:
+                raise ValueError(f"one of its tensors has more than {_MOST_PIECES} pieces")
         if (dtype := _DTYPES.get(kind)) is None:
             return name, np.zeros(0)  # text and packed types: no weight of a ViT has them
         count = elements(tuple(dims))

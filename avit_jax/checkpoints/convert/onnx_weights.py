@@ -63,6 +63,8 @@ class _Trace:
         self.constants = graph.constants
         self.maker = {output: node for node in graph.nodes for output in node.outputs}
         self.users: dict[str, list[Node]] = {}
+        # The first convolution is that of the pictures.
+        self.patches = next((node for node in graph.nodes if node.kind == "Conv"), None)
         for node in graph.nodes:
             for name in node.inputs:
                 self.users.setdefault(name, []).append(node)
@@ -100,8 +102,8 @@ class _Trace:
     def weight_name(self, node: Node, width: int) -> str | None:
         """The name of a product's weight: that of the bias, or of the module whose scope the exporter wrote."""
         biases = [*node.inputs[2:]]
-        for user in self.users.get(node.outputs[0], []) if node.outputs else []:
-            biases += user.inputs if user.kind == "Add" else []
+        for user in self.users.get(node.outputs[0], [])[:8] if node.outputs else []:
+            biases += user.inputs[:2] if user.kind == "Add" else []
         for name in biases:
             if name.endswith("bias") and self.size(name) == width:
                 return name.removesuffix("bias") + "weight"
@@ -148,7 +150,7 @@ class _Trace:
         if positions not in state:
             raise ValueError("its positions are not found in its graph: load the PyTorch file that it was made from")
         for node in self.graph.nodes:
-            sources = [self.constant(name) for name in node.inputs] if node.kind == "Concat" else []
+            sources = [self.constant(name) for name in node.inputs[:8]] if node.kind == "Concat" else []
             for source in sources:
                 values = None if source is None else self.constants[source]
                 if values is not None and values.ndim == 3 and values.shape[-1] == width and id(values) not in known:
@@ -160,24 +162,20 @@ class _Trace:
 
     def is_patches(self, name: str) -> bool:
         """Whether a tensor is what the first convolution gives, with or without positions."""
-        node, patches = self.behind(name), self.patches()
+        node = self.behind(name)
         if node is not None and node.kind == "Add":
-            return any(self.behind(each) == patches for each in node.inputs)
-        return node is not None and node == patches
+            return any(self.behind(each) is self.patches for each in node.inputs[:2])
+        return node is not None and node is self.patches
 
     def is_tokens(self, name: str) -> bool:
         """Whether a tensor is the patches, alone or with tokens before them."""
         node = self.behind(name)
-        joined = node is not None and node.kind == "Concat" and self.is_patches(node.inputs[-1])
-        return joined or (node is not None and node == self.patches())
+        joined = node is not None and node.kind == "Concat" and bool(node.inputs) and self.is_patches(node.inputs[-1])
+        return joined or (node is not None and node is self.patches)
 
     def size_note(self, name: str) -> str:
         resized = any(node.kind == "Resize" for node in self.back(name))
         return "the file resizes them to its pictures" if resized else "as they are"
-
-    def patches(self) -> Node | None:
-        """The first convolution of the pictures."""
-        return next((node for node in self.graph.nodes if node.kind == "Conv"), None)
 
     def behind(self, name: str) -> Node | None:
         """The first operator on the way back that is more than another shape."""
@@ -210,8 +208,8 @@ class _Trace:
                 continue
             most -= 1
             yield node
-            waiting += [each for each in node.inputs if each not in seen]
-            seen.update(node.inputs)
+            waiting += [each for each in node.inputs[:8] if each not in seen]
+            seen.update(node.inputs[:8])
 
     def told(self, state: dict[str, np.ndarray]) -> dict[str, Any]:
         """AViTConfig fields that no weight shows: heads, the LayerNorms' epsilon, the size of the pictures."""
