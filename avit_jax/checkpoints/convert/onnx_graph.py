@@ -146,7 +146,8 @@ class _Reader:
         return [signed(value) for value in varints(content, self.budget)]
 
     def tensor(self, message: memoryview) -> tuple[str, np.ndarray]:
-        name, kind, dims, data, pieces, where = "", 0, [], None, [], {}
+        name, kind, dims, data, pieces = "", 0, [], None, []
+        where: dict[str, str] = {}
         dtype: Any
         for number, content in fields(message, self.budget):
             if number == 1:

@@ -104,9 +104,9 @@ def _read(path: Path, ema: bool) -> WeightFile:
     if kind == "safetensors":
         return WeightFile(*read_safetensors(path), [])
     if kind == "onnx":
-        state, told, notes = weights_in(read_onnx_graph(path))
-        check_names(state)
-        return WeightFile(state, None, notes, told)
+        weights, told, notes = weights_in(read_onnx_graph(path))
+        check_names(weights)
+        return WeightFile(weights, None, notes, told)
     return WeightFile(read_npz(path), None, [])
 
 
