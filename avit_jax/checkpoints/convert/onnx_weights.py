@@ -239,9 +239,11 @@ class _Trace:
             if node.kind != "Reshape" or len(node.inputs) < 2:
                 continue
             shape = self.numbers(node.inputs[1])
-            if len(shape) in (4, 5) and (shape[-1] or 0) > 0 and (shape[-2] or 0) != 1:
+            if 3 <= len(shape) <= 5 and (shape[-1] or 0) > 0:
                 heads, rest = divmod(dim, shape[-1] or 1)
-                if not rest and shape[-2] in (heads, -1, 0, None) and 1 < heads <= 128:
+                # [tokens, heads, width], [batch, heads, tokens, width], or with heads that are computed.
+                found = heads in shape[-3:-1] or (len(shape) > 3 and shape[-2] in (-1, 0, None))
+                if not rest and found and 1 < heads <= 128:
                     return heads
         return None
 
