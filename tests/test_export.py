@@ -187,9 +187,11 @@ def test_bad_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = spread_gate(small_config())
     path = tmp_path / "model.onnx"
     for options, sentence in (
-        ({"format": "tflite"}, "format 'tflite' is unknown: choose onnx"),
+        ({"format": "tflite"}, "format 'tflite' is unknown: choose onnx or stablehlo"),
         ({"batch_size": 0}, "batch_size is 0"),
         ({"count_step": 0}, "count_step is 0: give a whole number of tokens from 1"),
+        ({"opset": 13}, "opset 13 is too old: the graph needs 18"),
+        ({"opset": 1000}, "opset 1000 is too new: .* knows up to"),
     ):
         with pytest.raises(ValueError, match=sentence):
             avit_jax.export(model, path, **options)
@@ -220,6 +222,50 @@ def test_the_command(tmp_path: Path) -> None:
     logits, token_depth = run(path, images)
     np.testing.assert_allclose(logits, wanted.logits, atol=1e-5)
     np.testing.assert_array_equal(token_depth, np.minimum(wanted.token_depth, wanted.token_depth[:, :1]))
+
+
+@pytest.mark.parametrize("opset", [19, 20, 21])
+def test_newer_opsets(opset: int, tmp_path: Path) -> None:
+    model = spread_gate(small_config(preprocessing=Preprocessing((0.5, 0.4), (0.25, 0.2))))
+    images = random_images(model.config, 3)
+    path = exported(model, tmp_path, image_exit=False, opset=opset)
+    assert onnx.load(path).opset_import[0].version == opset
+    logits, token_depth = run(path, images)
+    wanted = answers(model, images)
+    np.testing.assert_allclose(logits, wanted.logits, atol=1e-5)
+    np.testing.assert_array_equal(token_depth, wanted.token_depth)
+    pictures = np.random.default_rng(0).integers(0, 256, (2, 30, 40, 2)).astype(np.uint8)
+    ours, newer = (exported(model, tmp_path, preprocess=True, opset=each) for each in (18, opset))
+    np.testing.assert_array_equal(run(newer, pictures)[0], run(ours, pictures)[0])
+
+
+def test_the_check_says_what_a_runtime_lacks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from avit_jax.commands.export import main
+    from avit_jax.execution.export.runtime_check import check_in_runtime
+
+    model = spread_gate(small_config())
+    avit_jax.save(model, tmp_path / "model")
+    path = tmp_path / "model.onnx"
+    assert main([str(tmp_path / "model"), str(path), "--check"]) == 0
+    assert "in ONNX Runtime its logits differ from JAX's by" in capsys.readouterr().out
+    assert main([str(tmp_path / "model"), str(path), "--check", "--preprocess"]) == 1
+    assert "--check is for ONNX files that take images" in capsys.readouterr().err
+    content = onnx.load(path)
+    halting = next(node for node in content.graph.node if node.op_type == "Sigmoid")
+
+    def refused(sentence: str) -> None:
+        onnx.save(content, path)
+        with pytest.raises(ValueError, match=sentence) as caught:
+            check_in_runtime(path, model, 1)
+        assert "\n" not in str(caught.value)
+
+    halting.op_type = "Tanh"  # another model
+    refused("its logits in ONNX Runtime .* differ from JAX's by .*: do not use it there")
+    halting.op_type = "Halt"
+    refused("ONNX Runtime .* cannot run it: .*Halt.*; update it, or export with another opset")
+    halting.op_type = "Sigmoid"
+    content.opset_import[0].version = 500
+    refused("cannot run it: .*; update it, or export with another opset")
 
 
 @pytest.mark.parametrize("first", ["import avit_jax", "import avit_jax.export"])

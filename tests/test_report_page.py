@@ -5,7 +5,6 @@ import copy
 import dataclasses
 import io
 import json
-import shutil
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
@@ -30,6 +29,7 @@ from avit_jax.report import gallery, throughput, writer
 from avit_jax.report.page import interval, percent, render
 from avit_jax.report.writer import Subject, write_report
 from avit_jax.runtime.files import read_json
+from tests.harness.browser import chromium
 from tests.harness.builders import small_config, spread_gate
 
 EVIL = "<script>alert('x')</script>"
@@ -336,28 +336,11 @@ def test_the_one_bright_patch_shows_up_in_its_own_place(distilled: bool) -> None
     assert (rows.min() / len(right), columns.max() / right.shape[1]) == pytest.approx((1 / 3, 0.5), abs=0.02)
 
 
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-DRIVER = shutil.which("chromedriver")
-
-
 @pytest.fixture(scope="module")
 def browser(folder: Path) -> Iterator[Any]:
-    if not (CHROMIUM and DRIVER):
-        pytest.skip("no chromium and chromedriver here: apt-get install chromium chromium-driver")
-    from selenium import webdriver
-    from selenium.webdriver.chrome.service import Service
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
-        options.add_argument(argument)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    driver = webdriver.Chrome(options=options, service=Service(DRIVER))
-    try:
+    with chromium() as driver:
         driver.get((folder / "report.html").as_uri())
         yield driver
-    finally:
-        driver.quit()
 
 
 def test_in_a_browser_nothing_fails_and_nothing_is_requested(browser: Any) -> None:

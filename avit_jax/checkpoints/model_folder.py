@@ -83,7 +83,7 @@ def _alone(doing: str) -> ocp.options.MultiprocessingOptions:
 
 
 def load(path: str | Path, preset: str | None = None, *, ema: bool = False, **overrides: Any) -> AViT:
-    """A model from a folder of `save`, a training run or Hugging Face, or from a .pth, .safetensors or .npz file.
+    """A model from a folder of `save`, a run or Hugging Face, or from a .pth, .safetensors, .npz or .onnx file.
 
     path: nothing is downloaded; from a run's folder comes the finished model, or else the newest checkpoint. preset:
     the architecture of a file without a configuration (folders, and files that save_torch wrote, have one). ema: load

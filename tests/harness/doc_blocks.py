@@ -10,7 +10,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").r
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
 _INDENTED = re.compile(r"(?:^ {4}.*\n|^\n)+", re.M)
 _SPAN = re.compile(r"`([^`]+)`")
-_FOLDERS = ("avit_jax/", "tests/", "benchmarks/", "configs/", "checkpoints/", "docs/", ".ci/")
+_FOLDERS = ("avit_jax/", "tests/", "benchmarks/", "configs/", "checkpoints/", "docs/", "examples/", ".ci/")
 
 
 def page_name(page: Path) -> str:

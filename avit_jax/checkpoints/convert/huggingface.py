@@ -9,7 +9,7 @@ import numpy as np
 
 from avit_jax.checkpoints.convert.weight_files import read_weight_file
 from avit_jax.model.config import INTERPOLATIONS, Preprocessing
-from avit_jax.runtime.files import read_json, shown_value
+from avit_jax.runtime.files import read_json, shown, shown_value
 
 _MODEL_TYPES = ("vit", "deit", "dinov2", "dinov2_with_registers", "vit_mae")
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # each also in shards, with NAME.index.json
@@ -244,8 +244,10 @@ def _weights(path: Path) -> dict[str, np.ndarray]:
         index = path / f"{name}.index.json"
         if index.is_file():
             return _shards(index)
-    others = sorted(p.name for p in path.iterdir() if p.suffix in (".h5", ".msgpack", ".onnx"))[:3]
+    others = sorted(p.name for p in path.iterdir() if p.suffix in (".h5", ".msgpack"))[:3]
     there = f"; {', '.join(others)} cannot be read here" if others else ""
+    if onnx := sorted(p.name for p in path.iterdir() if p.suffix == ".onnx"):
+        there = f"; give the path of {shown(onnx[0], 60)} itself"
     raise ValueError(f"{path} has neither {' nor '.join(_WEIGHTS)}, whole or in shards with an index{there}")
 
 

@@ -47,7 +47,7 @@ def recognise(source: State) -> Recognised:
     if len(names) > MAX_TENSORS:
         raise ValueError(f"it has {len(names)} tensors: no vision transformer has more than {MAX_TENSORS}")
     refuse_foreign_architectures(names)
-    family, prefix, notes = _family(names)
+    family, prefix, notes = family_of(names)
     extras = [name for name in names if EXTRAS.fullmatch(name)]
     kept = set(names).difference(extras)
     # DINOv2's classifier is stored beside the backbone.
@@ -85,7 +85,7 @@ def recognise(source: State) -> Recognised:
     return result
 
 
-def _family(names: list[str]) -> tuple[Family, str, list[str]]:
+def family_of(names: list[str]) -> tuple[Family, str, list[str]]:
     """The family and the prefix of its names, and notes. Of a teacher and its student, the teacher is taken."""
     for family in FAMILIES:
         pattern = re.compile(rf"((?:.*?[./])??){family.anchor}")

@@ -94,7 +94,9 @@ def read_foreign(path: Path, preset: str | None = None, *, ema: bool = False, **
     """
     if path.is_file():
         file = read_weight_file(path, ema=ema)
-        conversion = convert(file.state, preset, saved=file.model_config, **overrides)  # file.state is empty after it
+        conversion = convert(
+            file.state, preset, saved=file.model_config, told=file.told, **overrides
+        )  # file.state is empty after it
         return dataclasses.replace(conversion, notes=file.notes + conversion.notes)
     if ema:
         raise ValueError("it holds one set of weights and no moving average: leave ema out")

@@ -1,4 +1,4 @@
-"""Reading and writing files of weights: .pth (torch.save, both formats), .safetensors, .npz, told apart by content."""
+"""Reading and writing files of weights: .pth (torch.save, both formats), .safetensors, .npz, .onnx, by content."""
 
 import dataclasses
 import json
@@ -21,6 +21,8 @@ from avit_jax.checkpoints.convert.array_files import (
     read_safetensors_config,
 )
 from avit_jax.checkpoints.convert.limits import check_names
+from avit_jax.checkpoints.convert.onnx_graph import read_onnx_graph
+from avit_jax.checkpoints.convert.onnx_weights import weights_in
 from avit_jax.checkpoints.convert.torch_file import TorchMapping, TorchTensor, read_torch_file
 from avit_jax.model.config import AViTConfig
 from avit_jax.runtime.files import shown
@@ -42,6 +44,7 @@ class WeightFile:
     state: dict[str, np.ndarray]
     model_config: AViTConfig | None  # of a file that save_torch wrote
     notes: list[str]
+    told: dict[str, Any] = dataclasses.field(default_factory=dict)  # AViTConfig fields that the file shows
 
 
 def read_weight_file(path: Path, *, ema: bool = False) -> WeightFile:
@@ -68,7 +71,7 @@ def read_config(path: Path) -> AViTConfig | None:
 
 
 def _kind(path: Path) -> str:
-    """The format by content: safetensors, npz or torch. ValueError, with what it looks like, for anything else."""
+    """The format by content: safetensors, npz, onnx or torch. ValueError, with what it looks like, for others."""
     if path.exists() and not path.is_file():
         raise ValueError("it is not a regular file")
     with path.open("rb") as stream:
@@ -84,6 +87,8 @@ def _kind(path: Path) -> str:
     if zipfile.is_zipfile(path):
         with Archive(path) as archive:
             return "npz" if any(name.endswith(".npy") for name in archive.names) else "torch"
+    if path.suffix == ".onnx" or start.startswith(b"\x08"):  # the first field of ONNX is its version
+        return "onnx"
     if not start.startswith(b"\x80"):
         raise ValueError("it is neither a zip file, nor a pickle, nor safetensors; or it is truncated")
     return "torch"
@@ -98,6 +103,10 @@ def _read(path: Path, ema: bool) -> WeightFile:
         raise ValueError("it holds one set of weights and no moving average: leave ema out")
     if kind == "safetensors":
         return WeightFile(*read_safetensors(path), [])
+    if kind == "onnx":
+        weights, told, notes = weights_in(read_onnx_graph(path))
+        check_names(weights)
+        return WeightFile(weights, None, notes, told)
     return WeightFile(read_npz(path), None, [])
 
 

@@ -13,6 +13,7 @@ from flax import nnx
 
 from avit_jax.execution.export.graph import Graph
 from avit_jax.execution.export.halting import Compaction, run_gate
+from avit_jax.execution.export.metadata import check_targets, metadata
 from avit_jax.execution.export.pixels import check_channels, preprocessed
 from avit_jax.execution.export.reduction import REDUCTIONS, run_reduction
 from avit_jax.execution.export.vit import Layers
@@ -32,7 +33,7 @@ LARGEST_FILE = 2**31 - 2**20  # bytes of weights in one protobuf file, which mus
 
 
 def write_onnx(
-    model: AViT, path: Path, batch_size: int | None, how: Compaction, *, preprocess: bool, overwrite: bool
+    model: AViT, path: Path, batch_size: int | None, how: Compaction, *, preprocess: bool, opset: int, overwrite: bool
 ) -> None:
     """Write the model in ONNX; see export. Weights above 2 GiB go to a second file beside it, of the name + ".data"."""
     check_exportable(model.config)
@@ -42,16 +43,16 @@ def write_onnx(
         raise ValueError("writing ONNX needs the package onnx, which is not there: pip install onnx")
     import onnx
 
+    newest = onnx.defs.onnx_opset_version()
+    if not OPSET <= opset <= newest:
+        raise ValueError(
+            f"opset {opset} is too {'old' if opset < OPSET else 'new'}: the graph needs {OPSET} "
+            f"(for a Resize that smooths), and the package onnx {onnx.__version__} knows up to {newest}"
+        )
     size = sum(param.nbytes for param in jax.tree.leaves(nnx.state(model, nnx.Param)))
     names = [path.name + ".data", path.name] if size > LARGEST_FILE else [path.name]
-    for target in map(path.with_name, names):
-        if target.is_dir() or (target.exists() and not overwrite):
-            raise ValueError(
-                f"{target} exists already: choose another path, or replace a file with overwrite=True (--overwrite)"
-            )
-    if not path.parent.is_dir():
-        raise ValueError(f"{path} cannot be written: there is no folder {path.parent}; make it first")
-    content = onnx_model(model, batch_size, how, preprocess)
+    check_targets(path, names, overwrite)
+    content = onnx_model(model, batch_size, how, preprocess, opset)
     with writing(path), tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
         partial = Path(folder, path.name)
         if size > LARGEST_FILE:
@@ -79,7 +80,7 @@ def check_exportable(config: AViTConfig) -> None:
         )
 
 
-def onnx_model(model: AViT, batch_size: int | None, how: Compaction, preprocess: bool) -> "onnx.ModelProto":
+def onnx_model(model: AViT, batch_size: int | None, how: Compaction, preprocess: bool, opset: int) -> "onnx.ModelProto":
     """The model in ONNX; see export."""
     import onnx
 
@@ -106,9 +107,11 @@ def onnx_model(model: AViT, batch_size: int | None, how: Compaction, preprocess:
     content = onnx.helper.make_graph(
         graph.nodes, "avit_jax", graph.inputs, graph.outputs, initializer=list(graph.constants.values())
     )
-    opset = [onnx.helper.make_opsetid("", OPSET)]
-    result = onnx.helper.make_model(content, opset_imports=opset, ir_version=IR_VERSION, producer_name="avit_jax")
-    onnx.helper.set_model_props(result, _metadata(config, preprocess))
+    imports = [onnx.helper.make_opsetid("", opset)]
+    version = IR_VERSION if opset == OPSET else onnx.helper.find_min_ir_version_for(imports)
+    result = onnx.helper.make_model(content, opset_imports=imports, ir_version=version, producer_name="avit_jax")
+    about = metadata(config, preprocess)
+    onnx.helper.set_model_props(result, {name: json.dumps(part) for name, part in about.items()})
     return result
 
 
@@ -120,22 +123,3 @@ def _run_all(layers: Layers, x: str) -> tuple[str, str]:
         last = layer == config.depth - 1
         x = layers.block(x, None, layer, queries=config.num_outputs if last and config.pool == "token" else None)
     return x, graph.op("Expand", np.array(config.depth, np.int32), shape)
-
-
-def _metadata(config: AViTConfig, inside: bool) -> dict[str, str]:
-    """What a user of the file needs to know, as JSON by name."""
-    height, width = config.image_shape
-    preprocessing = config.preprocessing
-    steps = {
-        "in_this_file": inside,
-        "layout": "batch, height, width, channels",
-        "resize_to_cover": [int(side / preprocessing.crop_fraction) for side in (height, width)],
-        "interpolation": preprocessing.interpolation,
-        "antialias": preprocessing.interpolation != "nearest",
-        "centre_crop": [height, width],
-        "divide_by": 255,
-        "mean": preprocessing.mean,
-        "std": preprocessing.std,
-    }
-    content = {"class_names": config.class_names, "preprocessing": steps, "config": config.to_json()}
-    return {name: json.dumps(part) for name, part in content.items()}
