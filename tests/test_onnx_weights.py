@@ -100,8 +100,8 @@ def test_the_logits_are_those_of_the_file(name: str, options: dict[str, Any], tm
 def test_a_preset_and_overrides_as_with_every_checkpoint(tmp_path: Path) -> None:
     path = exported(timm_vit(), tmp_path / "vit.onnx")
     model = avit_jax.load(path, gate_scale=5.0, gate_center=10.0, image_size=48)
-    assert model.config.halts and model.config.num_patches == 36
-    with pytest.raises(ValueError, match="embed_dim|depth|shape"):
+    assert model.config.halts and model.config.num_tokens == 37
+    with pytest.raises(ValueError, match=r"is there for layers \[0, 1, 2\], but the model has 12 layers"):
         avit_jax.load(path, "deit_tiny_patch16_224")
 
 
