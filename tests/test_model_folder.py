@@ -34,6 +34,13 @@ def test_what_comes_back_is_what_went_in(saved: Path, images: jax.Array) -> None
     assert restored.config.image_size == (12, 8)
 
 
+def test_no_file_names_the_folder_in_which_it_was_written(saved: Path) -> None:
+    files = [file for file in saved.rglob("*") if file.is_file()]
+    assert len(files) > 5
+    for file in files:
+        assert str(saved.parent).encode() not in file.read_bytes(), file
+
+
 def test_overrides_change_the_gate_and_leave_the_weights(saved: Path, images: jax.Array) -> None:
     dense = avit_jax.load(saved, gate_scale=None, gate_center=None)
     np.testing.assert_array_equal(dense(images).token_depth, 4)
