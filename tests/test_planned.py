@@ -171,6 +171,24 @@ def test_what_lies_beside_an_image_does_not_matter(drawn: dict[bool, tuple[AViT,
     np.testing.assert_array_equal(np.delete(clean.logits, 1, 0), np.delete(spoilt.logits, 1, 0))
 
 
+def test_halted_tokens_have_no_influence_whatever_they_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In every layer halted tokens come in as NaN. One stage with all places, so that nothing removes them."""
+    model, images = spread_gate(small_config()), pictures(4)
+    masked = answers(model, images)
+    block = planned._Layers._block
+
+    def poisoned(self: Any, layer: Any, x: Any, layout: Any, states: Any, noise: Any) -> Any:
+        active = layout.joined([state.active for state in states])
+        return block(self, layer, jnp.where(active[:, None], x, jnp.nan), layout, states, noise)
+
+    monkeypatch.setattr(planned._Layers, "_block", poisoned)
+    rule = model.config.halting
+    assert rule is not None
+    plan = PlannedPlan(7, 4, 4, 2, (Stage(0, (7, 7)),))
+    output, _ = planned.forward(model, rule, jnp.asarray(images), plan)
+    np.testing.assert_allclose(output.logits, masked.logits, rtol=1e-5, atol=1e-5)
+
+
 def test_bfloat16_is_close() -> None:
     model = spread_gate(small_config(dtype="bfloat16"))
     images = pictures(6)

@@ -52,8 +52,9 @@ class Comparison:
             if self.names.count(name) > 1:
                 raise ValueError(f"the rule {name!r} is there twice: compare one of them in another folder")
             if name not in TRAINING_FREE:
-                trained = "needs training" if name in RULES else "does not exist"
-                raise ValueError(f"the rule {name!r} {trained}: {nearest(name, TRAINING_FREE)}")
+                if name in RULES:
+                    raise ValueError(f"the rule {name!r} needs training: give some of {', '.join(TRAINING_FREE)}")
+                raise ValueError(f"the rule {name!r} does not exist: {nearest(name, TRAINING_FREE)}")
         if not self.budgets or not all(0 < budget <= 1 for budget in self.budgets):
             raise ValueError(f"budgets are {self.budgets}: give shares of the static model's work between 0 and 1")
         if not self.batches or min(self.batches) < 1 or self.rounds < 1:
