@@ -47,7 +47,8 @@ def test_steps_are_those_of_masked_training() -> None:
 def plan_often(patch: pytest.MonkeyPatch) -> None:
     """Plans after every two steps, as long as two are left."""
     patch.setattr(training, "WINDOW", 2)
-    patch.setattr(planning, "_LEAST_STEPS", 2)
+    patch.setattr(planning, "WINDOW", 2)
+    patch.setattr(planning, "_COMPILATION", 0.1)
 
 
 def experiment(folder: Path, execution: str) -> ConfigDict:
@@ -182,22 +183,27 @@ def test_a_plan_is_made_when_places_can_be_saved() -> None:
     assert found.plan.fits(np.tile(np.array([65, 20, 20, 2])[:, None], (1, 8))), "the fullest of both steps"
     assert not found.plan.fits(np.tile(np.array([65, 40, 20, 2])[:, None], (1, 8)))
     found.saw(counts(65, 19, 19, 2))
-    assert not found.renewed(200), "a program is not compiled for so little"
+    assert not found.renewed(9700), "a program is not compiled for so little"
     found.saw(counts(65, 40, 20, 2, overflow=True))
-    assert found.renewed(250) and found.plans == 2, "a step did not fit"
+    assert not found.renewed(9700), "one step that did not fit, and few are left"
+    for _ in range(8):
+        found.saw(counts(65, 40, 20, 2, overflow=True))
+    assert found.renewed(200) and found.plans == 2, "some steps did not fit, and many are left"
     assert found.plan.fits(np.tile(np.array([65, 40, 20, 2])[:, None], (1, 8)))
 
 
 def test_plans_are_not_made_without_end() -> None:
     found = planner()
     for window in range(1, 40):
-        found.saw(counts(65, 20 + window, 20, 2, overflow=found.plan is not None))
+        for _ in range(10):
+            found.saw(counts(65, 20 + window, 20, 2, overflow=found.plan is not None))
         found.renewed(50 * window)
     assert found.plans == planning.MOST_PLANS and found.plan is not None
-    for _ in range(11):
-        found.saw(counts(65, 65, 65, 65, overflow=True))
-    assert found.renewed(2000) and found.plan is None, "a plan that rarely fits is given up"
-    assert str(found) == "every token is computed"
+    for steps, given_up in ((10, False), (40, True)):
+        for _ in range(steps):
+            found.saw(counts(65, 65, 65, 65, overflow=True))
+        assert found.renewed(2000) == given_up, "a plan is given up when it costs more than masked steps"
+    assert found.plan is None and str(found) == "every token is computed"
     late = planner(steps=100)
     late.saw(counts(65, 2, 2, 2))
     assert not late.renewed(50) and late.plan is None, "compiling takes longer than 50 steps save"
@@ -207,7 +213,8 @@ def test_what_a_checkpoint_keeps_of_planning() -> None:
     found = planner()
     found.saw(counts(65, 20, 10, 2))
     found.renewed(50)
-    found.saw(counts(65, 21, 10, 2, overflow=True))
+    for _ in range(3):
+        found.saw(counts(65, 21, 10, 2, overflow=True))
     kept = json.loads(json.dumps(found.to_json()))
     other = planner()
     other.take(kept)

@@ -16,9 +16,7 @@ from avit_jax.model.config import AViTConfig, rule_of_training
 WINDOW = 50  # steps; at the end of each a plan may change
 MOST_PLANS = 8  # of a run; each is a program to compile
 _MARGIN = 0.05  # places beyond the fullest batch of the window
-_WORTH = 0.92  # a new plan must have at most this part of the present one's places
-_TOO_OFTEN = 10  # steps of a window that did not fit, after which a plan that cannot be replaced is given up
-_LEAST_STEPS = 100  # that must be left for a compilation to pay
+_COMPILATION = 100  # masked steps that take as long as a compilation; a new plan must save more of them
 _LONG = 1000  # steps from which a run plans by itself
 
 
@@ -50,8 +48,8 @@ def plans(execution: str, config: AViTConfig, steps: int, mesh: Mesh) -> bool:
 class Planner:
     """The plan in force, and what recent batches needed.
 
-    At the end of a window there is a new plan if a step did not fit or if many fewer places are enough. Only the
-    counts of steps decide, never time, so a resumed run plans as an uninterrupted one does.
+    At the end of a window there is a new plan if the rest of the run saves more with it than its compilation takes.
+    Only the counts of steps decide, never time, so a resumed run plans as an uninterrupted one does.
     """
 
     config: AViTConfig
@@ -74,16 +72,16 @@ class Planner:
         self.fullest, self.overflows = None, 0
         if fullest is None:
             return False
-        if self.plans >= MOST_PLANS or self.steps - step < _LEAST_STEPS:
-            given_up = self.plan is not None and overflows > _TOO_OFTEN
-            self.plan = None if given_up else self.plan
-            return given_up
-        found = plan_fullest(fullest, self.config, self.images, margin=_MARGIN)
-        before = 1.0 if self.plan is None else self.plan.share()
-        if found.share() > _WORTH * before and overflows == 0:
-            return False
-        self.plan, self.plans = found, self.plans + 1
-        return True
+        # The price of a step in masked steps. One that does not fit is computed again with every token.
+        present = 1.0 if self.plan is None else self.plan.share() + overflows / WINDOW
+        if self.plans < MOST_PLANS:
+            found = plan_fullest(fullest, self.config, self.images, margin=_MARGIN)
+            if (present - found.share()) * (self.steps - step) > _COMPILATION:
+                self.plan, self.plans = found, self.plans + 1
+                return True
+        if present > 1:
+            self.plan = None
+        return present > 1
 
     def __str__(self) -> str:
         if self.plan is None:
