@@ -11,7 +11,7 @@ which run beside the computation, are not in them.
 
 bfloat16, batch 256 in inference and 128 in training. Depths are drawn as in benchmarks/throughput.py (mean 0.60 of 12
 layers for Tiny, 0.78 for Small, token spread 2 layers, image spread 0.8). They decide the plan of planned execution,
-which has at most 4 stages, and how often each branch of packed execution is taken. One planned batch in 1,000 does not
+which has at most 6 stages, and how often each branch of packed execution is taken. One planned batch in 1,000 does not
 fit. The training step is that of configs/imagenet_avit.py without mixup, CutMix and erasing, and of
 configs/imagenet_deit.py for the dense model. Every program is compiled in a process of its own, and rows are kept in
 runs/benchmarks/tpu_estimate.json: a run goes on where an earlier one with the same compiler stopped. --only compiles
@@ -53,7 +53,7 @@ from tests.harness.tpu_programs import (
 
 BATCH = {"inference": 256, "training": 128}
 EXECUTIONS = {"inference": ("dense", "masked", "packed", "planned"), "training": ("dense", "masked", "planned")}
-STAGES = 4  # of plans; libtpu takes minutes to compile more
+STAGES = 6  # of plans; more take libtpu longer to compile
 OVERFLOWS = 0.001  # share of planned batches that do not fit
 TRAINING_MARGIN = 0.05  # of a plan in training (avit_jax.train.planner)
 OUT = Path("runs/benchmarks/tpu_estimate.json")

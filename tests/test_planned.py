@@ -179,7 +179,7 @@ def test_halted_tokens_have_no_influence_whatever_they_hold(monkeypatch: pytest.
 
     def poisoned(self: Any, layer: Any, x: Any, layout: Any, states: Any, noise: Any) -> Any:
         active = layout.joined([state.active for state in states])
-        return block(self, layer, jnp.where(active[:, None], x, jnp.nan), layout, states, noise)
+        return block(self, layer, jnp.where(active[..., None], x, jnp.nan), layout, states, noise)
 
     monkeypatch.setattr(planned._Layers, "_block", poisoned)
     rule = model.config.halting
@@ -325,7 +325,7 @@ def test_moves_sort_images_and_bring_needed_tokens_to_the_front(cells: list[list
 def test_layouts_hold_the_first_tokens_of_each_image_group_by_group() -> None:
     layout = Layout((2, 2, 2), (0, 1, 3))
     values = jnp.arange(24).reshape(6, 4)
-    flat = layout.flat(values)
+    flat = layout.of_tokens(values)
     assert flat.tolist() == [8, 12, 16, 17, 18, 20, 21, 22]
     assert [part.tolist() for part in layout.split(flat)] == [[[], []], [[8], [12]], [[16, 17, 18], [20, 21, 22]]]
     first, capacities = layout.of_rows()

@@ -20,8 +20,8 @@ class Noise:
     """
 
     # Of dropout: attention, hidden values, MLP. For each token of each image; after `of`, for each place.
-    factors: tuple[Float[Array, "b n _"] | Float[Array, "t _"] | None, ...] = (None, None, None)
-    kept: tuple[Bool[Array, " _"] | None, ...] = (None, None)  # by stochastic depth: attention, MLP
+    factors: tuple[Float[Array, "*t _"] | None, ...] = (None, None, None)
+    kept: tuple[Bool[Array, "..."] | None, ...] = (None, None)  # by stochastic depth: attention, MLP
     rate: Float[Array, ""] | None = None  # of stochastic depth in this layer
 
     @classmethod
@@ -65,26 +65,26 @@ class Noise:
 
         What was drawn for each token or image becomes one row for each place.
         """
-        factors = tuple(None if f is None else layout.flat(f[image[:, None], index]) for f in self.factors)
+        factors = tuple(None if f is None else layout.of_tokens(f[image[:, None], index]) for f in self.factors)
         kept = tuple(
-            None if k is None else layout.flat(jnp.broadcast_to(k[image, None], index.shape)) for k in self.kept
+            None if k is None else layout.of_tokens(jnp.broadcast_to(k[image, None], index.shape)) for k in self.kept
         )
         return Noise(factors, kept, self.rate)
 
-    def attention(self, branch: Float[Array, "t d"]) -> Float[Array, "t d"]:
+    def attention(self, branch: Float[Array, "*t d"]) -> Float[Array, "*t d"]:
         """The branch of attention, with noise."""
         return self._path(_dropped(branch, self.factors[0]), self.kept[0])
 
-    def mlp(self, x: Float[Array, "t d"], block: Block) -> Float[Array, "t d"]:
+    def mlp(self, x: Float[Array, "*t d"], block: Block) -> Float[Array, "*t d"]:
         """The branch of the MLP, with noise, from its normalised input."""
         inner = _dropped(block.mlp.hidden(x), self.factors[1])
         return self._path(_dropped(block.mlp.fc2(inner), self.factors[2]), self.kept[1])
 
-    def _path(self, branch: Float[Array, "t d"], kept: Bool[Array, " t"] | None) -> Float[Array, "t d"]:
+    def _path(self, branch: Float[Array, "*t d"], kept: Bool[Array, "*t"] | None) -> Float[Array, "*t d"]:
         if kept is None or self.rate is None:
             return branch
-        return jnp.where(kept[:, None], branch / (1 - self.rate), 0)
+        return jnp.where(kept[..., None], branch / (1 - self.rate), 0)
 
 
-def _dropped(values: Float[Array, "t m"], factors: Float[Array, "t m"] | None) -> Float[Array, "t m"]:
+def _dropped(values: Float[Array, "*t m"], factors: Float[Array, "*t m"] | None) -> Float[Array, "*t m"]:
     return values if factors is None else values * factors

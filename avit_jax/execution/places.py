@@ -16,7 +16,11 @@ from avit_jax.halting.rule import State
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """A flat array of tokens: for each group of images in turn, image by image, `capacities[group]` places."""
+    """The places of tokens: for each group of images in turn, image by image, `capacities[group]` places.
+
+    An array has an axis for all places. If there is one group, it has an axis for images and one for the places of each
+    instead: cutting the one into the other moves every number on a TPU.
+    """
 
     images: tuple[int, ...]  # of each group
     capacities: tuple[int, ...]
@@ -45,17 +49,19 @@ class Layout:
             for end, count in zip(ends, self.images, strict=True)
         ]
 
-    def flat(self, values: Shaped[Array, "b n ..."]) -> Shaped[Array, "t ..."]:
+    def of_tokens(self, values: Shaped[Array, "b n ..."]) -> Shaped[Array, "..."]:
         """The values of the places, from one for each token of each image."""
         parts = zip(self.groups(values), self.capacities, strict=True)
-        return jnp.concatenate([part[:, :capacity].reshape(-1, *values.shape[2:]) for part, capacity in parts])
+        return self.joined([part[:, :capacity] for part, capacity in parts])
 
-    def joined(self, parts: list[Shaped[Array, "_ _ ..."]]) -> Shaped[Array, "t ..."]:
+    def joined(self, parts: list[Shaped[Array, "_ _ ..."]]) -> Shaped[Array, "..."]:
         """The inverse of `split`."""
-        return jnp.concatenate([part.reshape(-1, *part.shape[2:]) for part in parts])
+        return parts[0] if len(parts) == 1 else jnp.concatenate([part.reshape(-1, *part.shape[2:]) for part in parts])
 
-    def split(self, values: Shaped[Array, "t ..."]) -> list[Shaped[Array, "_ _ ..."]]:
+    def split(self, values: Shaped[Array, "..."]) -> list[Shaped[Array, "_ _ ..."]]:
         """The values of each group, image by image. (lax.split, because the gradient of slices is a sum of arrays.)"""
+        if len(self.images) == 1:
+            return [values]
         parts = jax.lax.split(values, self.sizes)
         return [
             part.reshape(count, capacity, *part.shape[1:])
@@ -99,21 +105,21 @@ class Move:
         """The state, moved."""
         return state.mapped(self.apply, self.apply_rows)
 
-    def tokens(self, x: Float[Array, "t d"], before: Layout, after: Layout) -> Float[Array, "u d"]:
+    def tokens(self, x: Float[Array, "*t d"], before: Layout, after: Layout) -> Float[Array, "*u d"]:
         """The tokens of a layout in the next one; places that no token takes are zero."""
         first, capacity = map(jnp.asarray, before.of_rows())
         new_first, new_capacity = map(jnp.asarray, after.of_rows())
-        forth = after.flat(first[self.rows][:, None] + self.slots)
-        there = after.flat(self.slots < capacity[self.rows][:, None])
+        forth = after.of_tokens(first[self.rows][:, None] + self.slots)
+        there = after.of_tokens(self.slots < capacity[self.rows][:, None])
         back_rows = self.old_slots[self.old_rows]  # for each old row
-        back = before.flat(new_first[self.old_rows][:, None] + back_rows)
-        stays = before.flat(back_rows < new_capacity[self.old_rows][:, None])
+        back = before.of_tokens(new_first[self.old_rows][:, None] + back_rows)
+        stays = before.of_tokens(back_rows < new_capacity[self.old_rows][:, None])
         return _moved(x, jnp.where(there, forth, 0), there, jnp.where(stays, back, 0), stays)
 
 
 @jax.custom_vjp
 def _moved(x: Array, forth: Array, there: Array, back: Array, stays: Array) -> Array:
-    return jnp.where(there[:, None], x[forth], 0)
+    return jnp.where(there[..., None], x.reshape(-1, x.shape[-1])[forth], 0)
 
 
 def _moved_forward(x: Array, *where: Array) -> tuple[Array, Any]:
@@ -123,7 +129,8 @@ def _moved_forward(x: Array, *where: Array) -> tuple[Array, Any]:
 def _moved_backward(where: Any, gradient: Array) -> tuple[Array | None, ...]:
     # A gather again: the gradient that JAX derives is a scatter, which is slow everywhere.
     _, _, back, stays = where
-    return jnp.where(stays[:, None], gradient[back], 0), None, None, None, None
+    flat = gradient.reshape(-1, gradient.shape[-1])
+    return jnp.where(stays[..., None], flat[back], 0), None, None, None, None
 
 
 _moved.defvjp(_moved_forward, _moved_backward)

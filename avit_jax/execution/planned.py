@@ -21,6 +21,9 @@ from avit_jax.model.seen import Facts, of_attention
 from avit_jax.model.vit import AViT
 
 
+_LARGE = 2048  # tokens of a mean group from which attention's linear layers run group by group too
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Ran:
@@ -116,7 +119,6 @@ def _run(
     x, state = jax.tree.map(lambda v: jnp.pad(v, ((0, missing), *[(0, 0)] * (v.ndim - 1))), (x, state))
     layers = _Layers(model, rule, key, batch, rows, image_exit)
     layout = Layout.of(plan.group_size, (config.num_tokens,) * plan.groups)
-    x = x.reshape(-1, config.embed_dim)
     overflow = jnp.zeros((), bool)
     index = jnp.broadcast_to(jnp.arange(config.num_tokens), (plan.rows, config.num_tokens))
     image = jnp.arange(plan.rows)
@@ -166,7 +168,7 @@ class _Layers:
 
     def stage(
         self,
-        x: Float[Array, "t d"],
+        x: Float[Array, "*t d"],
         layout: Layout,
         state: State,
         index: Int[Array, "b n"],
@@ -174,7 +176,7 @@ class _Layers:
         read: Bool[Array, "b n"],
         first: int,
         end: int,
-    ) -> tuple[Float[Array, "t d"], State, Trace]:
+    ) -> tuple[Float[Array, "*t d"], State, Trace]:
         """Layers first to end - 1 with the same places; the trace [l b n] is in the order of `image` and `index`.
 
         x: the tokens of `layout`. read: tokens that the logits read.
@@ -223,8 +225,8 @@ class _Layers:
         return x, state, _all_traces(of_groups, config.num_tokens)
 
     def _block(
-        self, block: Block, x: Float[Array, "t d"], layout: Layout, states: list[State], noise: Noise
-    ) -> tuple[Float[Array, "t d"], list[tuple[Array, Facts]]]:
+        self, block: Block, x: Float[Array, "*t d"], layout: Layout, states: list[State], noise: Noise
+    ) -> tuple[Float[Array, "*t d"], list[tuple[Array, Facts]]]:
         """The tokens after a layer, and for each group its tokens and facts, with zeros for slots without a place."""
         reads = self.rule.reads
 
@@ -238,9 +240,11 @@ class _Layers:
             return mixed, jax.tree.map(lambda fact: jnp.zeros(fact.shape, fact.dtype), facts)
 
         x = _dropped(x, layout, states)
-        columns = layout.split(block.attn.columns(block.norm1(x)))
-        mixed, facts = zip(*map(attended, columns, states), strict=True)
-        branch = block.attn.proj(layout.joined(list(mixed)))
+        normed, columns, proj = block.norm1(x), block.attn.columns, block.attn.proj
+        each = sum(layout.sizes) > _LARGE * len(layout.sizes)
+        parts = map(columns, layout.split(normed)) if each else layout.split(columns(normed))
+        mixed, facts = zip(*map(attended, parts, states), strict=True)
+        branch = layout.joined(list(map(proj, mixed))) if each else proj(layout.joined(list(mixed)))
         y = x + noise.attention(branch.astype(x.dtype))
         z = y + noise.mlp(block.norm2(y), block).astype(y.dtype)
         if "before" in reads:
@@ -249,8 +253,8 @@ class _Layers:
         return z, list(zip(map(_filled, layout.split(z), states), facts, strict=True))
 
     def _read(
-        self, block: Block, x: Float[Array, "t d"], layout: Layout, states: list[State]
-    ) -> tuple[Float[Array, "t d"], list[tuple[Array, Facts]]]:
+        self, block: Block, x: Float[Array, "*t d"], layout: Layout, states: list[State]
+    ) -> tuple[Float[Array, "*t d"], list[tuple[Array, Facts]]]:
         """As `_block`, but only the tokens that the heads read are computed; the others are zeros."""
 
         def read(x: Array, state: State) -> Array:
@@ -286,7 +290,7 @@ class _Layers:
         return state, trace
 
 
-def _dropped(x: Float[Array, "t d"], layout: Layout, states: list[State]) -> Float[Array, "t d"]:
+def _dropped(x: Float[Array, "*t d"], layout: Layout, states: list[State]) -> Float[Array, "*t d"]:
     """The tokens of a layout with the halted ones set to zero."""
     active = [state.active[:, :places] for state, places in zip(states, layout.capacities, strict=True)]
     return drop_halted(x, layout.joined(active))
