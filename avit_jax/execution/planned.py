@@ -20,7 +20,6 @@ from avit_jax.model.output import AViTOutput
 from avit_jax.model.seen import Facts, of_attention
 from avit_jax.model.vit import AViT
 
-
 _LARGE = 2048  # tokens of a mean group from which attention's linear layers run group by group too
 
 
