@@ -18,7 +18,7 @@ from configs import fashion_mnist, mnist_dense
 
 LAWS = ("grid", "jitter", "uniform")
 # Passes over the images: fewer images are seen more often, but less often in all.
-EPOCHS = {"mnist": {360: 100, 1200: 60, 3600: 30}, "fashion": {1000: 60, 5000: 24, 55200: 4}}
+EPOCHS = {"mnist": {360: 100, 1200: 40, 3600: 15}, "fashion": {1000: 48, 5000: 12, 55200: 4}}
 _FORM = "write DATA,IMAGES,LAW,PROBABILITY such as mnist,360,uniform,0.5, with ,affine at its end or without"
 
 
