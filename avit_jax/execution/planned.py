@@ -124,7 +124,7 @@ def _run(
     read = jnp.broadcast_to(jnp.asarray(config.tokens_read), index.shape)
     capacities, moved, traces = (config.num_tokens,) * plan.groups, False, []
     least = state.output.shape[1] % config.num_tokens  # the heads' tokens have places wherever an image has
-    for stage, end in zip(plan.stages, plan.ends(), strict=True):
+    for stage, end, weights in zip(plan.stages, plan.ends(), _weights(model, plan), strict=True):
         if stage.capacities != capacities:  # not where the first layers have all places, so that nothing moves
             capacities = stage.capacities
             new = Layout.of(plan.group_size, [max(c, least) if c else 0 for c in capacities])
@@ -134,7 +134,7 @@ def _run(
             x, state = move.tokens(x, layout, new), move.state(state)
             index, read, image = move.apply(index), move.apply(read), move.apply_rows(image)
             moved, layout = True, new
-        x, state, trace = layers.stage(x, layout, state, index, image, read, stage.first, end)
+        x, state, trace = layers.stage(weights, x, layout, state, index, image, read, stage.first, end)
         if moved:
             back = _original(index, image)
             trace = Trace(
@@ -146,6 +146,15 @@ def _run(
     if moved:
         state = _original(index, image).state(state)
     return Ran(jax.tree.map(lambda v: v[:batch], state), trace, overflow)
+
+
+def _weights(model: AViT, plan: PlannedPlan) -> list[Any]:
+    """The stacked weights of each stage's layers."""
+    leaves, tree = jax.tree.flatten(nnx.state(model.blocks))
+    lengths = [end - stage.first for stage, end in zip(plan.stages, plan.ends(), strict=True)]
+    # Not slices: their gradient is a sum of arrays, each as large as all layers.
+    parts = [jax.lax.split(leaf, lengths) for leaf in leaves]
+    return [jax.tree.unflatten(tree, own) for own in zip(*parts, strict=True)]
 
 
 def _original(index: Int[Array, "b n"], image: Int[Array, " b"]) -> Move:
@@ -167,6 +176,7 @@ class _Layers:
 
     def stage(
         self,
+        weights: Any,
         x: Float[Array, "*t d"],
         layout: Layout,
         state: State,
@@ -178,10 +188,10 @@ class _Layers:
     ) -> tuple[Float[Array, "*t d"], State, Trace]:
         """Layers first to end - 1 with the same places; the trace [l b n] is in the order of `image` and `index`.
 
-        x: the tokens of `layout`. read: tokens that the logits read.
+        weights: of these layers, stacked. x: the tokens of `layout`. read: tokens that the logits read.
         """
         config = self.model.config
-        graphdef, stacked = nnx.split(self.model.blocks)
+        graphdef = nnx.graphdef(self.model.blocks)
         rates = jnp.linspace(0, config.drop_path_rate, config.depth) if self.key is not None else None
         # The losses of training read the scores of all tokens, and some rules need the whole last layer.
         short = self.image_exit and config.pool == "token" and not self.rule.reads_last_layer
@@ -210,12 +220,12 @@ class _Layers:
         stop = end - 1 if short and end == config.depth else end
         carry, traces = (x, near), []
         if stop > first:
-            weights = jax.tree.map(lambda p: jax.lax.slice_in_dim(p, first, stop), stacked)
-            inputs = weights, jnp.arange(first, stop), None if rates is None else rates[first:stop]
+            scanned = jax.tree.map(lambda p: p[: stop - first], weights) if stop < end else weights
+            inputs = scanned, jnp.arange(first, stop), None if rates is None else rates[first:stop]
             carry, trace = jax.lax.scan(checkpointed(layer, config), carry, inputs)
             traces.append(trace)
         if stop < end:
-            params = jax.tree.map(lambda p: p[stop], stacked)
+            params = jax.tree.map(lambda p: p[-1], weights)
             carry, trace = layer(carry, (params, stop, None), read_only=True)
             traces.append(jax.tree.map(lambda v: v[None], trace))
         of_groups = jax.tree.map(lambda *layers: jnp.concatenate(layers), *traces)
