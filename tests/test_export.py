@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import avit_jax
-from avit_jax import PRESETS, AViT, EViT, Preprocessing, RandomDrop, ToMe, TopK
+from avit_jax import PRESETS, AViT, DynamicViT, EViT, Preprocessing, RandomDrop, ToMe, TopK
 from avit_jax.execution.export import onnx_file
 from avit_jax.model.config import NO_RULE
 from tests.harness.builders import answers, small_config, spread_gate
@@ -80,6 +80,8 @@ def test_recorded_outputs_of_the_published_code(name: str, tmp_path: Path) -> No
         {"rule": EViT(0.6, (0, 1, 3)), "distilled": True},
         {"rule": ToMe(1)},
         {"rule": ToMe((0, 3, 1, 1), proportional=False), "distilled": True},
+        {"rule": DynamicViT(0.6, (1, 3))},
+        {"rule": DynamicViT(0.7, (2,)), "distilled": True, "norm_epsilon": 1e-3},
         NO_RULE,
         NO_RULE | {"pool": "mean_norm", "class_token": False},
         NO_RULE | {"pool": "norm_mean"},

@@ -20,6 +20,7 @@ from avit_jax.execution.export.vit import Layers
 from avit_jax.halting.avit import AViTGate
 from avit_jax.model.config import AViTConfig
 from avit_jax.model.vit import AViT
+from avit_jax.reduction.dynamicvit import DynamicViT
 from avit_jax.reduction.tome import ToMe
 from avit_jax.reduction.topk import TopK
 from avit_jax.runtime.files import writing
@@ -70,8 +71,8 @@ def check_exportable(config: AViTConfig) -> None:
     rule = config.rule_in_force
     if rule is not None and type(rule) not in (AViTGate, *REDUCTIONS):
         raise ValueError(
-            f"the rule {rule.name!r} cannot be exported to ONNX: choose avit, topk, evit or tome, or export the plain "
-            "ViT of the same weights, model.with_config(**avit_jax.model.config.NO_RULE)"
+            f"the rule {rule.name!r} cannot be exported to ONNX: choose avit, topk, evit, tome or dynamicvit, "
+            "or export the plain ViT of the same weights, model.with_config(**avit_jax.model.config.NO_RULE)"
         )
     if rule is not None and config.pool != "token":
         raise ValueError(
@@ -98,7 +99,7 @@ def onnx_model(model: AViT, batch_size: int | None, how: Compaction, preprocess:
     rule = config.rule_in_force
     if isinstance(rule, AViTGate):
         x, token_depth = run_gate(layers, x, rule, how)
-    elif isinstance(rule, TopK | ToMe):
+    elif isinstance(rule, TopK | ToMe | DynamicViT):
         x, token_depth = run_reduction(layers, x, rule)
     else:
         x, token_depth = _run_all(layers, x)

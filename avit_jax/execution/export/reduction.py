@@ -1,19 +1,20 @@
-"""Rules with a fixed number of tokens as ONNX graphs: arrays get shorter between attention and MLP."""
+"""Rules with a fixed number of tokens as ONNX graphs: arrays get shorter within a layer or before it."""
 
 import numpy as np
 
 from avit_jax.execution.export.graph import FLOAT32, INT32, Graph
 from avit_jax.execution.export.vit import Layers
+from avit_jax.reduction.dynamicvit import DynamicViT
 from avit_jax.reduction.tome import ToMe
 from avit_jax.reduction.topk import EViT, TopK
 
-REDUCTIONS = (TopK, EViT, ToMe)  # of exactly these types
+REDUCTIONS = (TopK, EViT, ToMe, DynamicViT)  # of exactly these types
 
 
-def run_reduction(layers: Layers, tokens: str, rule: TopK | ToMe) -> tuple[str, str]:
+def run_reduction(layers: Layers, tokens: str, rule: TopK | ToMe | DynamicViT) -> tuple[str, str]:
     """The final values of the tokens with a head [b outputs d], and the token_depth of all tokens [b tokens], int32.
 
-    tokens: as the first layer gets them. A token that is dropped or merged in a layer has been computed in it.
+    tokens: as the first layer gets them. A token that is dropped or merged within a layer has been computed in it.
     """
     graph, config = layers.graph, layers.config
     counts, acts = rule.counts(config), rule.acts_in(config)
@@ -28,12 +29,16 @@ def run_reduction(layers: Layers, tokens: str, rule: TopK | ToMe) -> tuple[str, 
     bias: str | None = None
     places: list[str] = []
     for layer in range(config.depth):
+        if isinstance(rule, DynamicViT) and layer in acts:
+            with graph.scope(f"reduction.{layer}"):
+                x, place = choice.predicted(x, place, rule.layers.index(layer), count, counts[layer])
+            count = counts[layer]
         places.append(place)
         if layer == config.depth - 1:
             x = layers.block(x, bias, layer, queries=config.num_outputs)
             break
         x, attention, key = layers.attend(x, bias, layer)
-        if layer in acts:
+        if layer in acts and not isinstance(rule, DynamicViT):
             with graph.scope(f"reduction.{layer}"):
                 if isinstance(rule, ToMe):
                     x, place, size = choice.merged(x, place, size, key, count, counts[layer])
@@ -54,7 +59,8 @@ def run_reduction(layers: Layers, tokens: str, rule: TopK | ToMe) -> tuple[str, 
 class _Choice:
     """Which tokens stay after the attention of a layer, and what becomes of the others."""
 
-    def __init__(self, layers: Layers, rule: TopK | ToMe, batch: str, rows: str) -> None:
+    def __init__(self, layers: Layers, rule: TopK | ToMe | DynamicViT, batch: str, rows: str) -> None:
+        self.layers = layers
         self.graph: Graph = layers.graph
         self.config = layers.config
         self.rule = rule
@@ -68,9 +74,7 @@ class _Choice:
         stay = after - special - fuses
         of_class = graph.op("Slice", attention, [0], [self.config.class_token + self.config.distilled], [2])
         scores = graph.op("Slice", graph.op("ReduceMean", of_class, [1, 2], keepdims=0), [special], [before], [1])
-        _, chosen = graph.ops("TopK", 2, scores, [stay], axis=1)
-        in_order, _ = graph.ops("TopK", 2, chosen, [stay], axis=1, largest=0)
-        order = [self._special(), graph.op("Add", in_order, special)]
+        chosen, order = self._highest(scores, stay)
         if not fuses:
             return self._gathered(x, place, order, before)
         there = graph.op("Expand", 1.0, graph.op("Shape", scores))
@@ -82,6 +86,23 @@ class _Choice:
         x, _ = self._gathered(x, place, order, before)
         place = graph.op("GatherElements", place, graph.op("Concat", *order, first, axis=1), axis=1)
         return graph.op("Concat", x, fused, axis=1), place
+
+    def predicted(self, x: str, place: str, stage: int, before: int, after: int) -> tuple[str, str]:
+        """DynamicViT: before a layer, the patches with the highest scores of a stage's predictor, in their order."""
+        graph, layers, special = self.graph, self.layers, self.config.num_special
+        weights = layers.weights["rule_module"]["stages"]
+        patches = graph.op("Slice", x, [special], [before], [1])
+        normed = layers.norm(patches, weights["norm"], stage, epsilon=1e-5)
+        embedded = layers.gelu(layers.linear(normed, weights["fc1"], stage, "fc1"))
+        own, shared = graph.ops("Split", 2, embedded, [self.config.embed_dim // 2] * 2, axis=2)
+        mean = graph.op("Expand", graph.op("ReduceMean", shared, [1]), graph.op("Shape", shared))
+        hidden = graph.op("Concat", own, mean, axis=2)
+        for name in ("fc2", "fc3"):
+            hidden = layers.gelu(layers.linear(hidden, weights[name], stage, name))
+        chances = graph.op("LogSoftmax", layers.linear(hidden, weights["fc4"], stage, "fc4"), axis=-1)
+        keep, drop = (graph.op("Gather", chances, which, axis=2) for which in range(2))
+        _, order = self._highest(graph.op("Sub", keep, drop), after - special)
+        return self._gathered(x, place, order, before)
 
     def merged(self, x: str, place: str, size: str, key: str, before: int, after: int) -> tuple[str, str, str]:
         """ToMe: special tokens, the rest of the even patches, then the odd ones, into which the others have merged."""
@@ -113,6 +134,13 @@ class _Choice:
         summed = graph.op("Add", leading, graph.op("MatMul", joins, joining))
         x, size = graph.ops("Split", 2, summed, [self.config.embed_dim, 1], axis=2)
         return graph.op("Div", x, size), place, size
+
+    def _highest(self, scores: str, stay: int) -> tuple[str, list[str]]:
+        """The patches with the highest scores [b stay]; and the order of what stays: special tokens, then they."""
+        graph = self.graph
+        _, chosen = graph.ops("TopK", 2, scores, [stay], axis=1)
+        in_order, _ = graph.ops("TopK", 2, chosen, [stay], axis=1, largest=0)
+        return chosen, [self._special(), graph.op("Add", in_order, self.config.num_special)]
 
     def _special(self) -> str:
         graph, special = self.graph, self.config.num_special

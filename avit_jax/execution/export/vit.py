@@ -56,7 +56,7 @@ class Layers:
         graph, weights = self.graph, self.weights["blocks"]
         with graph.scope(f"blocks.{layer}"):
             with graph.scope("attn"):
-                normed = self._norm(x, weights["norm1"], layer)
+                normed = self.norm(x, weights["norm1"], layer)
                 mixed, attention, key = self._attention(normed, bias, weights["attn"], layer, queries)
             if queries is not None:
                 x = graph.op("Slice", x, [0], [queries], [1])
@@ -67,9 +67,9 @@ class Layers:
         graph, weights = self.graph, self.weights["blocks"]
         with graph.scope(f"blocks.{layer}"):
             with graph.scope("mlp"):
-                normed = self._norm(x, weights["norm2"], layer)
-                hidden = self._gelu(self._linear(normed, weights["mlp"]["fc1"], layer, "fc1"))
-                mixed = self._linear(hidden, weights["mlp"]["fc2"], layer, "fc2")
+                normed = self.norm(x, weights["norm2"], layer)
+                hidden = self.gelu(self.linear(normed, weights["mlp"]["fc1"], layer, "fc1"))
+                mixed = self.linear(hidden, weights["mlp"]["fc2"], layer, "fc2")
             return graph.op("Add", x, mixed, name="tokens")
 
     def _attention(
@@ -84,7 +84,7 @@ class Layers:
             columns = slice(part * dim, (part + 1) * dim)
             scale = width**-0.5 if name == "query" else 1.0
             qkv = {key: values[..., columns] * np.float32(scale) for key, values in weights["qkv"].items()}
-            y = graph.op("Reshape", self._linear(rows, qkv, layer, name), [0, 0, heads, width])
+            y = graph.op("Reshape", self.linear(rows, qkv, layer, name), [0, 0, heads, width])
             parts.append(graph.op("Transpose", y, perm=[0, 2, 3, 1] if name == "key" else [0, 2, 1, 3]))
         query, key, value = parts
         scores = graph.op("MatMul", query, key)
@@ -92,10 +92,10 @@ class Layers:
             scores = graph.op("Add", scores, bias)
         attention = graph.op("Softmax", scores, axis=-1)
         mixed = graph.op("Transpose", graph.op("MatMul", attention, value), perm=[0, 2, 1, 3])
-        return self._linear(graph.op("Reshape", mixed, [0, 0, dim]), weights["proj"], layer, "proj"), attention, key
+        return self.linear(graph.op("Reshape", mixed, [0, 0, dim]), weights["proj"], layer, "proj"), attention, key
 
-    def _gelu(self, x: str) -> str:
-        """In the form that runtimes recognise and compute as one operator; ONNX has an operator from opset 20 on."""
+    def gelu(self, x: str) -> str:
+        """GELU in the form that runtimes recognise and compute as one operator; ONNX has one from opset 20 on."""
         graph = self.graph
         with graph.scope("gelu"):
             erf = graph.op("Erf", graph.op("Div", x, 2**0.5))
@@ -107,9 +107,9 @@ class Layers:
         first_patch = config.num_special
         with graph.scope("head"):
             if config.pool == "mean_norm":
-                features = [self._norm(self._patch_mean(outputs, first_patch), self.weights["norm"])]
+                features = [self.norm(self._patch_mean(outputs, first_patch), self.weights["norm"])]
             else:
-                normed = self._norm(outputs, self.weights["norm"])
+                normed = self.norm(outputs, self.weights["norm"])
                 if config.pool == "norm_mean":
                     features = [self._patch_mean(normed, first_patch)]
                 else:
@@ -119,7 +119,7 @@ class Layers:
             if config.num_classes:
                 names = ("head", "head_dist")
                 features = [
-                    self._linear(x, self.weights[name], None, name) for x, name in zip(features, names, strict=False)
+                    self.linear(x, self.weights[name], None, name) for x, name in zip(features, names, strict=False)
                 ]
             if len(features) == 1:
                 return features[0]
@@ -129,14 +129,17 @@ class Layers:
         patches = self.graph.op("Slice", tokens, [first_patch], [self.config.num_tokens], [1])
         return self.graph.op("ReduceMean", patches, [1], keepdims=0)
 
-    def _norm(self, x: str, weights: Weights, layer: int | None = None) -> str:
+    def norm(self, x: str, weights: Weights, layer: int | None = None, epsilon: float | None = None) -> str:
+        """LayerNorm. layer: of stacked weights; None: they are not stacked. epsilon: None: the config's."""
         scale, bias = (_of_layer(weights[name], layer) for name in ("scale", "bias"))
         graph = self.graph
         with graph.scope("norm"):
             tensors = graph.weight("scale", scale), graph.weight("bias", bias)
-        return graph.op("LayerNormalization", x, *tensors, axis=-1, epsilon=self.config.norm_epsilon)
+        epsilon = self.config.norm_epsilon if epsilon is None else epsilon
+        return graph.op("LayerNormalization", x, *tensors, axis=-1, epsilon=epsilon)
 
-    def _linear(self, x: str, weights: Weights, layer: int | None, name: str) -> str:
+    def linear(self, x: str, weights: Weights, layer: int | None, name: str) -> str:
+        """x W + b. layer: as for `norm`. name: the scope of its nodes."""
         graph = self.graph
         with graph.scope(name):
             y = graph.op("MatMul", x, graph.weight("kernel", _of_layer(weights["kernel"], layer)))
