@@ -36,9 +36,10 @@ CONFIG = small_config(image_size=32)  # 65 tokens, 4 layers
 MESH = data_mesh(1)
 
 
-def test_steps_are_those_of_masked_training() -> None:
-    """Gradients, metrics and the moving average, with every kind of noise, on one and two devices; also overflow."""
-    assert "2 devices agree" in run_on_devices("planned_step_on_devices.py", 2)
+@pytest.mark.parametrize("devices", [2, pytest.param(8, marks=pytest.mark.slow)])
+def test_steps_are_those_of_masked_training(devices: int) -> None:
+    """Gradients, metrics and the moving average, with every kind of noise, on one device and more; also overflow."""
+    assert f"{devices} devices agree" in run_on_devices("planned_step_on_devices.py", devices)
 
 
 # Runs

@@ -1,4 +1,4 @@
-"""Run by test_planner.py with two devices: steps by planned execution against masked ones, with every kind of noise."""
+"""Run by test_planner.py with 2 or 8 devices: steps by planned execution against masked ones, with every kind of noise."""
 
 import dataclasses
 import sys
@@ -22,17 +22,18 @@ from avit_jax.train.step import make_train_step
 from configs import npz_avit
 from tests.harness.builders import small_config, spread_gate
 
-assert len(jax.devices()) == 2
+DEVICES = len(jax.devices())
+IMAGES = {2: 12, 8: 16}[DEVICES]  # 3 for each device in each of two parts, or 1
 noise = {"drop_path_rate": 0.2, "drop_rate": 0.2}
 fields = {"preprocessing": Preprocessing((0.5, 0.4), (0.2, 0.3)), "distilled": True}
 model = spread_gate(small_config(**noise, **fields), factor=2.0)
 teacher = spread_gate(small_config(**fields), seed=1)
 rng = np.random.default_rng(0)
-images = rng.integers(0, 256, (12, 12, 8, 2)) * (0.2 + np.arange(12) / 12)[:, None, None, None]
+images = rng.integers(0, 256, (IMAGES, 12, 8, 2)) * (0.2 + np.arange(IMAGES) / IMAGES)[:, None, None, None]
 batch = {
     "image": images.clip(0, 255).astype(np.uint8),
-    "label": (np.arange(12) % 5).astype(np.int32),
-    "weight": np.where(np.arange(12) == 5, 0, 1).astype(np.float32),
+    "label": (np.arange(IMAGES) % 5).astype(np.int32),
+    "weight": np.where(np.arange(IMAGES) == 5, 0, 1).astype(np.float32),
 }
 # The gradient is kept as the optimizer's state; the weights move along it, so that the moving average has moved too.
 keep = optax.GradientTransformation(
@@ -70,10 +71,11 @@ def fitted(loads: np.ndarray, missing: int = 0) -> PlannedPlan:
 
 gradient, average, metrics = step(1, None)
 loads = metrics["counts"]["loads"]
-assert loads.shape == (4, 6) and loads[3].sum() < 0.8 * loads[0].sum(), loads
+assert loads.shape == (4, IMAGES // 2) and loads[3].sum() < 0.8 * loads[0].sum(), loads
 assert not metrics["counts"]["overflow"] and len(set(metrics["halting_by_layer"].round(3))) == 4
-fullest = loads[:, 3:]  # the three images of a device in a part are never fuller
-for devices, plan, overflow in ((1, fitted(loads), 0), (2, fitted(fullest), 0), (2, fitted(fullest, missing=1), 1)):
+fullest = loads[:, -(IMAGES // 2 // DEVICES) :]  # the images of a device in a part are never fuller
+plans = ((1, fitted(loads), 0), (DEVICES, fitted(fullest), 0), (DEVICES, fitted(fullest, missing=1), 1))
+for devices, plan, overflow in plans:
     where = f"{devices} devices, {plan}"
     found, found_average, seen = step(devices, plan)
     difference = np.linalg.norm(found - gradient) / np.linalg.norm(gradient)
@@ -85,4 +87,4 @@ for devices, plan, overflow in ((1, fitted(loads), 0), (2, fitted(fullest), 0), 
     for name, value in metrics.items():
         if name != "counts":
             np.testing.assert_allclose(seen[name], value, rtol=2e-6, atol=1e-6, err_msg=f"{name}, {where}")
-print("2 devices agree")
+print(f"{DEVICES} devices agree")
