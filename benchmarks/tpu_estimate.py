@@ -1,7 +1,7 @@
 """The cycles of inference and of a training step on one TPU v5e, estimated by its compiler: nothing runs on a TPU.
 
     pip install -r requirements-tpu.txt
-    python benchmarks/tpu_estimate.py                           everything, about 30 minutes of two cores
+    python benchmarks/tpu_estimate.py                           everything, an hour or more of two cores
     python benchmarks/tpu_estimate.py --only=tiny-inference,small-inference-planned --top=20
 
 libtpu's compiler runs on this machine's CPU and writes estimated cycles beside the operations of the compiled program.

@@ -8,8 +8,7 @@ digits) or fashion (1000, 5000 or 55200 images). LAW is grid (the model of today
 that of cutting an image at random. "affine" adds the random affine changes of configs/mnist_dense.py or
 configs/fashion_mnist.py, which overlap with random patches.
 
-The paper's settings are not known to us; all of these are our choices. docs/neighbours.md has the minutes that a
-training takes on two CPU cores, and what came out.
+The paper's settings are not known to us; all of these are our choices.
 """
 
 from ml_collections import ConfigDict

@@ -104,6 +104,29 @@ def test_onnx_runtime_gives_what_the_model_gives(changes: dict[str, Any], tmp_pa
     np.testing.assert_array_equal(token_depth, avit_jax.compile(model, 5)(images).token_depth)
 
 
+def test_dynamicvits_predictors(tmp_path: Path) -> None:
+    """With random biases, one image at a time, in two stages; their norms have an epsilon of their own."""
+    model = spread_gate(small_config(rule=DynamicViT(0.6, (1, 3)), num_registers=1, norm_epsilon=1e-3))
+    rng = np.random.default_rng(0)
+    biases = {"fc1": 0.5, "fc2": 0.5, "fc3": 0.5, "fc4": 0.5, "norm": 0.5}
+    for name, spread in biases.items():
+        bias = getattr(model.rule_module.stages, name).bias
+        bias[...] = spread * rng.normal(size=bias.shape).astype(np.float32)
+    images = random_images(model.config, 4)
+    path, wanted = exported(model, tmp_path, batch_size=1), answers(model, images)
+    logits, token_depth = one_by_one(path, images)
+    np.testing.assert_allclose(logits, wanted.logits, atol=1e-5)
+    np.testing.assert_array_equal(token_depth, wanted.token_depth)
+    assert len(np.unique(token_depth)) == 3
+    norms = [node for node in onnx.load(path).graph.node if node.op_type == "LayerNormalization"]
+    epsilon = {onnx.helper.get_node_attr_value(node, "epsilon") for node in norms if "reduction" in node.name}
+    assert epsilon == {np.float32(1e-5)}
+    everything = model.with_config(rule=DynamicViT(1.0, (1, 3)))
+    logits, token_depth = one_by_one(exported(everything, tmp_path, batch_size=1), images)
+    np.testing.assert_allclose(logits, answers(everything, images).logits, atol=1e-5)
+    assert (token_depth == model.config.depth).all()
+
+
 @pytest.mark.parametrize("distilled", [False, True])
 @pytest.mark.parametrize("image_exit", [False, True])
 @pytest.mark.parametrize("count_step", [1, 3])

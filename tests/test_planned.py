@@ -70,9 +70,13 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_every_rule_gives_the_masked_models_answers(name: str) -> None:
-    """Five images in groups of two, so that a row is left over; with image exit, packed execution's answers."""
+@pytest.mark.parametrize(("name", "large"), [*((name, 2048) for name in MODELS), ("distilled", 0), ("ats", 0)])
+def test_every_rule_gives_the_masked_models_answers(name: str, large: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five images in groups of two, so that a row is left over; with image exit, packed execution's answers.
+
+    large: tokens of a group from which attention's linear layers run group by group.
+    """
+    monkeypatch.setattr(planned, "_LARGE", large)
     model, images = spread_gate(small_config(**MODELS[name])), pictures(5)
     masked = answers(model, images)
     assert len(np.unique(masked.token_depth)) >= 2, "tokens or images halt at different layers"
@@ -332,6 +336,9 @@ def test_layouts_hold_the_first_tokens_of_each_image_group_by_group() -> None:
     assert first.tolist() == [0, 0, 0, 1, 2, 5] and capacities.tolist() == [0, 0, 1, 1, 3, 3]
     assert layout.sizes == (0, 2, 6)
     np.testing.assert_array_equal(layout.joined(layout.split(flat)), flat)
+    one = Layout((6,), (3,))
+    np.testing.assert_array_equal(one.of_tokens(values), values[:, :3])
+    np.testing.assert_array_equal(one.joined(one.split(values[:, :3])), values[:, :3])
 
 
 def test_neighbours_with_the_same_capacity_are_one_group() -> None:
@@ -349,10 +356,11 @@ def test_a_sort_moves_tokens_as_a_gather_does() -> None:
         np.testing.assert_array_equal(sorted_by(jnp.asarray(values), jnp.argsort(jnp.asarray(slots))), expected)
 
 
-def test_moved_tokens_and_their_gradients() -> None:
+@pytest.mark.parametrize("before", [Layout((2, 2), (4, 5)), Layout((4,), (5,))], ids=str)
+@pytest.mark.parametrize("after", [Layout((2, 2), (2, 3)), Layout((4,), (3,))], ids=str)
+def test_moved_tokens_and_their_gradients(before: Layout, after: Layout) -> None:
     """Against a loop over tokens, and against the gradients that JAX derives itself from plain indexing."""
     rng = np.random.default_rng(0)
-    before, after = Layout((2, 2), (4, 5)), Layout((2, 2), (2, 3))
     needed = np.array([[1, 0, 1, 0, 0], [0, 1, 0, 0, 0], [1, 1, 0, 1, 0], [0, 0, 0, 1, 1]], bool)
     move = Move.packing(jnp.asarray(needed))
     x = rng.normal(size=(sum(before.sizes), 3)).astype(np.float32)
@@ -361,13 +369,16 @@ def test_moved_tokens_and_their_gradients() -> None:
     for new_row, row in enumerate(np.asarray(move.rows)):
         for slot in np.asarray(move.slots)[new_row, : after.of_rows()[1][new_row]]:
             rows.append(x[places[row] + slot] if slot < capacities[row] else np.zeros(3, np.float32))
-    np.testing.assert_array_equal(move.tokens(jnp.asarray(x), before, after), rows)
+    shape = (*before.images, *before.capacities, 3) if len(before.images) == 1 else x.shape
+    found = move.tokens(jnp.asarray(x).reshape(shape), before, after)
+    assert found.ndim == (3 if len(after.images) == 1 else 2)
+    np.testing.assert_array_equal(found.reshape(-1, 3), rows)
 
     y, z = jnp.asarray(rng.normal(size=(4, 5, 3))), jnp.asarray(rng.normal(size=(4, 2)))
     weight, weight_y = jnp.asarray(rng.normal(size=(sum(after.sizes), 3))), jnp.asarray(rng.normal(size=y.shape))
 
     def ours(x: Any, y: Any, z: Any) -> jax.Array:
-        moved = move.tokens(x, before, after)
+        moved = move.tokens(x.reshape(shape), before, after).reshape(-1, 3)
         return (moved**2 * weight).sum() + (move.apply(y) ** 2 * weight_y).sum() + (move.apply_rows(z) ** 3)[0].sum()
 
     def plain(x: Any, y: Any, z: Any) -> jax.Array:
@@ -377,8 +388,8 @@ def test_moved_tokens_and_their_gradients() -> None:
         moved = jnp.concatenate([sorted_rows[i, :n] for i, n in enumerate(after.of_rows()[1])])
         return (moved**2 * weight).sum() + (sorted_y**2 * weight_y).sum() + (z[move.rows] ** 3)[0].sum()
 
-    found, expected = (jax.grad(f, argnums=(0, 1, 2))(jnp.asarray(x), y, z) for f in (ours, plain))
-    for a, b in zip(found, expected, strict=True):
+    gradients, expected = (jax.grad(f, argnums=(0, 1, 2))(jnp.asarray(x), y, z) for f in (ours, plain))
+    for a, b in zip(gradients, expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-6)
     text = jax.jit(jax.grad(ours)).lower(jnp.asarray(x), y, z).as_text()
     assert "stablehlo.scatter" not in text, "the gradient of a move is a move"

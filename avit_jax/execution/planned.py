@@ -20,7 +20,9 @@ from avit_jax.model.output import AViTOutput
 from avit_jax.model.seen import Facts, of_attention
 from avit_jax.model.vit import AViT
 
-_LARGE = 2048  # tokens of a mean group from which attention's linear layers run group by group too
+# With more tokens in a group on average, attention's linear layers run group by group too: the products are large
+# enough, and a TPU need not cut their result.
+_LARGE = 2048
 
 
 @jax.tree_util.register_dataclass
@@ -165,7 +167,7 @@ def _original(index: Int[Array, "b n"], image: Int[Array, " b"]) -> Move:
 
 @dataclasses.dataclass(frozen=True)
 class _Layers:
-    """The layers of a model. Attention runs group by group; linear layers take the tokens of all groups at once."""
+    """The layers of a model. Attention runs group by group; norms and the MLP take the tokens of all groups at once."""
 
     model: AViT
     rule: Halting

@@ -16,9 +16,7 @@ from avit_jax.model.config import AViTConfig, rule_of_training
 WINDOW = 50  # steps; at the end of each a plan may change
 MOST_PLANS = 8  # of a run; each is a program to compile
 _MARGIN = 0.05  # places beyond the fullest batch of the window
-_SMALL = (
-    64  # tokens of a model whose steps are short: fewer groups and stages are as fast, and compile in half the time
-)
+_SMALL = 64  # tokens; up to here 2 groups and 4 stages are as fast and compile in half the time
 _COMPILATION = 100  # masked steps that take as long as a compilation; a new plan must save more of them
 _LONG = 1000  # steps from which a run plans by itself
 
@@ -52,7 +50,8 @@ class Planner:
     """The plan in force, and what recent batches needed.
 
     At the end of a window there is a new plan if the rest of the run saves more with it than its compilation takes.
-    Only the counts of steps decide, never time, so a resumed run plans as an uninterrupted one does.
+    A plan that costs more than masked steps is given up. Only the counts of steps decide, never time, so a resumed run
+    plans as an uninterrupted one does.
     """
 
     config: AViTConfig
@@ -75,12 +74,12 @@ class Planner:
         self.fullest, self.overflows = None, 0
         if fullest is None:
             return False
-        # The price of a step in masked steps. One that does not fit is computed again with every token.
+        # The price of a step in masked steps, at most. One that does not fit is computed again with every token.
         present = 1.0 if self.plan is None else self.plan.share() + overflows / WINDOW
         if self.plans < MOST_PLANS:
             fewer = {"groups": 2, "most_stages": 4} if self.config.num_tokens <= _SMALL else {}
             found = plan_fullest(fullest, self.config, self.images, margin=_MARGIN, **fewer)
-            if (present - found.share()) * (self.steps - step) > _COMPILATION:
+            if (min(present, 1.0) - found.share()) * (self.steps - step) > _COMPILATION:
                 self.plan, self.plans = found, self.plans + 1
                 return True
         if present > 1:

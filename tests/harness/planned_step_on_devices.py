@@ -1,4 +1,4 @@
-"""Run by test_planner.py with 2 or 8 devices: steps by planned execution against masked ones, with every kind of noise."""
+"""Run by test_planner.py with 2 or 8 devices: planned steps against masked ones, with every kind of noise."""
 
 import dataclasses
 import sys

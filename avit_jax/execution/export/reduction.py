@@ -57,7 +57,7 @@ def run_reduction(layers: Layers, tokens: str, rule: TopK | ToMe | DynamicViT) -
 
 
 class _Choice:
-    """Which tokens stay after the attention of a layer, and what becomes of the others."""
+    """Which tokens stay, within a layer or before it, and what becomes of the others."""
 
     def __init__(self, layers: Layers, rule: TopK | ToMe | DynamicViT, batch: str, rows: str) -> None:
         self.layers = layers
@@ -136,7 +136,7 @@ class _Choice:
         return graph.op("Div", x, size), place, size
 
     def _highest(self, scores: str, stay: int) -> tuple[str, list[str]]:
-        """The patches with the highest scores [b stay]; and the order of what stays: special tokens, then they."""
+        """The patches with the highest scores [b stay]; and the special tokens and these patches, in their order."""
         graph = self.graph
         _, chosen = graph.ops("TopK", 2, scores, [stay], axis=1)
         in_order, _ = graph.ops("TopK", 2, chosen, [stay], axis=1, largest=0)
