@@ -14,6 +14,7 @@ from avit_jax import ATS
 from avit_jax.halting.ats import sampled
 from avit_jax.model.config import NO_RULE
 from avit_jax.rules import parse_rule, rule_from_json, rule_to_json
+from tests.harness.arrays import read_npz
 from tests.harness.builders import answers, small_config, spread_gate
 from tests.harness.stopping_rules import untyped
 
@@ -24,9 +25,9 @@ RNG = np.random.default_rng(0)
 
 def test_recorded_outputs() -> None:
     """Images alone; in a batch, only the image that has the most tokens in every layer gets no padding: the last."""
-    recorded = dict(np.load(DATA / "ats-official.npz"))
+    recorded = read_npz(DATA / "ats-official.npz")
     meta = json.loads(str(recorded["meta"]))
-    weights = dict(np.load(DATA / f"{meta['weights']}.npz"))
+    weights = read_npz(DATA / f"{meta['weights']}.npz")
     rule = ATS(layers=tuple(meta["ats_blocks"]))
     model = avit_jax.from_torch_state_dict(weights, **{field: meta[field] for field in ARCHITECTURE}, rule=rule)
     images = recorded["images"].transpose(0, 2, 3, 1)

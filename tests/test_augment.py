@@ -9,8 +9,9 @@ from PIL import Image
 from avit_jax import AViTConfig, Preprocessing, preprocess
 from avit_jax.data.crop import RandomFlip, RandomResizedCrop, random_box
 from avit_jax.data.randaugment import OPERATIONS, ColorJitter, RandAugment, adjust, operate
+from tests.harness.arrays import read_npz
 
-RECORDED = dict(np.load(Path(__file__).parent / "data/timm_augment.npz"))
+RECORDED = read_npz(Path(__file__).parent / "data/timm_augment.npz")
 PICTURE, PHOTOGRAPH = Image.fromarray(RECORDED["picture"]), Image.fromarray(RECORDED["photograph"])
 FILL = (124, 116, 104)
 SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)

@@ -27,6 +27,7 @@ from avit_jax.rules import parse_rule, rule_from_json, rule_to_json
 from avit_jax.train.objective import distillation_loss, objective_terms
 from avit_jax.train.optim import OptimSettings, make_optimizer
 from avit_jax.train.start import initial_model
+from tests.harness.arrays import read_npz
 from tests.harness.builders import answers, shrunk, small_config, spread_gate, tiny_experiment
 from tests.harness.numpy_tome import linear, norm
 
@@ -65,7 +66,7 @@ def set_predictors(model: AViT, state: dict[str, np.ndarray]) -> None:
 
 @pytest.fixture(scope="module")
 def recorded() -> dict[str, np.ndarray]:
-    return dict(np.load(RECORDED))
+    return read_npz(RECORDED)
 
 
 def recorded_model(recorded: dict[str, np.ndarray], prefix: str, rule: DynamicViT | None) -> AViT:

@@ -21,6 +21,7 @@ from avit_jax.model.layers import Block
 from avit_jax.model.seen import Seen
 from avit_jax.reduction.groups import Groups, Reduction, spread
 from avit_jax.rules import parse_rule, rule_from_json, rule_to_json
+from tests.harness.arrays import read_npz
 from tests.harness.builders import shrunk, small_config, spread_gate
 from tests.harness.numpy_mctf import mctf
 
@@ -42,9 +43,9 @@ def merges_of(rule: MCTF, model: AViT) -> list[int]:
 
 @pytest.mark.parametrize("name", ["fast-0.35", pytest.param("r5", marks=pytest.mark.slow)])
 def test_recorded_outputs(name: str) -> None:
-    recorded = dict(np.load(DATA / f"mctf-{name}.npz"))
+    recorded = read_npz(DATA / f"mctf-{name}.npz")
     meta = json.loads(str(recorded["meta"]))
-    weights = dict(np.load(DATA / f"{meta['weights']}.npz"))
+    weights = read_npz(DATA / f"{meta['weights']}.npz")
     model = avit_jax.from_torch_state_dict(weights, **{field: meta[field] for field in ARCHITECTURE})
     rule = MCTF(meta["r"], tuple(meta["layers"]))
     output, reduced = shrunk(model, recorded["images"].transpose(0, 2, 3, 1), rule)

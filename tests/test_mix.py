@@ -15,6 +15,7 @@ from scipy import stats
 from avit_jax import AViTConfig, Preprocessing
 from avit_jax.data.mix import augment_on_device, mix_batch, random_erasing
 from avit_jax.data.settings import AugmentSettings
+from tests.harness.arrays import read_npz
 
 KEY = jax.random.key(5)
 SIZE = 16
@@ -50,7 +51,7 @@ def test_mixups_share_is_beta_distributed() -> None:
 
 def test_statistics_are_timms() -> None:
     """timm's Mixup (one draw for a pair, as here) and RandomErasing on the same 16 x 16 pixels, recorded."""
-    recorded = json.loads(str(np.load(Path(__file__).parent / "data/timm_augment.npz")["statistics"]))
+    recorded = json.loads(str(read_npz(Path(__file__).parent / "data/timm_augment.npz")["statistics"]))
     images, _ = mixed(mixup=0.8, cutmix=1.0)
     own = 1 - images[::2].reshape(4000, -1)
     whole = (own == 1).all(1)

@@ -17,6 +17,7 @@ from avit_jax.data.preprocessing import normalize
 from avit_jax.data.sources import load_dataset
 from avit_jax.execution.plan import default_plan
 from avit_jax.train.gate_start import start_gate
+from tests.harness.arrays import read_npz
 from tests.harness.builders import answers, small_config, spread_gate
 from tests.harness.devices import run_on_devices
 from tests.harness.halting_patterns import assert_exited, assert_same, drawn_images, drawn_model
@@ -55,7 +56,7 @@ def test_random_weights(distilled: bool, group_size: int, capacities: tuple[int,
     ],
 )
 def test_goldens(name: str, fields: dict[str, float]) -> None:
-    recorded = np.load(DATA / f"{name}.npz")
+    recorded = read_npz(DATA / f"{name}.npz")
     model = avit_jax.load(DATA / f"{name}.pth", **fields)
     count, tokens = len(recorded["images"]), model.config.num_tokens
     packed = compile_packed(model, count, image_exit=False)(recorded["images"])

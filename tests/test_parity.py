@@ -13,6 +13,7 @@ from flax import nnx
 import avit_jax
 from avit_jax.halting.avit_losses import log_depth_prior, ponder_loss, prior_loss
 from avit_jax.train.objective import distillation_loss
+from tests.harness.arrays import read_npz
 
 pytestmark = pytest.mark.usefixtures("compiled_as_users_do")
 
@@ -21,7 +22,7 @@ NAMES = ("micro-10-30", "micro-5-50", "micro-distilled-10-75")
 
 
 def golden(name: str) -> tuple[avit_jax.AViT, dict[str, np.ndarray], dict[str, Any]]:
-    recorded = dict(np.load(DATA / f"{name}.npz"))
+    recorded = read_npz(DATA / f"{name}.npz")
     meta = json.loads(str(recorded["meta"]))
     model = avit_jax.load(
         DATA / f"{name}.pth",

@@ -21,11 +21,12 @@ from avit_jax.model.config import NO_RULE
 from avit_jax.model.seen import Seen
 from avit_jax.rules import parse_rule, rule_from_json, rule_to_json
 from avit_jax.train.objective import distillation_loss, objective_terms
+from tests.harness.arrays import read_npz
 from tests.harness.builders import answers, small_config, spread_gate
 from tests.harness.every_layer import head_logits, tokens_of_layers
 from tests.harness.two_steps import two_steps
 
-RECORDED = dict(np.load(Path(__file__).parent / "data/methods/ponder-leftover.npz"))
+RECORDED = read_npz(Path(__file__).parent / "data/methods/ponder-leftover.npz")
 COUNT = 9
 RULE = PonderNet(0.3)
 PACKED: dict[str, Any] = {"execution": "packed"}

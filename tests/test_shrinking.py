@@ -15,6 +15,7 @@ import avit_jax
 from avit_jax import AViT, ToMe
 from avit_jax.execution import shrinking
 from avit_jax.execution.work import shrinking_gmacs
+from tests.harness.arrays import read_npz
 from tests.harness.builders import shrunk, small_config, spread_gate
 from tests.harness.devices import run_on_devices
 from tests.harness.numpy_tome import tome
@@ -36,9 +37,9 @@ def dense(**fields: Any) -> AViT:
 # Each compiles twelve layers of different shapes; the gate runs the slow ones too.
 @pytest.mark.parametrize("name", ["r5", "big-r", "distilled", *(pytest.param(n, marks=pytest.mark.slow) for n in SLOW)])
 def test_recorded_outputs(name: str) -> None:
-    recorded = dict(np.load(DATA / f"tome-{name}.npz"))
+    recorded = read_npz(DATA / f"tome-{name}.npz")
     meta = json.loads(str(recorded["meta"]))
-    weights = dict(np.load(DATA / f"{meta['weights']}.npz"))
+    weights = read_npz(DATA / f"{meta['weights']}.npz")
     model = avit_jax.from_torch_state_dict(weights, **{field: meta[field] for field in ARCHITECTURE})
     rule = ToMe(tuple(meta["r"]), meta["proportional_attention"])
     output, reduced = shrunk(model, recorded["images"].transpose(0, 2, 3, 1), rule)

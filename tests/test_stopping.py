@@ -27,6 +27,7 @@ from avit_jax.train.logs import read_metrics
 from avit_jax.train.loop import Stopped
 from avit_jax.train.run_folder import check_folder
 from avit_jax.train.start import initial_model
+from tests.harness.arrays import read_npz
 from tests.harness.builders import tiny_experiment
 from tests.test_training import Killed, leaves, lines_without_times
 
@@ -95,7 +96,7 @@ def kill_at(monkeypatch: pytest.MonkeyPatch, wanted: int) -> None:
 
 
 def check_weights(whole: Path, weights: list[np.ndarray]) -> None:
-    expected = np.load(whole / "weights.npz")
+    expected = read_npz(whole / "weights.npz")
     assert len(expected) == len(weights)
     for a, b in zip(expected.values(), weights, strict=True):
         np.testing.assert_array_equal(a, b)

@@ -23,6 +23,7 @@ from avit_jax.model.rule import image_keys
 from avit_jax.model.seen import Seen
 from avit_jax.reduction.groups import Reduction, reduce
 from avit_jax.rules import parse_rule, rule_from_json, rule_to_json
+from tests.harness.arrays import read_npz
 from tests.harness.builders import shrunk, small_config, spread_gate
 from tests.harness.numpy_drop import dropping, kept_and_fused
 from tests.harness.numpy_tome import Result, Token
@@ -72,9 +73,9 @@ def in_numpy(model: AViT, image: np.ndarray, rule: Any) -> Result:
 
 @pytest.mark.parametrize("name", ["evit-fuse-0.7", pytest.param("evit-fuse-0.5", marks=pytest.mark.slow), "topk-0.7"])
 def test_recorded_outputs(name: str) -> None:
-    recorded = dict(np.load(DATA / f"{name}.npz"))
+    recorded = read_npz(DATA / f"{name}.npz")
     meta = json.loads(str(recorded["meta"]))
-    weights = dict(np.load(DATA / f"{meta['weights']}.npz"))
+    weights = read_npz(DATA / f"{meta['weights']}.npz")
     model = avit_jax.from_torch_state_dict(weights, **{field: meta[field] for field in ARCHITECTURE})
     rule = (EViT if meta["fuse"] else TopK)(float(meta["keep"][3]))
     output, reduced = shrunk(model, recorded["images"].transpose(0, 2, 3, 1), rule)

@@ -18,6 +18,7 @@ import pytest
 import avit_jax
 from avit_jax.checkpoints.convert.torch_file import read_torch_file
 from avit_jax.checkpoints.convert.weight_files import read_config, read_weight_file
+from tests.harness.arrays import read_npz
 
 DATA = Path(__file__).parent / "data"
 FORMATS = ("torch_zip", "torch_legacy", "torch_protocol4")
@@ -25,7 +26,7 @@ FORMATS = ("torch_zip", "torch_legacy", "torch_protocol4")
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_every_type_and_layout_of_tensor_comes_back(name: str) -> None:
-    expected = dict(np.load(DATA / "torch_values.npz"))
+    expected = read_npz(DATA / "torch_values.npz")
     state = read_weight_file(DATA / f"{name}.pth").state
     assert list(state) == list(expected)
     for key, value in expected.items():
