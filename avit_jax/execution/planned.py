@@ -15,7 +15,7 @@ from avit_jax.execution.packing import load
 from avit_jax.execution.places import Layout, Move
 from avit_jax.execution.stages import PlannedPlan
 from avit_jax.halting.rule import Halting, State, Trace, drop_halted
-from avit_jax.model.layers import Block, checkpointed
+from avit_jax.model.layers import Block, checkpointed, split_layers
 from avit_jax.model.output import AViTOutput
 from avit_jax.model.seen import Facts, of_attention
 from avit_jax.model.vit import AViT
@@ -126,7 +126,9 @@ def _run(
     read = jnp.broadcast_to(jnp.asarray(config.tokens_read), index.shape)
     capacities, moved, traces = (config.num_tokens,) * plan.groups, False, []
     least = state.output.shape[1] % config.num_tokens  # the heads' tokens have places wherever an image has
-    for stage, end, weights in zip(plan.stages, plan.ends(), _weights(model, plan), strict=True):
+    lengths = [end - stage.first for stage, end in zip(plan.stages, plan.ends(), strict=True)]
+    stacked = split_layers(nnx.state(model.blocks), lengths)
+    for stage, end, weights in zip(plan.stages, plan.ends(), stacked, strict=True):
         if stage.capacities != capacities:  # not where the first layers have all places, so that nothing moves
             capacities = stage.capacities
             new = Layout.of(plan.group_size, [max(c, least) if c else 0 for c in capacities])
@@ -148,15 +150,6 @@ def _run(
     if moved:
         state = _original(index, image).state(state)
     return Ran(jax.tree.map(lambda v: v[:batch], state), trace, overflow)
-
-
-def _weights(model: AViT, plan: PlannedPlan) -> list[Any]:
-    """The stacked weights of each stage's layers."""
-    leaves, tree = jax.tree.flatten(nnx.state(model.blocks))
-    lengths = [end - stage.first for stage, end in zip(plan.stages, plan.ends(), strict=True)]
-    # Not slices: their gradient is a sum of arrays, each as large as all layers.
-    parts = [jax.lax.split(leaf, lengths) for leaf in leaves]
-    return [jax.tree.unflatten(tree, own) for own in zip(*parts, strict=True)]
 
 
 def _original(index: Int[Array, "b n"], image: Int[Array, " b"]) -> Move:

@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Shaped
 
 from avit_jax.execution.compiled import CompiledForward
 from avit_jax.execution.work import Executed, executed_shrinking_gmacs, shortens_last_layer
-from avit_jax.model.layers import Block, checkpointed
+from avit_jax.model.layers import Block, checkpointed, split_layers
 from avit_jax.model.rule import Keys
 from avit_jax.model.seen import Facts, Seen, of_attention
 from avit_jax.model.vit import AViT, AViTOutput
@@ -109,7 +109,8 @@ def _program(
     token_depth = jnp.zeros((count, num_tokens), jnp.int32)
     slots, sizes = [], []
     parts = stretches(config.depth, acts, short)
-    for (start, stop), weights in zip(parts, _split(nnx.split(model.blocks)[1], parts), strict=True):
+    stacked = split_layers(nnx.state(model.blocks), [stop - start for start, stop in parts])
+    for (start, stop), weights in zip(parts, stacked, strict=True):
         if rule is not None and rule.place == "before the layer" and start in acts:
             x, groups = layers.reduced(rule, start, x, size)
             if groups is not None:
@@ -143,15 +144,6 @@ def stretches(depth: int, acts: tuple[int, ...], short_last_layer: bool) -> list
     alone = {*acts, depth - 1} if short_last_layer else set(acts)
     ends = sorted({0, depth, *alone, *(layer + 1 for layer in alone)})
     return list(itertools.pairwise(ends))
-
-
-def _split(stacked: Any, parts: list[tuple[int, int]]) -> list[Any]:
-    """The weights of each part of the layers. Slices would work too, but their gradient is a sum of whole arrays."""
-    leaves, structure = jax.tree.flatten(stacked)
-    lengths = tuple(stop - start for start, stop in parts)
-    return [
-        jax.tree.unflatten(structure, part) for part in zip(*(jax.lax.split(p, lengths) for p in leaves), strict=True)
-    ]
 
 
 def _followed(groups: Groups, slot: Array, leads: Array) -> tuple[Int[Array, "b n"], Bool[Array, "b n"]]:

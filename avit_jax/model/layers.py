@@ -1,7 +1,7 @@
 """The layers of a vision transformer: patch embedding, MLP, block."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -84,6 +84,14 @@ def checkpointed(layer: Callable[..., Any], config: AViTConfig) -> Callable[...,
     """
     keep = None if config.remat else _products
     return jax.checkpoint(layer, prevent_cse=False, policy=keep)
+
+
+def split_layers(stacked: Any, lengths: Sequence[int]) -> list[Any]:
+    """The stacked weights of consecutive parts of the layers. lengths: the number of layers of each part."""
+    leaves, tree = jax.tree.flatten(stacked)
+    # Slices would work too, but their gradient is a sum of whole arrays.
+    parts = zip(*(jax.lax.split(leaf, lengths) for leaf in leaves), strict=True)
+    return [jax.tree.unflatten(tree, part) for part in parts]
 
 
 def drop_path(branch: Float[Array, "b n d"], rate: Float[Array, ""], key: PRNGKeyArray) -> Float[Array, "b n d"]:
