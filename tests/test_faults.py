@@ -4,6 +4,7 @@ import os
 import shutil
 import signal
 import threading
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -186,3 +187,21 @@ def test_the_other_reads_of_a_damaged_checkpoint_show_no_traceback(
         reading.send(None)
         del reading
         assert ("OSError: read" in capsys.readouterr().err) == (package == "numpy")
+
+
+@pytest.mark.parametrize(
+    ("name", "said"), [("JsonCheckpointHandler._save_fn", 0), ("_async_serialize", 0), ("step", 1)]
+)
+def test_what_orbax_had_still_to_do_shows_no_warning(monkeypatch: pytest.MonkeyPatch, name: str, said: int) -> None:
+    """A save that is given up on a full disk leaves coroutines that never began."""
+
+    async def waiting() -> None:
+        pass
+
+    monkeypatch.setattr("sys.unraisablehook", cli._unraisable)  # and back, at the end
+    waiting.__qualname__ = name
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        cli._quiet_orbax()
+        waiting()
+    assert len(found) == said

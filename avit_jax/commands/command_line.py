@@ -5,6 +5,7 @@ import os
 import sys
 import threading
 import traceback
+import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -68,11 +69,7 @@ def run_main(
         if len(argv) > 1:
             raise SystemExit(_say(f"{argv[1]!r} is not an option: write --name=value; --help lists the options"))
         logging.set_verbosity(logging.WARNING)  # orbax logs every rename at INFO
-        # Drop the log records of exceptions in orbax's threads and tasks, which orbax raises again in this thread.
-        logging.get_absl_handler().addFilter(
-            lambda record: not (record.exc_info and ("orbax" in record.pathname or record.name == "asyncio"))
-        )
-        sys.unraisablehook = _unraisable
+        _quiet_orbax()
         use_all_cores()
         try:
             main()
@@ -88,6 +85,17 @@ def run_main(
             raise SystemExit(1) from None
 
     app.run(guarded, flags_parser=parse)
+
+
+def _quiet_orbax() -> None:
+    """Drop what orbax says beside the error that it raises in this thread."""
+    # The exceptions in its threads and tasks.
+    logging.get_absl_handler().addFilter(
+        lambda record: not (record.exc_info and ("orbax" in record.pathname or record.name == "asyncio"))
+    )
+    sys.unraisablehook = _unraisable
+    # What it had still to do when it gave up a checkpoint on a full disk.
+    warnings.filterwarnings("ignore", "coroutine '.*([sS]erialize|CheckpointHandler).*' was never", RuntimeWarning)
 
 
 def _leave_waiting_threads() -> None:
