@@ -3,6 +3,7 @@
     python benchmarks/compare.py                    every rule at ten budgets
     python benchmarks/compare.py --rules=tome,confidence --budgets=0.82,0.6
     python benchmarks/compare.py --draw             pictures and table of the rows that are there, fine-tuned ones too
+    python benchmarks/compare.py --draw --reference=avit        the table with differences to A-ViT
     python benchmarks/compare.py --data=scattered --budgets=0.82,0.71,0.6,0.49 --most=2500
 
 It is python -m avit_jax.compare for checkpoints/fashion_mnist_dense, or for checkpoints/scattered_dense. The rows that
@@ -53,6 +54,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--most", type=int, default=50_000)
     parser.add_argument("--draw", action="store_true", help="measure nothing")
+    parser.add_argument("--reference", help="with --draw: a method, such as avit; the static model by default")
     parser.add_argument("--data", choices=DATA, default=next(iter(DATA)))
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
@@ -60,7 +62,7 @@ def main() -> None:
     compared = DATA[options.data]
     out = options.out or compared.out
     if options.draw:
-        lines = write_pictures(out)
+        lines = write_pictures(out, reference=options.reference)
     else:
         chosen = comparison_from(options.rules, options.budgets, options.batches, options.rounds)
         lines = compare_checkpoint(compared.config, compared.checkpoint, chosen, out=out, most=options.most)

@@ -247,7 +247,7 @@ def test_curves_are_interpolated_linearly_and_seeds_averaged() -> None:
     assert low < 0.65 - 0.9 < high and high - low < 0.06
     short = made_row("topk", 0.5, 0.5, 1.5, first(0.7))
     table = comparison_table([static, *ours, short], works=(0.5, 0.7, 0.2), speed_ups=(1.8,))
-    assert f"| {ToMe.label} | 65.0 (" in table and table.count("| - |") == 2  # top-k has neither 70 % nor 1.8 x
+    assert f"| {ToMe.label} | 65.0 (" in table and table.count("| - |") == 3  # top-k: 70 %, 1.8 x; ACT: by position
     assert "20%" not in table and table.count("1.8 x static") == 1  # nothing to show there
     assert "fine-tuned: top-1 (%) at equal work" in table and "0.5 GMACs (50%)" in table
 
@@ -272,7 +272,30 @@ def test_fine_tuned_rules_are_compared_with_the_static_model_that_was_trained_as
     table = comparison_table(every, works=(0.5,), speed_ups=())
     assert "| ACT | 80.0 (+0.0 to +0.0) |" in table and "trained for as long: 80.00 (80.00 to 80.00, 2 seeds)" in table
     assert "| ToMe | 80.0 (-11." in table or "| ToMe | 80.0 (-12." in table
+    assert (
+        "| ACT, 50% | 80.00 | 1 | +0.00 to +0.00 | 0.5000 | 150 | 1.50 | 1.50 | - |" in table
+        and "ToMe, 50%" not in table
+    )
     assert curves.references([act], "fine-tuned") == []
+
+
+def test_methods_are_compared_with_another_method_at_equal_work_and_speed() -> None:
+    seeds = [
+        made_row("act", 0.5, 0.5, 1.5, first(share), group="fine-tuned", seed=seed)
+        for seed, share in enumerate((0.8, 0.7))
+    ]
+    ours = [made_row("avit", b, b, 1 / b, first(0.6 + b / 5), group="fine-tuned", seed=0) for b in (0.4, 0.6)]
+    every = [*seeds, *ours, made_row("tome", 0.5, 0.5, 1.5, first(0.8)), made_row("avit", 1.0, 1.0, 1.0, first(0.9))]
+    act, avit = curves.curves(every)[:2]
+    low, high = act.difference_at("gmacs", 0.5, avit) or (0, 0)
+    assert low < 0.75 - 0.7 < high and high - low < 0.04
+    assert act.difference_at("gmacs", 0.5, act) == (0.0, 0.0) and act.difference_at("gmacs", 0.7, avit) is None
+    table = comparison_table(every, works=(0.5,), speed_ups=(1.5,), reference="act")
+    assert "at equal work, minus ACT | 0.5 GMACs (50%) |\n|---|---|\n| ACT | 75.0 |\n| A-ViT | 70.0 (-5." in table
+    assert "| ACT, 50% | 75.00 | 70.00 to 80.00 (2) | - | 0.5000 | 150 | 1.50 | 1.50 | - |" in table
+    assert "| ToMe | 80.0 |" in table  # ACT has no row without training
+    with pytest.raises(ValueError, match="no row is of 'evit': the methods are act, avit, tome"):
+        comparison_table(every, reference="evit")
 
 
 def test_charts_are_drawn_of_whatever_is_there(compared: tuple[Path, list[rows.Row]], tmp_path: Path, model: AViT,

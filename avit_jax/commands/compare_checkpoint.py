@@ -95,16 +95,19 @@ def compare_checkpoint(
     yield from write_pictures(folder, model, test)
 
 
-def write_pictures(folder: Path, model: AViT | None = None, test: Images | None = None) -> Iterator[str]:
+def write_pictures(
+    folder: Path, model: AViT | None = None, test: Images | None = None, reference: str | None = None
+) -> Iterator[str]:
     """Draw the pictures of the rows in a folder and write the table; lines to print.
 
-    model, test: for the picture of what each rule keeps; None: it is not drawn.
+    model, test: for the picture of what each rule keeps; None: it is not drawn. reference: the method that the table
+    compares the others with; None: the static model. Raises ValueError if no row is of `reference`.
     """
     rows = read_rows(folder)
     pictures = draw_comparison(rows, folder)
     if model is not None and test is not None:
         pictures += draw_kept(rows, model, test, folder / "kept.png")
-    table = comparison_table(rows)
+    table = comparison_table(rows, reference=reference)
     replace_text(folder / "table.md", table + "\n")
     yield table
     yield f"table, pictures and rows: {folder} ({', '.join(picture.name for picture in pictures)})"

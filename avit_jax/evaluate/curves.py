@@ -61,24 +61,38 @@ class Curve:
         found = self.between(cost, value)
         return None if found is None else sum(share * point.gain for share, point in found)
 
-    def difference_at(self, cost: str, value: float, references: Sequence[Row]) -> Interval | None:
+    def weighted_at(self, cost: str, value: float) -> list[tuple[float, Row]] | None:
+        """The rows whose weighted sum is the interpolated gain; None outside the curve."""
+        found = self.between(cost, value)
+        if found is None:
+            return None
+        return [(share / len(point.rows), row) for share, point in found for row in point.rows]
+
+    def difference_at(self, cost: str, value: float, reference: "Sequence[Row] | Curve") -> Interval | None:
         """95 % bootstrap interval over images of the interpolated top-1 minus that of a model, on the same images.
 
-        references: the rows of its seeds. Seeds are averaged before images are drawn. None outside the curve, and
-        without labels.
+        reference: the rows of a model's seeds, or another method's curve, interpolated at the same value. Seeds are
+        averaged before images are drawn. None outside either curve, and without labels.
         """
-        found = self.between(cost, value)
-        if found is None or not references:
+        own = self.weighted_at(cost, value)
+        other = reference.weighted_at(cost, value) if isinstance(reference, Curve) else averaged(reference)
+        return paired(own, other) if own and other else None
+
+
+def averaged(rows: Sequence[Row]) -> list[tuple[float, Row]]:
+    """The rows of a model's seeds, each with the same weight."""
+    return [(1 / len(rows), row) for row in rows]
+
+
+def paired(own: Sequence[tuple[float, Row]], other: Sequence[tuple[float, Row]]) -> Interval | None:
+    """95 % bootstrap interval over images of a weighted sum of rows' top-1 minus another; None without labels."""
+    total = np.zeros(own[0][1]["images"])
+    for share, row in [*own, *((-share, row) for share, row in other)]:
+        right = correct_images(row)
+        if right is None or len(right) != len(total):
             return None
-        parts = [(-1 / len(references), row) for row in references]
-        parts += [(share / len(point.rows), row) for share, point in found for row in point.rows]
-        total = np.zeros(references[0]["images"])
-        for share, row in parts:
-            right = correct_images(row)
-            if right is None or len(right) != len(total):
-                return None
-            total += share * right
-        return bootstrap_means(total[None])[0]
+        total += share * right
+    return bootstrap_means(total[None])[0]
 
 
 def fastest(row: Row) -> dict[str, Any]:
