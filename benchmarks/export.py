@@ -30,9 +30,10 @@ from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_
 
 import avit_jax
 from avit_jax import PRESETS, AViT
+from avit_jax.runtime.machine import machine
 from avit_jax.runtime.mesh import available_cores, data_mesh, use_all_cores
 from benchmarks.drawn import dense_parts, drawn_images, drawn_model
-from benchmarks.results import machine, save_results
+from benchmarks.results import save_results
 from benchmarks.throughput import MODELS, Profile, Variant, measure, packed_variant
 
 IMAGES = 64  # drawn for each model; they run in turn

@@ -19,9 +19,10 @@ from avit_jax.data.open import open_dataset
 from avit_jax.data.pipeline import evaluation_images
 from avit_jax.data.preprocessing import normalize
 from avit_jax.data.settings import DataSettings
+from avit_jax.runtime.machine import machine
 from avit_jax.runtime.mesh import data_mesh, use_all_cores
 from benchmarks.drawn import dense_parts
-from benchmarks.results import machine, save_results
+from benchmarks.results import save_results
 from benchmarks.variants import compiled_variant, measure, packed_variant
 from configs import fashion_mnist
 

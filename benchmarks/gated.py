@@ -23,7 +23,7 @@ from avit_jax.data.open import open_dataset
 from avit_jax.evaluate.gate_controls import fixed_gates, gate_figures, gate_rates
 from avit_jax.execution.work import embedding_macs, head_macs
 from avit_jax.runtime.files import read_json, write_json
-from benchmarks.results import machine
+from avit_jax.runtime.machine import machine
 from benchmarks.resumable import ROOT, commit, run_rows
 from configs import prior_art
 

@@ -31,10 +31,11 @@ from avit_jax.model.config import NO_RULE
 from avit_jax.model.presets import config_from
 from avit_jax.runtime.files import read_json
 from avit_jax.runtime.hints import nearest
+from avit_jax.runtime.machine import machine
 from benchmarks.drawn import drawn_images, drawn_model
 from benchmarks.peers import compiled_peer
 from benchmarks.profiles import MODELS, Profile
-from benchmarks.results import machine, save_results
+from benchmarks.results import save_results
 from benchmarks.train_step import jax_step
 from benchmarks.variants import Variant, measure, program_memory
 
@@ -90,7 +91,7 @@ def run(options: argparse.Namespace) -> None:
         for name in given:
             if name not in known:
                 sys.exit(f"there is no {name!r}: {nearest(name, known)}")
-    out, where = Path(f"runs/benchmarks/throughput_{options.platform}.json"), device()
+    out, where = Path(f"runs/benchmarks/throughput_{options.platform}.json"), machine()
     rows: list[dict[str, Any]] = []
     if out.exists():
         found = read_json(out)
@@ -127,11 +128,6 @@ def start(platform: str) -> None:
             f"--platform={platform}, and JAX computes on {found} here: run it where JAX has that platform "
             "(for an NVIDIA GPU: pip install 'jax[cuda12]', and no JAX_PLATFORMS), or try it with --platform=cpu"
         )
-
-
-def device() -> str:
-    """The machine and its first device, as text."""
-    return f"{machine()}, {jax.local_devices()[0].device_kind}"
 
 
 def cases(options: argparse.Namespace) -> Iterator[Case]:

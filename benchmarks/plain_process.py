@@ -25,8 +25,9 @@ import numpy as np
 import avit_jax
 from avit_jax import PRESETS, AViT
 from avit_jax.execution.plan import PackedPlan
+from avit_jax.runtime.machine import machine
 from benchmarks.drawn import dense_parts, drawn_images, drawn_model
-from benchmarks.results import machine, save_results
+from benchmarks.results import save_results
 from benchmarks.throughput import MODELS, Profile, Variant, measure
 
 

@@ -40,12 +40,12 @@ from avit_jax.model.config import NO_RULE
 from avit_jax.model.vit import AViT, AViTOutput
 from avit_jax.rules import rule_to_json
 from avit_jax.runtime.files import read_json, write_json
+from avit_jax.runtime.machine import machine
 from avit_jax.runtime.mesh import data_mesh
 from avit_jax.runtime.signals import FolderLock
 from avit_jax.train.loop import train
 from avit_jax.train.run_folder import check_folder
 from avit_jax.train.start import initial_model, load_teacher
-from benchmarks.results import machine
 from benchmarks.resumable import commit, run_rows
 from configs import fashion_mnist, prior_art, scattered
 

@@ -30,10 +30,11 @@ from avit_jax.execution.program import AUTO
 from avit_jax.execution.work import image_gmacs
 from avit_jax.model.config import NO_RULE
 from avit_jax.runtime.hints import nearest
+from avit_jax.runtime.machine import machine
 from avit_jax.runtime.mesh import batch_sharding, data_mesh, use_all_cores
 from benchmarks.drawn import drawn_images, drawn_model
 from benchmarks.profiles import MODELS, Profile
-from benchmarks.results import machine, save_results
+from benchmarks.results import save_results
 
 SHORT = "static, last layer short"
 RULES = {

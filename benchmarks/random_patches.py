@@ -25,11 +25,11 @@ from avit_jax.data.open import open_dataset
 from avit_jax.evaluate.random_views import evaluate_views
 from avit_jax.execution.random_views import RandomViews
 from avit_jax.runtime.files import read_json, write_json
+from avit_jax.runtime.machine import machine
 from avit_jax.runtime.signals import FolderLock
 from avit_jax.train.loop import train
 from avit_jax.train.run_folder import check_folder
 from avit_jax.train.start import initial_model
-from benchmarks.results import machine
 from benchmarks.resumable import ROOT, commit, run_rows
 from configs import random_patches
 

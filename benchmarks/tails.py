@@ -35,9 +35,10 @@ from avit_jax.data.preprocessing import normalize
 from avit_jax.data.settings import DataSettings
 from avit_jax.evaluate.figures import evaluate
 from avit_jax.execution.work import whole_gmacs
+from avit_jax.runtime.machine import machine
 from benchmarks.drawn import dense_parts, drawn_images, drawn_model
 from benchmarks.fashion_mnist import CHECKPOINT
-from benchmarks.results import machine, save_results
+from benchmarks.results import save_results
 from benchmarks.throughput import Profile
 from configs import fashion_mnist
 

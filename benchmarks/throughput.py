@@ -26,12 +26,13 @@ import numpy as np
 
 from avit_jax import PRESETS, AViTConfig
 from avit_jax.execution.work import image_gmacs, whole_gmacs
+from avit_jax.runtime.machine import machine
 from avit_jax.runtime.mesh import data_mesh, use_all_cores
 from benchmarks import matrix
 from benchmarks.drawn import dense_parts, drawn_images, drawn_model, in_bfloat16
 from benchmarks.peers import peers
 from benchmarks.profiles import MODELS, Profile, profiles
-from benchmarks.results import machine, save_results
+from benchmarks.results import save_results
 from benchmarks.variants import Variant, compiled_variant, measure, packed_variant, planned_variant
 
 VARIANTS = (

@@ -38,7 +38,8 @@ from avit_jax.execution.plan import default_plan, layer_loads, padded_loads
 from avit_jax.execution.stages import plan_loads
 from avit_jax.model.config import NO_RULE
 from avit_jax.model.presets import config_from
-from benchmarks.results import machine, save_results
+from avit_jax.runtime.machine import machine
+from benchmarks.results import save_results
 from benchmarks.throughput import MODELS, Profile
 from configs import imagenet_avit, imagenet_deit
 from tests.harness.tpu_cycles import Counted, counted

@@ -34,13 +34,14 @@ from avit_jax.execution.stages import PlannedPlan
 from avit_jax.model.config import NO_RULE
 from avit_jax.model.presets import config_from
 from avit_jax.runtime.hints import nearest
+from avit_jax.runtime.machine import machine
 from avit_jax.runtime.mesh import available_cores, global_batch, training_mesh, use_all_cores
 from avit_jax.train.optim import learning_rate_schedule, make_optimizer
 from avit_jax.train.planner import WINDOW, Planner
 from avit_jax.train.state import initial_state
 from avit_jax.train.step import make_train_step
 from benchmarks.drawn import drawn_depths, drawn_images, drawn_model
-from benchmarks.results import machine, save_results
+from benchmarks.results import save_results
 from configs import mnist_avit
 
 MNIST = config_from(None, image_size=28, in_channels=1, num_classes=10, **parse(mnist_avit.get_config()).model.given)

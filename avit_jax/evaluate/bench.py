@@ -25,8 +25,9 @@ from avit_jax.execution.work import image_gmacs, output_gmacs
 from avit_jax.model.config import NO_RULE, AViTConfig, changed
 from avit_jax.model.vit import AViT, model_of_shapes
 from avit_jax.rules import rule_to_json
+from avit_jax.runtime.machine import machine
 from avit_jax.runtime.memory import program_memory
-from avit_jax.runtime.mesh import available_cores, batch_sharding, data_mesh
+from avit_jax.runtime.mesh import batch_sharding, data_mesh
 
 ROUNDS = 11
 BATCHES = (50, 200)  # candidates for the batch at which a program is fastest
@@ -302,9 +303,3 @@ def _timed(program: Any, images: Images) -> Timed:
         jax.block_until_ready(program(batch))
     took = time.perf_counter() - began
     return Timed(program, batches, len(batches) * math.ceil(_SAMPLE_SECONDS / took))
-
-
-def machine() -> str:
-    """The processor, cores, JAX backend and version, as text."""
-    kind = jax.devices()[0].device_kind
-    return f"{kind}, {available_cores()} cores, {jax.default_backend()}, jax {jax.__version__}"

@@ -8,7 +8,6 @@ import sys
 import time
 from collections.abc import Mapping
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -23,6 +22,7 @@ from avit_jax.execution.packed import PackedModel
 from avit_jax.execution.program import compile
 from avit_jax.model.vit import AViT
 from avit_jax.runtime.bars import Steps
+from avit_jax.runtime.machine import processor
 from avit_jax.runtime.mesh import available_cores, batch_sharding, data_mesh
 
 ROUNDS = 5
@@ -146,7 +146,7 @@ def environment() -> dict[str, Any]:
     devices = jax.devices()
     names = ("jax", "jaxlib", "flax", "numpy")
     return {
-        "processor": _processor(),
+        "processor": processor(),
         "cores": available_cores(),
         "devices": f"{len(devices)} x {devices[0].device_kind}",
         "backend": jax.default_backend(),
@@ -154,11 +154,3 @@ def environment() -> dict[str, Any]:
         "versions": {"python": platform.python_version()} | {name: metadata.version(name) for name in names},
         "command": shlex.join(["python", *sys.argv]),
     }
-
-
-def _processor() -> str:
-    """The CPU's name. On Linux it is in a file, because platform.processor() is empty there."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return named[0] if named else platform.processor() or platform.machine()
