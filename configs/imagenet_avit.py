@@ -17,7 +17,7 @@ The second word chooses the constants of gate and losses. "official" (default) h
 layer 9 (the paper names no depth; the published code's prior is there). The gate of base is our choice: small's.
 
 Channel 0 of a DeiT is near 0, where a gate of 10 / 30 has almost no gradient. As published, 100 epochs of training
-overcome that. --config.gate_start.images=2048 --config.gate_start.target_depth=9 --config.gate_start.deviation=2 starts
+overcome that. --config.gate_start.images=2048 --config.gate_start.target_depth=9 --config.gate_start.deviation=6 starts
 the gate where tokens halt instead (avit_jax/train/gate_start.py). Mixup is on, as in the published command, although
 the paper is cited as calling it incompatible; --config.augment.mixup=0 --config.augment.cutmix=0 switches it off.
 --config.teacher=CHECKPOINT --config.loss.distillation=hard distils from a teacher.

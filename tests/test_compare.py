@@ -11,20 +11,24 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from PIL import Image
 
 import avit_jax
 from avit_jax import AViT, ConfidenceExit, ToMe
-from avit_jax.commands.compare_checkpoint import comparison_from, photographs, write_pictures
+from avit_jax.commands.compare_checkpoint import comparison_from, photographs, start_for, write_pictures
 from avit_jax.data.preprocessing import normalize
 from avit_jax.data.sources import Part, Split, spread
 from avit_jax.evaluate import bench, budget, curves, rows, training_free
 from avit_jax.evaluate.figures import Evaluation, evaluate
 from avit_jax.evaluate.training_free import Comparison, compare_rules
+from avit_jax.execution.compiled import predict
 from avit_jax.execution.work import image_gmacs
+from avit_jax.halting.avit import AViTGate
 from avit_jax.model.config import NO_RULE
 from avit_jax.model.output import AViTOutput
 from avit_jax.report.frontier_table import comparison_table
+from avit_jax.report.kept import draw_kept
 from configs import prior_art
 from tests.harness.builders import answers, quick_start, small_config, spread_gate, toy_arrays
 from tests.harness.command_server import run_command
@@ -211,6 +215,34 @@ def test_a_rule_that_does_not_fit_is_left_out_with_the_reason(test_images: Split
     assert left_out[0].startswith("confidence is left out: a confidence exit needs class logits")
 
 
+def test_avit_takes_part_with_a_gate_that_was_started(
+    model: AViT, test_images: Split, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The gate is written into channel 0, so the rule runs on weights of its own."""
+    pixels = np.asarray(normalize(test_images.images, model.config))
+    only = dataclasses.replace(FEW, rules=(AViTGate(5.0, 10.0, 0.02),), budgets=(0.7,))
+    started, reason = start_for(model, pixels, only)
+    assert started is not None and reason == [] and model.config.halting is None
+    found, left_out = compare_rules(model, test_images, pixels, tmp_path, only, {"data": "noise"}, started)
+    row = found[2]
+    rule = avit_jax.rules.rule_from_json(row["rule"])
+    assert not left_out and isinstance(rule, AViTGate) and (rule.gate_scale, rule.halt_epsilon) == (5.0, 0.02)
+    result = evaluate(started.with_config(rule=rule), test_images, 7)
+    assert row["top1"] == pytest.approx(result.top1) and row["loss"] == pytest.approx(result.loss, rel=1e-4)
+    assert row["gmacs"] / found[0]["gmacs"] == pytest.approx(0.7, rel=0.05)
+    drawn: list[Any] = []
+    monkeypatch.setattr("avit_jax.report.kept.predict", lambda own, images: drawn.append(own) or predict(own, images))
+    assert draw_kept(found, model, test_images, tmp_path / "kept.png", started=started)
+    assert len(drawn) == 1 and (drawn[0].pos_embed[...] == started.pos_embed[...]).all()
+    assert draw_kept(found, model, test_images, tmp_path / "none.png") == []
+    assert start_for(started, pixels, only) == (started, []) and start_for(model, pixels, FEW) == (None, [])
+    nothing = compare_rules(model, test_images, pixels, tmp_path, only, {"data": "noise"})
+    assert nothing[1] == ["avit is left out: no gate was started"]
+    one_layer = AViT(small_config(depth=1, in_channels=1, image_size=(24, 16), **NO_RULE), rngs=nnx.Rngs(0))
+    _, (sentence,) = start_for(one_layer, pixels, only)
+    assert sentence.startswith("avit: target_depth")
+
+
 def made_row(method: str, budget: float | None, gmacs: float, ratio: float, right: np.ndarray, **more: Any) -> rows.Row:
     speed = {"images_per_second": 100 * ratio, "low_quartile": 1.0, "high_quartile": 2.0, "ratio": ratio}
     row: rows.Row = {"data": "made", "group": "training-free", "method": method, "rule": None, "budget": budget}
@@ -341,7 +373,7 @@ def test_a_part_of_the_data_is_spread_and_keeps_its_labels(test_images: Split) -
     ("fields", "message"),
     [
         ({"rules": ("tom",)}, "the rule 'tom' does not exist: did you mean"),
-        ({"rules": ("avit",)}, "the rule 'avit' needs training"),
+        ({"rules": ("act",)}, "the rule 'act' needs training"),
         ({"budgets": (0.5, 1.5)}, "give shares of the static model's work between 0 and 1"),
         ({"batches": (0,)}, "give numbers of at least 1"),
     ],

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 from flax import nnx
+from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
 from avit_jax.checkpoints.digests import json_digest, tree_digests
@@ -19,7 +20,8 @@ from avit_jax.data.pipeline import evaluation_images
 from avit_jax.data.preprocessing import denormalize, normalize
 from avit_jax.data.sources import Images, Split, spread
 from avit_jax.evaluate.rows import read_rows
-from avit_jax.evaluate.training_free import Comparison, compare_rules
+from avit_jax.evaluate.training_free import STARTED, Comparison, compare_rules
+from avit_jax.halting.avit import AViTGate
 from avit_jax.model.config import AViTConfig
 from avit_jax.model.vit import AViT
 from avit_jax.report.frontier import draw_comparison
@@ -27,8 +29,11 @@ from avit_jax.report.frontier_table import comparison_table
 from avit_jax.report.kept import draw_kept
 from avit_jax.rules import parse_rule
 from avit_jax.runtime.files import replace_text, shown, writable_folder
+from avit_jax.train.gate_start import start_gate
 
 CALIBRATION_IMAGES = 2000
+GATE_IMAGES = 500  # of them, from which A-ViT's gate is started
+GATE_DEPTH = 0.65  # at which it starts, as a share of the layers
 
 
 def comparison_from(
@@ -90,23 +95,54 @@ def compare_checkpoint(
         data = Path(settings.data.path).name or settings.data.name or settings.data.source
     pixels = normalize(evaluation_images(chosen, range(len(chosen)), model.config), model.config)
     measured_with = {"data": data, "weights": json_digest(tree_digests(nnx.to_pure_dict(nnx.state(model))))}
-    _, left_out = compare_rules(model, test, np.asarray(pixels), folder, comparison, measured_with)
+    started, reason = start_for(model, pixels, comparison)
+    yield from reason
+    _, left_out = compare_rules(model, test, np.asarray(pixels), folder, comparison, measured_with, started)
     yield from left_out
-    yield from write_pictures(folder, model, test)
+    yield from write_pictures(folder, model, test, started=started)
+
+
+def start_for(
+    model: AViT, images: Float[Array | np.ndarray, "b h w c"], comparison: Comparison
+) -> tuple[AViT | None, list[str]]:
+    """The model as an A-ViT, if the comparison has that rule, or the sentence why it cannot be one.
+
+    A gate that the model has stays as it is. Otherwise it is started by some of the images, which are normalised
+    (start_gate), with the settings of the comparison's own instance.
+    """
+    rule = dict(zip(comparison.names, comparison.rules, strict=True)).get(STARTED)
+    if rule is None:
+        return None, []
+    if isinstance(model.config.halting, AViTGate):
+        return model, []
+    try:
+        gate = rule if isinstance(rule, AViTGate) else AViTGate(gate_scale=10.0, gate_center=30.0)
+        started = nnx.clone(model.with_config(rule=gate))
+        few = images[:: max(1, len(images) // GATE_IMAGES)]
+        start_gate(started, few, target_depth=GATE_DEPTH * model.config.depth)
+    except ValueError as error:
+        return None, [f"{STARTED}: {error}"]
+    return started, []
 
 
 def write_pictures(
-    folder: Path, model: AViT | None = None, test: Images | None = None, reference: str | None = None
+    folder: Path,
+    model: AViT | None = None,
+    test: Images | None = None,
+    *,
+    started: AViT | None = None,
+    reference: str | None = None,
 ) -> Iterator[str]:
     """Draw the pictures of the rows in a folder and write the table; lines to print.
 
-    model, test: for the picture of what each rule keeps; None: it is not drawn. reference: the method that the table
+    model, test: for the picture of what each rule keeps; None: it is not drawn. started: the model as an A-ViT with a
+    started gate, if there is one. reference: the method that the table
     compares the others with; None: the static model. Raises ValueError if no row is of `reference`.
     """
     rows = read_rows(folder)
     pictures = draw_comparison(rows, folder)
     if model is not None and test is not None:
-        pictures += draw_kept(rows, model, test, folder / "kept.png")
+        pictures += draw_kept(rows, model, test, folder / "kept.png", started=started)
     table = comparison_table(rows, reference=reference)
     replace_text(folder / "table.md", table + "\n")
     yield table

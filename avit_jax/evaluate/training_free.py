@@ -22,7 +22,8 @@ from avit_jax.runtime.bars import Steps
 from avit_jax.runtime.files import read_json, write_json
 from avit_jax.runtime.hints import nearest
 
-TRAINING_FREE: tuple[str, ...] = tuple(name for name, rule in RULES.items() if rule.neutral is not None)
+STARTED = "avit"  # no training, but a gate that start_gate has set up
+TRAINING_FREE: tuple[str, ...] = tuple(n for n, rule in RULES.items() if rule.neutral is not None or n == STARTED)
 BUDGETS = (0.9, 0.82, 0.76, 0.71, 0.65, 0.6, 0.54, 0.49, 0.42, 0.35)
 _NEAR = 0.05  # a setting further than this from its budget is left out, as a share of the budget
 _GUESSES = {"settings": 30.0, "row": 30.0}  # seconds of each kind of step, until one is done
@@ -68,13 +69,15 @@ def compare_rules(
     folder: Path,
     comparison: Comparison,
     settings: dict[str, Any],
+    started: AViT | None = None,
 ) -> tuple[list[Row], list[str]]:
     """Measure every rule at every budget, and the static model; a row that the folder has already is kept.
 
     model: static, or with a rule that is left out. test: the images that are evaluated, once for each setting.
     calibration: normalised images on which settings are found. folder: gets rows/ and settings/. settings: what rows
-    depend on, such as checkpoint and data; "data" is their name. Shows its progress on stderr. Returns the rows and a
-    sentence for each budget that a rule cannot meet.
+    depend on, such as checkpoint and data; "data" is their name. started: the model as an A-ViT whose gate was set up
+    (start_gate), for the rule "avit"; None: that rule is left out. Shows its progress on stderr. Returns the rows and a
+    sentence for each rule that is left out and each budget that a rule cannot meet.
     """
     settings = settings | {
         "images": len(test),
@@ -95,8 +98,14 @@ def compare_rules(
                 row = saved_row(row_file(folder, GROUPS[0], method), None, settings)
                 rows.append(row or _measured(bench(), folder, static, method, None, bench().batch, settings))
         for name, start in zip(comparison.names, comparison.rules, strict=True):
+            base = static
+            if name == STARTED:
+                if started is None:
+                    left_out.append(f"{name} is left out: no gate was started")
+                    continue
+                base, start = started, started.config.halting
             with steps.step("settings", f"settings of {name}"):
-                found, missing = _settings_of(start, static, calibration, comparison.budgets, folder, settings)
+                found, missing = _settings_of(start, base, calibration, comparison.budgets, folder, settings)
             left_out += missing
             batch = None
             for budget, rule in found.items():
@@ -104,8 +113,8 @@ def compare_rules(
                     row = saved_row(row_file(folder, GROUPS[0], name, budget), rule, settings)
                     if row is None:
                         if batch is None:  # chosen once, at the middle of the budgets
-                            batch = bench().best_batch(static.with_config(rule=list(found.values())[len(found) // 2]))
-                        tested = static.with_config(rule=rule)
+                            batch = bench().best_batch(base.with_config(rule=list(found.values())[len(found) // 2]))
+                        tested = base.with_config(rule=rule)
                         row = _measured(bench(), folder, tested, name, budget, batch, settings)
                     rows.append(row)
     return rows, left_out

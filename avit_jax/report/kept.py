@@ -13,6 +13,7 @@ from avit_jax.data.preprocessing import normalize
 from avit_jax.data.sources import Images
 from avit_jax.evaluate.curves import curves
 from avit_jax.evaluate.rows import GROUPS, Row
+from avit_jax.evaluate.training_free import STARTED
 from avit_jax.execution.compiled import predict
 from avit_jax.model.vit import AViT
 from avit_jax.report.depth_colours import COLOURS, scale, ticks
@@ -24,15 +25,17 @@ from avit_jax.rules import rule_from_json
 _IMAGES = 3
 
 
-def draw_kept(rows: Sequence[Row], model: AViT, test: Images, path: Path) -> list[Path]:
+def draw_kept(rows: Sequence[Row], model: AViT, test: Images, path: Path, started: AViT | None = None) -> list[Path]:
     """Draw a few images, each beside its map of token depths under every training-free rule at the same budget.
 
-    model: whose weights the rows are of. test: the images, of which some are chosen, evenly spread. Returns the path,
-    or nothing if no row has a rule.
+    model: whose weights the rows are of. test: the images, of which some are chosen, evenly spread. started: the model
+    as an A-ViT with a started gate; None: rows of that rule are left out. Returns the path, or nothing if no row has a
+    rule.
     """
     chosen = [(curve.method, curve.nearest(SAME_BUDGET).rows[0]) for curve in curves(rows) if curve.group == GROUPS[0]]
-    rules = [(method, rule_from_json(row["rule"])) for method, row in chosen if row.get("rule")]
-    if not rules:
+    models = [(method, started if method == STARTED else model, row["rule"]) for method, row in chosen]
+    shown = [(method, own.with_config(rule=rule_from_json(rule))) for method, own, rule in models if own and rule]
+    if not shown:
         return []
     count = min(_IMAGES, len(test))
     places = np.linspace(0, len(test) - 1, count + 2).round().astype(int)[1:-1]
@@ -40,17 +43,16 @@ def draw_kept(rows: Sequence[Row], model: AViT, test: Images, path: Path) -> lis
     images = normalize(pictures, model.config)
     depth = model.config.depth
     with matplotlib.rc_context(STYLE | {"axes.grid": False}):
-        figure = Figure(figsize=(1.15 * (len(rules) + 1) + 0.9, 1.25 * count + 0.5), layout="constrained")
-        panels = figure.subplots(count, len(rules) + 1, squeeze=False)
+        figure = Figure(figsize=(1.15 * (len(shown) + 1) + 0.9, 1.25 * count + 0.5), layout="constrained")
+        panels = figure.subplots(count, len(shown) + 1, squeeze=False)
         for axes, picture in zip(panels[:, 0], pictures, strict=True):
             show_image(axes, picture)
         panels[0][0].set_title("image", fontsize=8)
-        for column, (method, rule) in enumerate(rules, start=1):
-            config = model.with_config(rule=rule)
-            maps = np.asarray(predict(config, images).token_depth)
+        for column, (method, own) in enumerate(shown, start=1):
+            maps = np.asarray(predict(own, images).token_depth)
             panels[0][column].set_title(label(method), fontsize=8)
-            for axes, own in zip(panels[:, column], maps, strict=True):
-                axes.imshow(depth_map(own, model.config), cmap=COLOURS, norm=scale(depth))
+            for axes, depths in zip(panels[:, column], maps, strict=True):
+                axes.imshow(depth_map(depths, model.config), cmap=COLOURS, norm=scale(depth))
         for axes in panels.flat:
             axes.set_xticks([])
             axes.set_yticks([])

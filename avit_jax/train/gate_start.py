@@ -75,7 +75,8 @@ def start_gate(
 
     images: normalised as the model takes them; a few hundred are enough. target_depth: mean token depth on `images`, in
     layers. The lower it is, the more accuracy is lost; fine-tuning from here wins most of it back. deviation: standard
-    deviation between patches, in layers; None: a sixth of the layers. slope: see below. features: "hidden" or "pixels".
+    deviation between patches, in layers; None: half of the layers (docs/results.md). slope: see below. features:
+    "hidden" or "pixels".
 
     A patch is important if the class (and distillation) token attends to it, or all patches do if the pool reads no
     class token: the mean over heads and the last two thirds of the layers, as its rank among all patches of `images`.
@@ -102,7 +103,7 @@ def start_gate(
             f"target_depth (config.gate_start) is {target_depth}: it must lie between 1 and the {config.depth} layers"
         )
     if deviation is None:
-        deviation = config.depth / 6
+        deviation = config.depth / 2
     if not (deviation >= 0 and slope > 0 and np.isfinite(deviation) and np.isfinite(slope)):
         raise ValueError(f"deviation is {deviation} and slope {slope}: give a deviation of at least 0, a slope above 0")
     if features not in FEATURES:
