@@ -49,7 +49,6 @@ def get_config(arg: str = "dense") -> ConfigDict:
             config.model.rule = SETTINGS[arg]
         if arg == "avit_hidden":
             config.gate_start.target_depth = 8.2
-            config.loss.prior_target_depth = 8.8
     else:
         raise ValueError(f"{arg!r} is not one of dense, {', '.join(METHODS)}")
     config.name = f"scattered_{arg}"
