@@ -66,8 +66,11 @@ def main() -> None:
     else:
         chosen = comparison_from(options.rules, options.budgets, options.batches, options.rounds)
         lines = compare_checkpoint(compared.config, compared.checkpoint, chosen, out=out, most=options.most)
-    for line in lines:
-        print(line)
+    try:
+        for line in lines:
+            print(line)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -38,6 +38,9 @@ def main() -> None:
     dataset = open_dataset(parse(fashion_mnist.get_config("dense")).data)
     print(f"{'features':10}{'deviation':>10}{'depth':>7}{'work':>8}{'top-1':>9}{'by position':>13}")
     found = []
+    config = avit_jax.load(fashion_mnist.STATIC_MODEL).config
+    chosen = np.linspace(0, len(dataset.train) - 1, IMAGES).astype(int)
+    images = normalize(evaluation_images(dataset.train, chosen, config), config)
     for features, deviation, depth in (
         (features, deviation, depth)
         for features, deviations in DEVIATIONS.items()
@@ -45,8 +48,6 @@ def main() -> None:
         for depth in DEPTHS
     ):
         model = avit_jax.load(fashion_mnist.STATIC_MODEL, gate_scale=5.0, gate_center=10.0)
-        chosen = np.linspace(0, len(dataset.train) - 1, IMAGES).astype(int)
-        images = normalize(evaluation_images(dataset.train, chosen, model.config), model.config)
         avit_jax.start_gate(model, images, target_depth=depth, deviation=deviation, features=features)
         row = figures(model, dataset.test)
         work, share = row["gmacs"] / prior_art.WHOLE_GMACS, row["explained_by_position"]

@@ -136,8 +136,8 @@ def write_pictures(
     """Draw the pictures of the rows in a folder and write the table; lines to print.
 
     model, test: for the picture of what each rule keeps; None: it is not drawn. started: the model as an A-ViT with a
-    started gate, if there is one. reference: the method that the table
-    compares the others with; None: the static model. Raises ValueError if no row is of `reference`.
+    started gate, if there is one. reference: the method that the table compares the others with; None: the static
+    model. Raises ValueError if no row is of `reference`.
     """
     rows = read_rows(folder)
     pictures = draw_comparison(rows, folder)
