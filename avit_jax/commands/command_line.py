@@ -94,8 +94,8 @@ def _quiet_orbax() -> None:
         lambda record: not (record.exc_info and ("orbax" in record.pathname or record.name == "asyncio"))
     )
     sys.unraisablehook = _unraisable
-    # What it had still to do when it gave up a checkpoint on a full disk.
-    warnings.filterwarnings("ignore", "coroutine '.*([sS]erialize|CheckpointHandler).*' was never", RuntimeWarning)
+    # What it had still to do when it gave up a checkpoint on a full disk; no other code here has coroutines.
+    warnings.filterwarnings("ignore", "coroutine '.*' was never awaited", RuntimeWarning)
 
 
 def _leave_waiting_threads() -> None:
