@@ -24,8 +24,10 @@ from avit_jax.halting.keep_sampling import DynamicViTLoss
 from avit_jax.halting.rule import State, Teacher, Trace
 from avit_jax.model.config import NO_RULE
 from avit_jax.rules import parse_rule, rule_from_json, rule_to_json
+from avit_jax.runtime.mesh import data_mesh
 from avit_jax.train.objective import distillation_loss, objective_terms
 from avit_jax.train.optim import OptimSettings, make_optimizer
+from avit_jax.train.setup import prepare
 from avit_jax.train.start import initial_model
 from tests.harness.arrays import read_npz
 from tests.harness.builders import answers, shrunk, small_config, spread_gate, tiny_experiment
@@ -382,6 +384,31 @@ def test_the_optimiser_has_a_factor_for_the_predictors() -> None:
     assert any(path[0] == "rule_module" for path in plain)
 
 
+def test_at_first_only_the_predictors_are_trained() -> None:
+    params = nnx.state(pruned(), nnx.Param)
+    gradient = jax.tree.map(jnp.ones_like, params)
+    frozen, free = (make_optimizer(OptimSettings(frozen_steps=steps), lambda step: 1e-3) for steps in (2, 0))
+    update = jax.jit(
+        lambda *states: [o.update(gradient, s, params) for o, s in zip((frozen, free), states, strict=True)]
+    )
+    states = frozen.init(params), free.init(params)
+    for step in range(4):
+        (found, first), (expected, second) = update(*states)
+        states = first, second
+        moving = dict(nnx.to_flat_state(expected))
+        for path, value in nnx.to_flat_state(found):
+            still = step < 2 and path[0] != "rule_module"
+            np.testing.assert_array_equal(value[...], 0 if still else moving[path][...])
+
+
+def test_a_model_without_predictors_is_not_frozen(tmp_path: Path) -> None:
+    config = tiny_experiment(tmp_path / "toy.npz")
+    config.optim.frozen_steps = 1
+    model = nnx.eval_shape(lambda: avit_jax.AViT(small_config(), rngs=nnx.Rngs(0)))
+    with pytest.raises(ValueError, match="frozen_steps is 1 and the model's rule brings no parameters"):
+        prepare(parse(config), model, data_mesh(1), 100)
+
+
 @pytest.mark.parametrize(
     ("settings", "fields", "message"),
     [
@@ -438,7 +465,7 @@ def test_a_run_trains_the_predictors(tmp_path: Path) -> None:
     config.init_from = config.teacher = str(tmp_path / "static")
     config.model.rule = TEXT
     config.loss.update({"distillation": "soft", "distillation_weight": 0.0})
-    config.optim.rule_factor = 10.0
+    config.optim.update({"rule_factor": 10.0, "frozen_steps": 1})
     assert any(line.startswith("step 2    loss") for line in dry_run(config))
     summary = run(config, tmp_path / "run")
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]

@@ -91,7 +91,7 @@ BOUNDS: list[tuple[str, float, float, str]] = [  # the key, the bound, a value b
     ("loss.distillation_weight", 1, 1.1, "at most 1"),
     *((f"optim.{name}", 0, -0.1, "at least 0") for name in ("learning_rate", "final_learning_rate", "weight_decay")),
     *((f"optim.{name}", 0, -0.1, "at least 0") for name in ("clip_norm", "beta1", "beta2", "ema_decay", "rule_factor")),
-    *((f"optim.{name}", 0, -1, "at least 0") for name in ("warmup_steps", "warmup_epochs")),
+    *((f"optim.{name}", 0, -1, "at least 0") for name in ("warmup_steps", "warmup_epochs", "frozen_steps")),
     *((f"augment.{name}", 0, -0.1, "at least 0") for name in ("color_jitter", "mixup", "cutmix")),
     ("data.repeated_augmentation", 1, 0, "at least 1"),
     # These bounds are excluded: just inside is taken, the bound itself is refused.

@@ -45,6 +45,9 @@ class OptimSettings(Settings):
         below=1,
     )
     rule_factor: float = setting(1.0, "Factor of the learning rate for the parameters that a rule brings.", least=0)
+    frozen_steps: int = setting(
+        0, "Steps at the start in which only the parameters that a rule brings are trained.", least=0
+    )
     compare_ema: bool = setting(
         False, "Also evaluate the raw weights, and keep those that are better on the validation images."
     )
@@ -109,16 +112,31 @@ def make_optimizer(settings: OptimSettings, schedule: optax.Schedule) -> optax.G
         schedule, b1=settings.beta1, b2=settings.beta2, weight_decay=settings.weight_decay, mask=weight_decay_mask
     )
     clip = optax.clip_by_global_norm(settings.clip_norm) if settings.clip_norm else optax.identity()
-    return optax.chain(clip, adamw, *([_rule_scaled(settings.rule_factor)] if settings.rule_factor != 1 else []))
+    scaled = [_rule_scaled(settings.rule_factor)] if settings.rule_factor != 1 else []
+    frozen = [_others_frozen(settings.frozen_steps)] if settings.frozen_steps else []
+    return optax.chain(clip, adamw, *scaled, *frozen)
 
 
 def _rule_scaled(factor: float) -> optax.GradientTransformation:
     """Multiplies the updates of the rule's own parameters."""
 
     def scale(path: Any, update: Array) -> Array:
-        return update * factor if "rule_module" in jax.tree_util.keystr(path) else update
+        return update * factor if _of_rule(path) else update
 
     return optax.stateless(lambda updates, _: jax.tree_util.tree_map_with_path(scale, updates))
+
+
+def _others_frozen(steps: int) -> optax.GradientTransformation:
+    """Sets the updates of all parameters but the rule's own to zero in the first steps."""
+    released = optax.scale_by_schedule(lambda step: jnp.where(step < steps, 0.0, 1.0))
+    return optax.masked(
+        released, lambda params: jax.tree_util.tree_map_with_path(lambda path, _: not _of_rule(path), params)
+    )
+
+
+def _of_rule(path: Any) -> bool:
+    """Whether a parameter belongs to what a rule brings."""
+    return "rule_module" in jax.tree_util.keystr(path)
 
 
 def update_average(average: Any, params: Any, decay: float) -> Any:

@@ -36,10 +36,16 @@ def prepare(settings: TrainSettings, model: AViT, mesh: Mesh, images: int, teach
     """Number of steps, optimizer and jitted step for this number of training images.
 
     model, teacher: their shapes are enough (nnx.eval_shape). Raises ValueError if config.optim's schedule does not fit
-    the number of steps, and for config.augment.random_tokens that the model or the execution cannot have.
+    the number of steps, or freezes a model whose rule brings no parameters, and for config.augment.random_tokens that
+    the model or the execution cannot have.
     """
     steps = settings.steps(images)
     schedule = learning_rate_schedule(settings.optim, steps, epochs=settings.epochs, batch_size=settings.batch_size)
+    if settings.optim.frozen_steps and model.rule_module is None:
+        raise ValueError(
+            f"config.optim.frozen_steps is {settings.optim.frozen_steps} and the model's rule brings no parameters, so "
+            "there is nothing to train in these steps: set it to 0"
+        )
     optimizer = make_optimizer(settings.optim, schedule)
     state = state_shapes(model, optimizer, settings.optim.ema_decay)
     planner = None
