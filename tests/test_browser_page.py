@@ -17,6 +17,7 @@ from tests.harness.browser import CHROMIUM, DRIVER, chromium, served
 from tests.harness.builders import answers
 
 pytest.importorskip("onnx")
+pytestmark = pytest.mark.slow
 SOURCE = Path("examples/browser")
 SEVEN = [(0.25, 0.22), (0.75, 0.22), (0.62, 0.45), (0.42, 0.85)]
 THREE = [

@@ -372,6 +372,7 @@ def test_saved_and_loaded(tmp_path: Path) -> None:
     np.testing.assert_allclose(answers(loaded, IMAGES).logits, answers(MODEL, IMAGES).logits, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_training_evaluation_and_budget(tmp_path: Path) -> None:
     """A run of three steps: named terms, frozen positions, figures from the gates, and thresholds that meet a work."""
     config = tiny_experiment(tmp_path / "toy.npz")

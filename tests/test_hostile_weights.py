@@ -43,6 +43,7 @@ from tests.harness.hostile_pickles import (
 )
 
 
+@pytest.mark.slow
 def test_no_file_of_a_stranger_takes_long_or_much_memory_or_the_process(tmp_path: Path) -> None:
     paths = strange_files(tmp_path)
     found = read_in_a_process(paths, timeout=120)

@@ -192,6 +192,7 @@ for line in text.splitlines():
 """
 
 
+@pytest.mark.slow
 def test_images_do_not_cross_devices() -> None:
     """The program for four devices moves a draw for each pair at most (8 pairs), no pixels (3,072 in all)."""
     found = subprocess.run([sys.executable, "-c", CROSSING], capture_output=True, text=True, check=True).stdout

@@ -81,6 +81,7 @@ def exporters() -> list[dict[str, Any]]:
     return [{"dynamo": False}, {"dynamo": False, "do_constant_folding": False}, {"dynamo": True}]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("options", exporters(), ids=["old", "old, unfolded", "new"])
 def test_the_logits_are_those_of_the_file(name: str, options: dict[str, Any], tmp_path: Path) -> None:

@@ -215,6 +215,7 @@ def test_a_planned_model_gives_the_same_answers(model: AViT) -> None:
         plan_packed(model, images, 9)
 
 
+@pytest.mark.slow
 def test_eight_devices_pack_their_own_images() -> None:
     assert "8 devices agree" in run_on_devices("packed_on_devices.py")
 

@@ -38,6 +38,7 @@ def test_packed_models_work_under_jit_and_vmap(spread: tuple[AViT, PackedModel])
     assert_equal(jax.jit(lambda images: packed(images))(IMAGES[:2]), packed(IMAGES[:2]), 1e-6)
 
 
+@pytest.mark.slow
 def test_packed_models_work_without_jit(spread: tuple[AViT, PackedModel]) -> None:
     _, packed = spread
     with jax.disable_jit():

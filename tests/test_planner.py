@@ -36,7 +36,8 @@ CONFIG = small_config(image_size=32)  # 65 tokens, 4 layers
 MESH = data_mesh(1)
 
 
-@pytest.mark.parametrize("devices", [2, pytest.param(8, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [2, 8])
 def test_steps_are_those_of_masked_training(devices: int) -> None:
     """Gradients, metrics and the moving average, with every kind of noise, on one device and more; also overflow."""
     assert f"{devices} devices agree" in run_on_devices("planned_step_on_devices.py", devices)

@@ -91,6 +91,7 @@ def test_parts_of_the_data_add_up_to_the_whole(execution: str) -> None:
             assert a == pytest.approx(b, rel=1e-6), field.name
 
 
+@pytest.mark.slow
 def test_eight_devices_have_one_devices_totals() -> None:
     assert "8 devices agree" in run_on_devices("evaluate_on_devices.py")
 

@@ -253,6 +253,7 @@ def test_pages_of_what_is_missing(
     assert report["summary"].get("top1") is None or labelled
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("rule", "sweep", "sentences"),
     [

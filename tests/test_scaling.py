@@ -24,11 +24,13 @@ from tests.harness.collectives import Collective, collectives, what_crosses
 from tests.harness.devices import run_on_devices
 
 
+@pytest.mark.slow
 def test_eight_devices_give_one_devices_loss_and_gradient() -> None:
     """The halting terms are means over the global batch, not means of the devices' own; also on an fsdp mesh."""
     assert "8 devices agree" in run_on_devices("step_on_devices.py")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install -r requirements-tpu.txt"
 )

@@ -172,5 +172,6 @@ def test_models_with_the_rule() -> None:
     assert lowered.platforms == ("cuda",) and lowered.out_avals[0].shape == (3, 5)
 
 
+@pytest.mark.slow
 def test_eight_devices_give_the_same_logits_and_gradients() -> None:
     assert "8 devices agree" in run_on_devices("shrinking_on_devices.py")

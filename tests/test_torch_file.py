@@ -180,6 +180,7 @@ def unchecked_shapes() -> Iterator[None]:
     jaxtyping.config.update("jaxtyping_disable", False)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("unchecked_shapes")
 @pytest.mark.parametrize("kind", ["golden.pth", "legacy", "protocol4", "safetensors", "npz"])
 def test_flipped_bits_and_cut_files_give_the_right_tensors_or_an_error(kind: str, tmp_path: Path) -> None:
