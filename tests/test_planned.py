@@ -179,13 +179,12 @@ def test_halted_tokens_have_no_influence_whatever_they_hold(monkeypatch: pytest.
     """In every layer halted tokens come in as NaN. One stage with all places, so that nothing removes them."""
     model, images = spread_gate(small_config()), pictures(4)
     masked = answers(model, images)
-    block = planned._Layers._block
+    drop = planned.drop_halted
 
-    def poisoned(self: Any, layer: Any, x: Any, layout: Any, states: Any, noise: Any) -> Any:
-        active = layout.joined([state.active for state in states])
-        return block(self, layer, jnp.where(active[..., None], x, jnp.nan), layout, states, noise)
+    def poisoned(x: Any, active: Any) -> Any:
+        return drop(jnp.where(active[..., None], x, jnp.nan), active)
 
-    monkeypatch.setattr(planned._Layers, "_block", poisoned)
+    monkeypatch.setattr(planned, "drop_halted", poisoned)
     rule = model.config.halting
     assert rule is not None
     plan = PlannedPlan(7, 4, 4, 2, (Stage(0, (7, 7)),))

@@ -12,7 +12,7 @@ import pytest
 from avit_jax import AViT, Similarity
 from avit_jax.halting.similarity import centred_cosine
 from avit_jax.model.config import NO_RULE
-from avit_jax.model.seen import Seen
+from avit_jax.model.seen import Seen, of_tokens
 from avit_jax.rules import parse_rule, rule_from_json, rule_to_json
 from tests.harness.builders import answers, small_config, spread_gate
 from tests.harness.numpy_removal import Layer, remove_tokens
@@ -37,7 +37,7 @@ def test_the_cosine_leaves_out_the_mean_and_the_length() -> None:
 def test_the_first_layer_stops_nothing_and_the_second_does(form: str) -> None:
     rule = Similarity(-2.0, form)
     state = rule.initial(2, static().config)
-    seen = Seen(tokens=jnp.ones((2, 18, 16)), before=jnp.ones((2, 18, 16)))
+    seen = Seen(before=jnp.ones((2, 18, 16)), **of_tokens(jnp.ones((2, 18, 16)), 1))
     assert np.all(rule.advance(state, seen, layer=0, is_last=False)[0].active)
     after = rule.advance(state, seen, layer=1, is_last=False)[0].active
     np.testing.assert_array_equal(after, np.broadcast_to((np.arange(18) < 2) & (form == "token"), (2, 18)))

@@ -14,7 +14,7 @@ from avit_jax.execution.plan import PackedPlan
 from avit_jax.halting.rule import State, Trace, drop_halted, first_state
 from avit_jax.model.layers import Block
 from avit_jax.model.output import AViTOutput
-from avit_jax.model.seen import Facts, of_attention
+from avit_jax.model.seen import Facts, of_attention, of_tokens
 from avit_jax.model.vit import AViT
 
 
@@ -146,7 +146,7 @@ def forward(
                 Trace(),
             )
         else:
-            seen = model.seen(rule, tokens, state.active, facts)
+            seen = model.seen(rule, state.active, facts | of_tokens(tokens, config.num_outputs))
             state, trace = rule.advance(state, seen, layer=layer, is_last=last, module=model.rule_module)
             if image_exit and not last:  # drop the rest of the images whose logits are final
                 going = (state.active & tokens_read[packed.index]).any(1, keepdims=True)

@@ -51,8 +51,25 @@ class Layout:
 
     def of_tokens(self, values: Shaped[Array, "b n ..."]) -> Shaped[Array, "..."]:
         """The values of the places, from one for each token of each image."""
-        parts = zip(self.groups(values), self.capacities, strict=True)
-        return self.joined([part[:, :capacity] for part, capacity in parts])
+        return self.joined(self.cut(values))
+
+    def cut(self, values: Shaped[Array, "b n ..."]) -> list[Shaped[Array, "_ _ ..."]]:
+        """The values of each group's places, from one for each token of each image."""
+        return [part[:, :places] for part, places in zip(self.groups(values), self.capacities, strict=True)]
+
+    def slots(self, parts: Sequence[Shaped[Array, "_ _ ..."]], width: int) -> Shaped[Array, "b w ..."]:
+        """The first `width` tokens of each image, from the values of each group's places; zeros where there is none."""
+        return jnp.concatenate([_widened(part, width) for part in parts])
+
+    def first(self, values: Shaped[Array, "..."], width: int) -> Shaped[Array, "b w ..."]:
+        """The same from the values of all places, if every image with a place has `width` of them."""
+        if len(self.images) == 1:
+            return values[:, :width]
+        first, capacities = self.of_rows()
+        some = first[capacities > 0]
+        # One row for each token: a TPU would cut whole groups and then take their first tokens.
+        found = values[(some[:, None] + np.arange(width)).reshape(-1)].reshape(len(some), width, *values.shape[1:])
+        return jnp.concatenate([jnp.zeros((len(first) - len(some), *found.shape[1:]), found.dtype), found])
 
     def joined(self, parts: list[Shaped[Array, "_ _ ..."]]) -> Shaped[Array, "..."]:
         """The inverse of `split`."""
@@ -134,6 +151,10 @@ def _moved_backward(where: Any, gradient: Array) -> tuple[Array | None, ...]:
 
 
 _moved.defvjp(_moved_forward, _moved_backward)
+
+
+def _widened(values: Shaped[Array, "b n ..."], width: int) -> Shaped[Array, "b w ..."]:
+    return jnp.pad(values, ((0, 0), (0, width - values.shape[1]), *[(0, 0)] * (values.ndim - 2)))
 
 
 def gathered(values: Shaped[Array, "b n ..."], slots: Int[Array, "b n"]) -> Shaped[Array, "b n ..."]:

@@ -15,9 +15,10 @@ from avit_jax.execution.packing import load
 from avit_jax.execution.places import Layout, Move
 from avit_jax.execution.stages import PlannedPlan
 from avit_jax.halting.rule import Halting, State, Trace, drop_halted
+from avit_jax.model.attention import Mass
 from avit_jax.model.layers import Block, checkpointed, split_layers
 from avit_jax.model.output import AViTOutput
-from avit_jax.model.seen import Facts, of_attention
+from avit_jax.model.seen import Facts, of_attention, of_tokens
 from avit_jax.model.vit import AViT
 
 # With more tokens in a group on average, attention's linear layers run group by group too: the products are large
@@ -160,7 +161,7 @@ def _original(index: Int[Array, "b n"], image: Int[Array, " b"]) -> Move:
 
 @dataclasses.dataclass(frozen=True)
 class _Layers:
-    """The layers of a model. Attention runs group by group; norms and the MLP take the tokens of all groups at once."""
+    """The layers of a model. Attention runs group by group; all else takes the tokens of all groups at once."""
 
     model: AViT
     rule: Halting
@@ -191,29 +192,23 @@ class _Layers:
         # The losses of training read the scores of all tokens, and some rules need the whole last layer.
         short = self.image_exit and config.pool == "token" and not self.rule.reads_last_layer
         own = self.rows.first + jnp.minimum(image, self.batch - 1)  # rows that fill the last group: any image
-        states, reads = layout.groups(state), layout.groups(read)
-        # A group without places has slots for the tokens that the rule looks at.
-        least = max(state.output.shape[1] % config.num_tokens, 1)
-        near = [_slots(state, max(places, least)) for places, state in zip(layout.capacities, states, strict=True)]
+        # The rule looks at no more slots than the fullest group has places.
+        width = max(*layout.capacities, config.num_outputs % config.num_tokens, 1)
 
-        def layer(carry: Any, inputs: Any, read_only: bool = False) -> tuple[Any, list[Trace]]:
-            (x, states), (params, number, rate) = carry, inputs
+        def layer(carry: Any, inputs: Any, read_only: bool = False) -> tuple[Any, Trace]:
+            (x, state), (params, number, rate) = carry, inputs
             block = nnx.merge(graphdef, params)
+            x = drop_halted(x, layout.of_tokens(state.active))
             if read_only:
-                z, seen = self._read(block, x, layout, states)
+                facts = self._read(block, x, layout, state)
             else:
                 noise = Noise.of_layer(config, block, self.key, number, rate, self.rows.total)
-                z, seen = self._block(block, x, layout, states, noise.of(own, index, layout))
-            ended, traces = [], []
-            for (tokens, facts), state, read in zip(seen, states, reads, strict=True):
-                width = state.active.shape[1]
-                state, trace = self._advanced(tokens, state, facts, read[:, :width], number, read_only)
-                ended.append(state)
-                traces.append(trace)
-            return (z, ended), traces
+                x, facts = self._block(block, x, layout, state, noise.of(own, index, layout))
+            state, trace = self._advanced(state, facts, read[:, :width], number, read_only)
+            return (x, state), trace
 
         stop = end - 1 if short and end == config.depth else end
-        carry, traces = (x, near), []
+        carry, traces = (x, state.mapped(lambda values: values[:, :width], lambda values: values)), []
         if stop > first:
             scanned = jax.tree.map(lambda p: p[: stop - first], weights) if stop < end else weights
             inputs = scanned, jnp.arange(first, stop), None if rates is None else rates[first:stop]
@@ -223,91 +218,70 @@ class _Layers:
             params = jax.tree.map(lambda p: p[-1], weights)
             carry, trace = layer(carry, (params, stop, None), read_only=True)
             traces.append(jax.tree.map(lambda v: v[None], trace))
-        of_groups = jax.tree.map(lambda *layers: jnp.concatenate(layers), *traces)
+        trace = jax.tree.map(lambda *layers: jnp.concatenate(layers), *traces)
+        none = ((0, 0), (0, 0), (0, config.num_tokens - width))
+        of_tokens = jax.tree.map(lambda v: jnp.pad(v, none), trace.of_tokens)
         x, near = carry
-        state = jax.tree.map(lambda *groups: jnp.concatenate(groups), *map(_with_slots, states, near))
-        return x, state, _all_traces(of_groups, config.num_tokens)
+        return x, _with_slots(state, near), Trace(of_tokens, trace.of_images)
 
     def _block(
-        self, block: Block, x: Float[Array, "*t d"], layout: Layout, states: list[State], noise: Noise
-    ) -> tuple[Float[Array, "*t d"], list[tuple[Array, Facts]]]:
-        """The tokens after a layer, and for each group its tokens and facts, with zeros for slots without a place."""
-        reads = self.rule.reads
+        self, block: Block, x: Float[Array, "*t d"], layout: Layout, state: State, noise: Noise
+    ) -> tuple[Float[Array, "*t d"], Facts]:
+        """The tokens after a layer, and the facts, with zeros for slots without a place."""
+        reads, width = self.rule.reads, state.active.shape[1]
 
-        def attended(columns: Array, state: State) -> tuple[Array, Facts]:
-            mass = self.rule.mass(state)
+        def attended(columns: Array, mass: Mass) -> tuple[Array, Facts]:
             if columns.shape[1]:
                 return block.attn.attended(columns, mass, of_attention(reads))
-            slots = jax.ShapeDtypeStruct((len(columns), state.active.shape[1], columns.shape[2]), columns.dtype)
-            _, facts = jax.eval_shape(lambda c: block.attn.attended(c, mass, of_attention(reads)), slots)
-            mixed = jnp.zeros((*columns.shape[:2], columns.shape[2] // 3), columns.dtype)
-            return mixed, jax.tree.map(lambda fact: jnp.zeros(fact.shape, fact.dtype), facts)
+            some = jax.ShapeDtypeStruct((len(columns), 1, columns.shape[2]), columns.dtype)
+            shapes = jax.eval_shape(lambda c: block.attn.attended(c, None, of_attention(reads)), some)
+            return jax.tree.map(lambda v: jnp.zeros((len(v), 0, *v.shape[2:]), v.dtype), shapes)
 
-        x = _dropped(x, layout, states)
         normed, columns, proj = block.norm1(x), block.attn.columns, block.attn.proj
         each = sum(layout.sizes) > _LARGE * len(layout.sizes)
         parts = map(columns, layout.split(normed)) if each else layout.split(columns(normed))
-        mixed, facts = zip(*map(attended, parts, states), strict=True)
+        mass = self.rule.mass(state)
+        masses = [None] * len(layout.sizes) if mass is None else layout.cut(mass)
+        mixed, of_groups = zip(*map(attended, parts, masses), strict=True)
         branch = layout.joined(list(map(proj, mixed))) if each else proj(layout.joined(list(mixed)))
         y = x + noise.attention(branch.astype(x.dtype))
         z = y + noise.mlp(block.norm2(y), block).astype(y.dtype)
-        if "before" in reads:
-            before = map(_filled, layout.split(x), states)
-            facts = tuple(found | {"before": own} for found, own in zip(facts, before, strict=True))
-        return z, list(zip(map(_filled, layout.split(z), states), facts, strict=True))
 
-    def _read(
-        self, block: Block, x: Float[Array, "*t d"], layout: Layout, states: list[State]
-    ) -> tuple[Float[Array, "*t d"], list[tuple[Array, Facts]]]:
-        """As `_block`, but only the tokens that the heads read are computed; the others are zeros."""
+        def slots(values: Array) -> Array:
+            return layout.slots(layout.split(values), width)
 
-        def read(x: Array, state: State) -> Array:
-            if x.shape[1]:
-                x = block.read(x, self.rule.mass(state), state.output.shape[1])
-            return _filled(x, state)
+        config = self.model.config
+        some = config.num_outputs < config.num_tokens
+        outputs = layout.first(z, config.num_outputs) if some else slots(z)
+        facts = {name: layout.slots([found[name] for found in of_groups], width) for name in of_groups[0]}
+        whole = {name: slots(values) for name, values in (("before", x), ("tokens", z)) if name in reads}
+        return z, facts | whole | {"outputs": outputs, "gate": slots(z[..., 0])}
 
-        groups = list(map(read, layout.split(_dropped(x, layout, states)), states))
-        z = layout.joined([group[:, :places] for group, places in zip(groups, layout.capacities, strict=True)])
-        return z, [(group, {}) for group in groups]
+    def _read(self, block: Block, x: Float[Array, "*t d"], layout: Layout, state: State) -> Facts:
+        """The facts of a layer of which only the tokens that the heads read are computed; the others are zeros."""
+        heads, mass = self.model.config.num_outputs, self.rule.mass(state)
+        parts, masses = layout.split(x), [None] * len(layout.sizes) if mass is None else layout.cut(mass)
+        outputs = [
+            block.read(part, mass, heads) if part.shape[1] else part for part, mass in zip(parts, masses, strict=True)
+        ]
+        return of_tokens(layout.slots(outputs, state.active.shape[1]), heads)
 
     def _advanced(
-        self,
-        x: Float[Array, "g w d"],
-        state: State,
-        facts: Facts,
-        read: Bool[Array, "g w"],
-        number: Int[Array, ""] | int,
-        read_only: bool,
+        self, state: State, facts: Facts, read: Bool[Array, "b w"], number: Int[Array, ""] | int, read_only: bool
     ) -> tuple[State, Trace]:
-        """The rule's state of a group after a layer, from what `_block` returns."""
+        """The rule's state after a layer, from the facts of its tokens."""
         model, rule = self.model, self.rule
         last = number == model.config.depth - 1
-        seen = model.seen(rule, x, state.active, facts)
+        seen = model.seen(rule, state.active, facts)
         state, trace = rule.advance(state, seen, layer=number, is_last=last, module=model.rule_module)
         if self.image_exit:  # drop the rest of the images whose logits are final
             going = (state.active & read).any(1, keepdims=True)
             ended = rule.finish(state, ~going)
             state = jax.tree.map(lambda a, b: jnp.where(last, a, b), state, ended)
         if read_only:  # tokens that are not computed leave no trace
-            known = jnp.arange(x.shape[1]) < state.output.shape[1]
+            known = jnp.arange(state.active.shape[1]) < state.output.shape[1]
             trace = Trace(jax.tree.map(lambda v: jnp.where(known, v, 0), trace.of_tokens), trace.of_images)
         return state, trace
-
-
-def _dropped(x: Float[Array, "*t d"], layout: Layout, states: list[State]) -> Float[Array, "*t d"]:
-    """The tokens of a layout with the halted ones set to zero."""
-    active = [state.active[:, :places] for state, places in zip(states, layout.capacities, strict=True)]
-    return drop_halted(x, layout.joined(active))
-
-
-def _filled(x: Float[Array, "g c d"], state: State) -> Float[Array, "g w d"]:
-    """The tokens of a group, with zeros for the slots of its state that have no place."""
-    return jnp.pad(x, ((0, 0), (0, state.active.shape[1] - x.shape[1]), (0, 0)))
-
-
-def _slots(state: State, width: int) -> State:
-    """The state of the first slots of every image."""
-    return state.mapped(lambda values: values[:, :width], lambda values: values)
 
 
 def _with_slots(state: State, new: State) -> State:
@@ -324,15 +298,3 @@ def _with_slots(state: State, new: State) -> State:
         of_tokens=jax.tree.map(joined, state.of_tokens, new.of_tokens),
         of_images=new.of_images,
     )
-
-
-def _all_traces(traces: list[Trace], tokens: int) -> Trace:
-    """The trace [l b n] of all groups; slots that a group does not look at have none."""
-    padded = [
-        Trace(
-            jax.tree.map(lambda v: jnp.pad(v, ((0, 0), (0, 0), (0, tokens - v.shape[2]))), trace.of_tokens),
-            trace.of_images,
-        )
-        for trace in traces
-    ]
-    return jax.tree.map(lambda *groups: jnp.concatenate(groups, axis=1), *padded)

@@ -86,9 +86,10 @@ class Accumulation(Halting):
         module: Any = None,
     ) -> tuple[State, Trace]:
         """The state after a layer, and the layer's halting scores [b n] as "halting_score"."""
-        assert seen.tokens is not None
-        active, tokens, own = state.active, seen.tokens, state.of_tokens
-        gate_input = self.gate_input(jnp.where(active, tokens[..., 0], 0))
+        assert seen.gate is not None
+        assert seen.outputs is not None
+        active, own = state.active, state.of_tokens
+        gate_input = self.gate_input(jnp.where(active, seen.gate, 0))
         halting_score = jnp.where(active, jax.nn.sigmoid(self.gate_scale * gate_input - self.gate_center), 0)
         effective = jnp.where(is_last, active.astype(halting_score.dtype), halting_score)
         cumulative = own["cumulative_halting"] + effective
@@ -96,7 +97,7 @@ class Accumulation(Halting):
         stops = active & ~goes_on
         weight = jnp.where(goes_on, effective, jnp.where(stops, own["remainder"], 0))
         num_outputs = state.output.shape[1]
-        read = drop_halted(tokens[:, :num_outputs], active[:, :num_outputs])
+        read = drop_halted(seen.outputs, active[:, :num_outputs])
         new_state = State(
             active=goes_on,
             token_depth=state.token_depth + active,

@@ -112,9 +112,8 @@ class ConfidenceExit(Halting):
         module: Any = None,
     ) -> tuple[State, Trace]:
         """The state after a layer, and the logits of its exit [b heads k] as "logits"."""
-        assert seen.tokens is not None
-        num_outputs = state.output.shape[1]
-        logits = module(seen.tokens[:, :num_outputs], layer) if self.own_heads else seen.logits
+        assert seen.outputs is not None
+        logits = module(seen.outputs, layer) if self.own_heads else seen.logits
         assert logits is not None
         going = state.active.any(1)
         sure = jax.nn.softmax(logits.mean(0)).max(-1) > self.threshold
@@ -123,7 +122,7 @@ class ConfidenceExit(Halting):
         new_state = State(
             active=state.active & ~exits[:, None],
             token_depth=state.token_depth + state.active,
-            output=jnp.where(exits[:, None, None], seen.tokens[:, :num_outputs], state.output),
+            output=jnp.where(exits[:, None, None], seen.outputs, state.output),
             of_images={"head_logits": jnp.where(exits[:, None, None], by_image, state.of_images["head_logits"])},
         )
         return new_state, Trace(of_images={"logits": by_image})

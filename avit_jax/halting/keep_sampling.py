@@ -58,6 +58,7 @@ class KeepSampling(Halting):
 
     name: ClassVar[str] = "dynamicvit training"
     label: ClassVar[str] = "DynamicViT in training"
+    reads: ClassVar[frozenset[str]] = frozenset({"tokens"})
     draws: ClassVar[bool] = True
     self_visible: ClassVar[bool] = True
     teacher_tokens: ClassVar[bool] = True

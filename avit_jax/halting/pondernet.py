@@ -111,9 +111,9 @@ class PonderNet(Halting):
         module: Any = None,
     ) -> tuple[State, Trace]:
         """The state after a layer; logit(lambda) [b] as "lambda_logit", and its logits [b heads k] as "logits"."""
-        assert seen.tokens is not None
+        assert seen.outputs is not None
         assert seen.logits is not None
-        lambda_logit = module(seen.tokens[:, 0])
+        lambda_logit = module(seen.outputs[:, 0])
         log_there = state.of_images["log_there"] + jax.nn.log_sigmoid(-lambda_logit)
         leaves = (jnp.exp(log_there) <= state.of_images["leaves_at"]) | is_last
         new_state = keep_last(state, seen, state.active & ~leaves[:, None], state.of_images | {"log_there": log_there})

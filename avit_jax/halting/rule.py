@@ -88,13 +88,13 @@ def keep_last(state: State, seen: Seen, goes_on: Bool[Array, "b n"], own: dict[s
 
     goes_on: tokens for the next layer, a part of state.active. own: the rule's fields of images; None: unchanged.
     """
-    assert seen.tokens is not None
+    assert seen.outputs is not None
     outputs = state.output.shape[1]
     return dataclasses.replace(
         state,
         active=goes_on,
         token_depth=state.token_depth + state.active,
-        output=jnp.where(state.active[:, :outputs, None], seen.tokens[:, :outputs], state.output),
+        output=jnp.where(state.active[:, :outputs, None], seen.outputs, state.output),
         of_images=state.of_images if own is None else own,
     )
 

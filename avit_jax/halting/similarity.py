@@ -40,7 +40,7 @@ class Similarity(StopsPatches):
     label: ClassVar[str] = "similarity (our form)"
     sweeps: ClassVar[tuple[str, ...]] = ("thresholds",)
     neutral: ClassVar[Mapping[str, Any] | None] = {"thresholds": 2.0}
-    reads: ClassVar[frozenset[str]] = frozenset({"before"})
+    reads: ClassVar[frozenset[str]] = frozenset({"before", "tokens"})
     advice: ClassVar[str] = "lower thresholds let tokens stop earlier"
 
     def __post_init__(self) -> None:

@@ -34,7 +34,7 @@ class Rule(Protocol):
 
     @property
     def reads(self) -> frozenset[str]:
-        """The fields of Seen that the rule needs; a halting rule always has tokens and active too."""
+        """The fields of Seen that the rule needs; a halting rule always has outputs, gate and active too."""
         return frozenset()
 
     @abc.abstractmethod

@@ -16,9 +16,12 @@ WHOLE_LAYER = FROM_ATTENTION | {"before"}
 class Seen:
     """One layer as a rule sees it. A block computes only what the rule's `reads` names; the rest is None.
 
-    A halting rule looks after the block, a reduction rule between attention and MLP. Special tokens come first.
+    A halting rule looks after the block, and always has outputs, gate and active. A reduction rule looks between
+    attention and MLP. Special tokens come first.
     """
 
+    outputs: Float[Array, "b s d"] | None = None  # of the tokens after the block, the first s, which the heads read
+    gate: Float[Array, "b n"] | None = None  # channel 0 of the tokens after the block
     tokens: Float[Array, "b n d"] | None = None  # after the block, or between attention and MLP
     before: Float[Array, "b n d"] | None = None  # as they entered the block
     class_attention: Float[Array, "b n"] | None = None  # attention from class (and distillation) token; mean over heads
@@ -33,6 +36,11 @@ class Seen:
 def of_attention(reads: frozenset[str]) -> frozenset[str]:
     """The part of `reads` that attention has to compute."""
     return reads & FROM_ATTENTION
+
+
+def of_tokens(tokens: Float[Array, "b n d"], outputs: int) -> "Facts":
+    """What a halting rule may see of all tokens after a block. outputs: the first tokens, which the heads read."""
+    return {"tokens": tokens, "outputs": tokens[:, :outputs], "gate": tokens[..., 0]}
 
 
 Facts = dict[str, Shaped[Array, "b ..."]]

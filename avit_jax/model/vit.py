@@ -20,7 +20,7 @@ from avit_jax.model.positions import resize_positions
 from avit_jax.model.presets import config_from
 from avit_jax.model.random_patches import config_of_tokens, cut, interpolated
 from avit_jax.model.rule import Keys, Rule, image_keys
-from avit_jax.model.seen import Facts, Seen, of_attention
+from avit_jax.model.seen import Facts, Seen, of_attention, of_tokens
 from avit_jax.runtime.mesh import check_platform
 
 
@@ -190,7 +190,8 @@ class AViT(nnx.Module):
             reads = of_attention(rule.reads)
             y, facts = block.attend(before, mass, rate, layer_key, reads, self_visible=rule.self_visible)
             x = block.transform(y, rate, layer_key)
-            seen = self.seen(rule, x, state.active, facts | ({"before": before} if "before" in rule.reads else {}))
+            facts |= of_tokens(x, config.num_outputs) | ({"before": before} if "before" in rule.reads else {})
+            seen = self.seen(rule, state.active, facts)
             last = index == config.depth - 1
             state, trace = rule.advance(state, seen, layer=index, is_last=last, module=self.rule_module)
             return (x, state), trace
@@ -200,10 +201,10 @@ class AViT(nnx.Module):
         )
         return x, state, trace
 
-    def seen(self, rule: Halting, tokens: Float[Array, "b n d"], active: Bool[Array, "b n"], facts: Facts) -> Seen:
-        """What a rule sees after a layer. active: tokens that the layer computed; facts: what only the layer knows."""
-        logits = self.head_logits(tokens[:, : self.config.num_outputs]) if "logits" in rule.reads else None
-        return Seen(tokens=tokens, active=active, logits=logits, **facts)
+    def seen(self, rule: Halting, active: Bool[Array, "b n"], facts: Facts) -> Seen:
+        """What a rule sees after a layer. active: tokens that the layer computed. facts: at least `outputs`."""
+        logits = self.head_logits(facts["outputs"]) if "logits" in rule.reads else None
+        return Seen(active=active, logits=logits, **facts)
 
     def output(self, rule: Halting | None, state: State, trace: Trace) -> AViTOutput:
         """The model's output from the rule's final state and the stacked traces of all layers."""
