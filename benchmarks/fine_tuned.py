@@ -6,8 +6,8 @@
     python benchmarks/fine_tuned.py --data=scattered --most=2500       the same on Scattered Fashion-MNIST
 
 Each model is timed by the program that removes tokens, in turn with the static model of the comparison
-(avit_jax/evaluate/bench.py), on --most of the test images. Its accuracy is that of all test images. The machine should be
-idle. A row that is there already is kept.
+(avit_jax/evaluate/bench.py), on --most of the test images. Its accuracy is that of all test images. The machine should
+be idle. A row that is there already is kept.
 """
 
 import argparse

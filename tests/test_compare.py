@@ -284,6 +284,18 @@ def test_curves_are_interpolated_linearly_and_seeds_averaged() -> None:
     assert "fine-tuned: top-1 (%) at equal work" in table and "0.5 GMACs (50%)" in table
 
 
+def test_rows_of_a_slow_day_stand_where_their_ratios_say() -> None:
+    """Also if only fine-tuned models were measured."""
+    tuned: dict[str, Any] = {"group": "fine-tuned", "seed": 0}
+    static = made_row(rows.STATIC_SHORT, None, 1.0, 1.0, first(0.9), **tuned)
+    slow = {"images_per_second": 60.0, "low_quartile": 1.0, "high_quartile": 2.0, "ratio": 1.5}
+    act = made_row("act", 0.5, 0.5, 1.5, first(0.8), **tuned) | {"speed": {"1": slow, "8": slow}}
+    (curve,) = curves.curves([act, static])
+    assert curve.points[0].speed == pytest.approx(150.0)
+    (alone,) = curves.curves([act])
+    assert alone.points[0].speed == pytest.approx(60.0)
+
+
 def test_a_paired_interval_is_zero_for_the_same_answers() -> None:
     static = made_row(rows.STATIC_SHORT, None, 1.0, 1.0, first(0.9))
     (same,) = curves.curves([static, made_row("tome", 0.8, 0.8, 1.2, first(0.9))])

@@ -120,6 +120,15 @@ def static_row(rows: Sequence[Row]) -> Row | None:
     return next((row for name in (STATIC_SHORT, STATIC) for row in own if row["method"] == name), None)
 
 
+def static_speed(rows: Sequence[Row]) -> float | None:
+    """Images/s of the static model by one of its rows, which makes images/s of ratios; None if there is no such row.
+
+    Rows of different days are compared by their ratios to it, because a machine's own speed changes.
+    """
+    static = static_row(rows) or next((row for row in rows if row["method"] == STATIC_SHORT), None)
+    return None if static is None else fastest(static)["images_per_second"] / fastest(static)["ratio"]
+
+
 def references(rows: Sequence[Row], group: str) -> list[Row]:
     """The static model that a group is compared with: trained for as long if there is one, every seed of it."""
     trained = [row for row in rows if row["group"] == group != GROUPS[0] and row["method"] == STATIC_SHORT]
@@ -129,8 +138,7 @@ def references(rows: Sequence[Row], group: str) -> list[Row]:
 
 def curves(rows: Sequence[Row]) -> list[Curve]:
     """The curve of every method of every group except the static model, in the order of the rows."""
-    static = static_row(rows)
-    scale = None if static is None else fastest(static)["images_per_second"] / fastest(static)["ratio"]
+    scale = static_speed(rows)
     by_method: dict[tuple[str, str], dict[Any, list[Row]]] = {}
     for row in rows:
         if row["method"] in (STATIC, STATIC_SHORT):

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from avit_jax.evaluate.curves import Curve, curves, fastest, gain, gain_name, references, static_row
+from avit_jax.evaluate.curves import Curve, curves, fastest, gain, gain_name, references, static_row, static_speed
 from avit_jax.evaluate.rows import GROUPS, STATIC, Row
 from avit_jax.report.method_style import INK, MUTED, STYLE, direct_labels, error_scale, label, styles
 from avit_jax.report.pictures import save_picture
@@ -43,9 +43,8 @@ def _by_work(rows: Sequence[Row], found: list[Curve]) -> Figure | None:
 
 
 def _by_speed(rows: Sequence[Row], found: list[Curve]) -> Figure | None:
-    static = static_row(rows)
     machine = rows[0].get("machine", "")
-    said = "" if static is None else ", by the ratio to the static model in the same rounds"
+    said = "" if static_speed(rows) is None else ", by the ratio to the static model in the same rounds"
     return _frontier(rows, found, "speed", f"images/s, measured{said}\n{machine}", right=True)
 
 
@@ -70,7 +69,8 @@ def _frontier(rows: Sequence[Row], found: list[Curve], cost: str, xlabel: str, *
             )
             axes.errorbar(x, y, np.abs([y - low, high - y]), elinewidth=1, capsize=2, **look[curve.method])
         if against:
-            _mark_static(axes, against, cost, whole=next((row for row in rows if row["method"] == STATIC), None))
+            whole = next((row for row in rows if row["method"] == STATIC), None)
+            _mark_static(axes, against, cost, whole, static_speed(rows))
         axes.set(xlabel=xlabel, ylabel=f"{gain_name(rows)}, logarithmic in the error", title=group)
         axes.xaxis.set_major_locator(MaxNLocator(6))
         ends = [max(curve.points, key=lambda p: getattr(p, cost) * (1 if right else -1)) for curve in own]
@@ -85,11 +85,11 @@ def _frontier(rows: Sequence[Row], found: list[Curve], cost: str, xlabel: str, *
     return figure
 
 
-def _mark_static(axes: Axes, against: Sequence[Row], cost: str, whole: Row | None) -> None:
+def _mark_static(axes: Axes, against: Sequence[Row], cost: str, whole: Row | None, speed: float | None) -> None:
     """The static model as a diamond with a line at its height; white: with a whole last layer, in its own group."""
 
     def place(row: Row) -> float:
-        return row["gmacs"] if cost == "gmacs" else fastest(row)["images_per_second"]
+        return row["gmacs"] if cost == "gmacs" or speed is None else speed * fastest(row)["ratio"]
 
     gains = [100 * gain(row) for row in against]
     middle, x = float(np.mean(gains)), float(np.mean([place(row) for row in against]))
