@@ -10,7 +10,7 @@ import pytest
 
 from avit_jax.halting.avit import AViTGate
 from avit_jax.halting.rule import State
-from avit_jax.model.seen import Seen
+from avit_jax.model.seen import Seen, of_tokens
 
 GATE = {"gate_scale": 3.0, "gate_center": 1.0, "halt_epsilon": 0.01}
 BATCH, TOKENS, WIDTH, LAYERS = 4, 9, 6, 7
@@ -36,7 +36,7 @@ def run(values: np.ndarray, special: int = TOKENS, **gate: float) -> tuple[list[
     state = rule.initial(BATCH, Sizes(special))
     states, scores = [], []
     for layer, tokens in enumerate(values):
-        seen = Seen(tokens=jnp.asarray(tokens))
+        seen = Seen(**of_tokens(jnp.asarray(tokens), special))
         state, trace = rule.advance(state, seen, layer=layer, is_last=layer == len(values) - 1)
         states.append(state)
         scores.append(trace.of_tokens["halting_score"])
@@ -123,7 +123,7 @@ def test_gradients_pass_by_halted_nans(values: np.ndarray) -> None:
     poisoned[halted] = np.nan
 
     def loss(tokens: jax.Array) -> jax.Array:
-        state, trace = AViTGate(**GATE).advance(states[2], Seen(tokens=tokens), layer=3, is_last=False)
+        state, trace = AViTGate(**GATE).advance(states[2], Seen(**of_tokens(tokens, TOKENS)), layer=3, is_last=False)
         return state.output.sum() + state.of_tokens["ponder_cost"].sum() + trace.of_tokens["halting_score"].sum()
 
     gradient = np.asarray(jax.grad(loss)(jnp.asarray(poisoned)))

@@ -14,7 +14,7 @@ from avit_jax.execution.plan import PackedPlan
 from avit_jax.execution.work import packed_gmacs
 from avit_jax.halting.rule import Halting, State
 from avit_jax.model.config import NO_RULE, AViTConfig
-from avit_jax.model.seen import Seen
+from avit_jax.model.seen import Seen, of_tokens
 from tests.harness.builders import answers, small_config, spread_gate
 from tests.harness.numpy_removal import remove_tokens
 from tests.harness.stopping_rules import in_numpy
@@ -160,8 +160,10 @@ def random_layer(rule: Halting, garbage: float) -> tuple[State, Seen]:
 
     tokens = values(16)
     near = tokens + 0.5 * np.where(active[..., None], values(16), 0)
-    shown = {"tokens": tokens, "before": near, "class_attention": values(), "value_norm": values()}
-    return state, Seen(**{key: jnp.asarray(value, jnp.float32) for key, value in shown.items()}, active=state.active)
+    shown = {"before": near, "class_attention": values(), "value_norm": values()}
+    facts = {key: jnp.asarray(value, jnp.float32) for key, value in shown.items()}
+    after = of_tokens(jnp.asarray(tokens, jnp.float32), state.output.shape[1])
+    return state, Seen(**facts, **after, active=state.active)
 
 
 @every_rule

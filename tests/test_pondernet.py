@@ -18,7 +18,7 @@ from avit_jax import AViT, PonderNet
 from avit_jax.halting.pondernet import PonderNetLoss, log_exit_probabilities, log_geometric
 from avit_jax.halting.rule import State
 from avit_jax.model.config import NO_RULE
-from avit_jax.model.seen import Seen
+from avit_jax.model.seen import Seen, of_tokens
 from avit_jax.rules import parse_rule, rule_from_json, rule_to_json
 from avit_jax.train.objective import distillation_loss, objective_terms
 from tests.harness.arrays import read_npz
@@ -130,7 +130,7 @@ def depths(rule: PonderNet, lambda_logit: np.ndarray, draw: Any = None) -> np.nd
     logits = jnp.zeros((1, lambda_logit.shape[1], 5))
     for layer, row in enumerate(lambda_logit):
         tokens = jnp.broadcast_to(jnp.asarray(row, jnp.float32)[:, None, None], (len(row), 7, 16))
-        seen = Seen(tokens=tokens, logits=logits)
+        seen = Seen(logits=logits, **of_tokens(tokens, 1))
         last = layer == len(lambda_logit) - 1
         state, _ = rule.advance(state, seen, layer=layer, is_last=last, module=lambda tokens: tokens[:, 0])
     assert not np.any(state.active)
