@@ -42,7 +42,7 @@ def run_rows(script: str, description: str | None, rows: Sequence[Any], run: Cal
     if len(names) > len(chosen):
         parser.error(f"--only={arguments.only}: not all of these are rows; --list shows the names")
     if arguments.list:
-        print("\n".join(f"{row.name:24}{'there' if row.result.exists() else ''}".rstrip() for row in chosen))
+        print("\n".join(f"{row.name:40} {'there' if row.result.exists() else ''}".rstrip() for row in chosen))
         return
     if arguments.here:
         use_all_cores()
