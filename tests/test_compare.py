@@ -178,6 +178,7 @@ def test_the_work_of_a_vit_is_the_rules_although_its_program_ends_images_early(
     assert row["seed"] == 3 and row["rule"]["name"] == "avit"
 
 
+@pytest.mark.slow
 def test_without_labels_or_head_there_is_agreement_or_cosine(model: AViT, test_images: Split) -> None:
     plain = dataclasses.replace(test_images, labels=np.full(COUNT, -1))
     measured = bench.Bench(model, plain, data="noise", batches=(1,), rounds=1)
@@ -215,6 +216,7 @@ def test_a_rule_that_does_not_fit_is_left_out_with_the_reason(test_images: Split
     assert left_out[0].startswith("confidence is left out: a confidence exit needs class logits")
 
 
+@pytest.mark.slow
 def test_avit_takes_part_with_a_gate_that_was_started(
     model: AViT, test_images: Split, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -419,6 +421,7 @@ def command(*arguments: str) -> Any:
     return run_command(["-m", "avit_jax.compare", *arguments], environment=environment)
 
 
+@pytest.mark.slow
 def test_the_command_compares_and_prints_the_table(model: AViT, tmp_path: Path) -> None:
     np.savez(tmp_path / "toy.npz", **toy_arrays(120, 5, 8))
     small = spread_gate(small_config(image_size=8, in_channels=1, depth=2, **NO_RULE))

@@ -457,6 +457,7 @@ TEXT = "dynamicvit(keep_rate=0.7, layers=(1, 2))"
 
 
 @pytest.mark.usefixtures("without_pictures")
+@pytest.mark.slow
 def test_a_run_trains_the_predictors(tmp_path: Path) -> None:
     config = tiny_experiment(tmp_path / "toy.npz")
     config.model.update({"gate_scale": None, "gate_center": None})

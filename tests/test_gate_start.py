@@ -206,6 +206,7 @@ def test_images_that_cannot_be_used_are_refused() -> None:
         start_gate(model, images, target_depth=3.0, deviation=-1.0)
 
 
+@pytest.mark.slow
 def test_the_example_of_the_docstring_works(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -73,6 +73,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_planned_run_is_the_masked_run(whole: Path) -> None:
     masked, found = (lines_without_times(whole / name) for name in ("masked", "planned"))
     assert len(masked) == len(found)
@@ -85,6 +86,7 @@ def test_a_planned_run_is_the_masked_run(whole: Path) -> None:
         np.testing.assert_allclose(b, a, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_shapes_are_planned_and_kept_with_the_checkpoint(whole: Path) -> None:
     files = (whole / name / "checkpoints" / "8" / "step" / "metadata" for name in ("masked", "planned"))
     kept = [json.loads(file.read_text()) for file in files]
@@ -95,6 +97,7 @@ def test_shapes_are_planned_and_kept_with_the_checkpoint(whole: Path) -> None:
     assert plan.groups == 2 and len(plan.stages) <= 4, "a small model's plan compiles in half the time"
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_bit_for_bit(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed between a checkpoint and the end of a window, and with a plan in force."""
     plan_often(monkeypatch)

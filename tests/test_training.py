@@ -168,6 +168,7 @@ def test_same_seed_same_run_other_seed_another(config: ConfigDict, whole: Whole,
     assert lines_without_times(tmp_path / "other") != lines_without_times(whole.folder)
 
 
+@pytest.mark.slow
 def test_training_starts_from_a_static_model_and_reports_it(config: ConfigDict, tmp_path: Path) -> None:
     dense = config.copy_and_resolve_references()
     dense.model.gate_scale = dense.model.gate_center = None
