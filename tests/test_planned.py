@@ -175,20 +175,25 @@ def test_what_lies_beside_an_image_does_not_matter(drawn: dict[bool, tuple[AViT,
     np.testing.assert_array_equal(np.delete(clean.logits, 1, 0), np.delete(spoilt.logits, 1, 0))
 
 
-def test_halted_tokens_have_no_influence_whatever_they_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("exits", [False, True])
+def test_halted_tokens_have_no_influence_whatever_they_hold(exits: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """In every layer halted tokens come in as NaN. One stage with all places, so that nothing removes them."""
     model, images = spread_gate(small_config()), pictures(4)
     masked = answers(model, images)
-    drop = planned.drop_halted
 
-    def poisoned(x: Any, active: Any) -> Any:
-        return drop(jnp.where(active[..., None], x, jnp.nan), active)
+    def poison(run: Any) -> Any:
+        def poisoned(self: Any, layer: Any, x: Any, layout: Any, state: Any, *noise: Any) -> Any:
+            active = layout.of_tokens(state.active)
+            return run(self, layer, jnp.where(active[..., None], x, jnp.nan), layout, state, *noise)
 
-    monkeypatch.setattr(planned, "drop_halted", poisoned)
+        return poisoned
+
+    for name in ("_block", "_read"):
+        monkeypatch.setattr(planned._Layers, name, poison(getattr(planned._Layers, name)))
     rule = model.config.halting
     assert rule is not None
     plan = PlannedPlan(7, 4, 4, 2, (Stage(0, (7, 7)),))
-    output, _ = planned.forward(model, rule, jnp.asarray(images), plan)
+    output, _ = planned.forward(model, rule, jnp.asarray(images), plan, image_exit=exits)
     np.testing.assert_allclose(output.logits, masked.logits, rtol=1e-5, atol=1e-5)
 
 

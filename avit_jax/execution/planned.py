@@ -198,7 +198,6 @@ class _Layers:
         def layer(carry: Any, inputs: Any, read_only: bool = False) -> tuple[Any, Trace]:
             (x, state), (params, number, rate) = carry, inputs
             block = nnx.merge(graphdef, params)
-            x = drop_halted(x, layout.of_tokens(state.active))
             if read_only:
                 facts = self._read(block, x, layout, state)
             else:
@@ -237,6 +236,7 @@ class _Layers:
             shapes = jax.eval_shape(lambda c: block.attn.attended(c, None, of_attention(reads)), some)
             return jax.tree.map(lambda v: jnp.zeros((len(v), 0, *v.shape[2:]), v.dtype), shapes)
 
+        x = drop_halted(x, layout.of_tokens(state.active))
         normed, columns, proj = block.norm1(x), block.attn.columns, block.attn.proj
         each = sum(layout.sizes) > _LARGE * len(layout.sizes)
         parts = map(columns, layout.split(normed)) if each else layout.split(columns(normed))
@@ -260,7 +260,8 @@ class _Layers:
     def _read(self, block: Block, x: Float[Array, "*t d"], layout: Layout, state: State) -> Facts:
         """The facts of a layer of which only the tokens that the heads read are computed; the others are zeros."""
         heads, mass = self.model.config.num_outputs, self.rule.mass(state)
-        parts, masses = layout.split(x), [None] * len(layout.sizes) if mass is None else layout.cut(mass)
+        parts = layout.split(drop_halted(x, layout.of_tokens(state.active)))
+        masses = [None] * len(layout.sizes) if mass is None else layout.cut(mass)
         outputs = [
             block.read(part, mass, heads) if part.shape[1] else part for part, mass in zip(parts, masses, strict=True)
         ]
