@@ -62,7 +62,10 @@ class Layout:
         return jnp.concatenate([_widened(part, width) for part in parts])
 
     def first(self, values: Shaped[Array, "..."], width: int) -> Shaped[Array, "b w ..."]:
-        """The same from the values of all places, if every image with a place has `width` of them."""
+        """The first `width` tokens of each image, from the values of all places; zeros for an image without a place.
+
+        Every other image has `width` places or more.
+        """
         if len(self.images) == 1:
             return values[:, :width]
         first, capacities = self.of_rows()

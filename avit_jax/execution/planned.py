@@ -240,9 +240,7 @@ class _Layers:
         normed, columns, proj = block.norm1(x), block.attn.columns, block.attn.proj
         each = sum(layout.sizes) > _LARGE * len(layout.sizes)
         parts = map(columns, layout.split(normed)) if each else layout.split(columns(normed))
-        mass = self.rule.mass(state)
-        masses = [None] * len(layout.sizes) if mass is None else layout.cut(mass)
-        mixed, of_groups = zip(*map(attended, parts, masses), strict=True)
+        mixed, of_groups = zip(*map(attended, parts, self._masses(layout, state)), strict=True)
         branch = layout.joined(list(map(proj, mixed))) if each else proj(layout.joined(list(mixed)))
         y = x + noise.attention(branch.astype(x.dtype))
         z = y + noise.mlp(block.norm2(y), block).astype(y.dtype)
@@ -259,13 +257,19 @@ class _Layers:
 
     def _read(self, block: Block, x: Float[Array, "*t d"], layout: Layout, state: State) -> Facts:
         """The facts of a layer of which only the tokens that the heads read are computed; the others are zeros."""
-        heads, mass = self.model.config.num_outputs, self.rule.mass(state)
+        heads = self.model.config.num_outputs
+
+        def read(part: Array, mass: Mass) -> Array:
+            return block.read(part, mass, heads) if part.shape[1] else part
+
         parts = layout.split(drop_halted(x, layout.of_tokens(state.active)))
-        masses = [None] * len(layout.sizes) if mass is None else layout.cut(mass)
-        outputs = [
-            block.read(part, mass, heads) if part.shape[1] else part for part, mass in zip(parts, masses, strict=True)
-        ]
+        outputs = list(map(read, parts, self._masses(layout, state)))
         return of_tokens(layout.slots(outputs, state.active.shape[1]), heads)
+
+    def _masses(self, layout: Layout, state: State) -> list[Mass]:
+        """The mass of each group's keys."""
+        mass = self.rule.mass(state)
+        return [None] * len(layout.sizes) if mass is None else list(layout.cut(mass))
 
     def _advanced(
         self, state: State, facts: Facts, read: Bool[Array, "b w"], number: Int[Array, ""] | int, read_only: bool

@@ -89,7 +89,10 @@ def _mark_static(axes: Axes, against: Sequence[Row], cost: str, whole: Row | Non
     """The static model as a diamond with a line at its height; white: with a whole last layer, in its own group."""
 
     def place(row: Row) -> float:
-        return row["gmacs"] if cost == "gmacs" or speed is None else speed * fastest(row)["ratio"]
+        if cost == "gmacs":
+            return row["gmacs"]
+        assert speed is not None, "there is a row of the static model"
+        return speed * fastest(row)["ratio"]
 
     gains = [100 * gain(row) for row in against]
     middle, x = float(np.mean(gains)), float(np.mean([place(row) for row in against]))
