@@ -61,12 +61,14 @@ def main() -> None:
     use_all_cores()
     compared = DATA[options.data]
     out = options.out or compared.out
-    if options.draw:
-        lines = write_pictures(out, reference=options.reference)
-    else:
-        chosen = comparison_from(options.rules, options.budgets, options.batches, options.rounds)
-        lines = compare_checkpoint(compared.config, compared.checkpoint, chosen, out=out, most=options.most)
+    if options.reference and not options.draw:
+        parser.error("--reference is for the table: give --draw too")
     try:
+        if options.draw:
+            lines = write_pictures(out, reference=options.reference)
+        else:
+            chosen = comparison_from(options.rules, options.budgets, options.batches, options.rounds)
+            lines = compare_checkpoint(compared.config, compared.checkpoint, chosen, out=out, most=options.most)
         for line in lines:
             print(line)
     except ValueError as error:

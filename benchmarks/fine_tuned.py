@@ -5,9 +5,10 @@
     python benchmarks/compare.py --draw             pictures and table
     python benchmarks/fine_tuned.py --data=scattered --most=2500       the same on Scattered Fashion-MNIST
 
-Each model is timed by the program that removes tokens, in turn with the static model of the comparison
-(avit_jax/evaluate/bench.py), on --most of the test images. Its accuracy is that of all test images. The machine should
-be idle. A row that is there already is kept.
+Each model is timed by the program that removes tokens, in turn with the static model of the comparison, on the same
+images drawn from the test set (avit_jax/evaluate/bench.py). Its accuracy is that of all test images. What else the row
+says of its images (tokens of each layer, executed work) is of --most of them. The machine should be idle: rounds are
+repeated until they agree. A row that is there already is kept.
 """
 
 import argparse
@@ -37,12 +38,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--most", type=int, default=50_000)
     options = parser.parse_args()
+    if options.rounds < 1 or options.most < 1:
+        parser.error(f"--rounds={options.rounds} --most={options.most}: give numbers of at least 1")
     use_all_cores()
     compared = DATA[options.data]
     options.out = options.out or compared.out
     data = parse(compared.config).data
     test = spread(open_dataset(data).test, options.most)
-    bench = Bench(avit_jax.load(compared.checkpoint), test, data=Path(data.path).name, rounds=options.rounds)
+    bench = Bench(avit_jax.load(compared.checkpoint), test, data=data.shown_name, rounds=options.rounds)
     batches: dict[tuple[str, str], int] = {}  # the best one of each method and budget, chosen with the first seed
     for row in rows():
         folder = RUNS / "models" / row.name
@@ -53,15 +56,16 @@ def main() -> None:
 
 def _measured(bench: Bench, row: Row, model: avit_jax.AViT, options: Any, batches: dict[tuple[str, str], int]) -> str:
     result = read_json(row.result)
-    method, budget = result["method"], result["budget"]
+    method, budget = row.label, result["budget"]
     settings = {"trained": result["commit"], "batches": list(BATCHES), "rounds": options.rounds, "most": options.most}
     file = row_file(options.out, GROUPS[1], method, budget, row.seed)
     if saved_row(file, model.config.rule_in_force, settings):
         return "there"
-    test = open_dataset(parse(row.config()).data).test if row.method == "image" else None
+    smaller = row.method == "image"
+    test = spread(open_dataset(parse(row.config()).data).test, options.most) if smaller else None
     key = method, row.budget or row.work
     if key not in batches:
-        batches[key] = bench.batch if test is not None else bench.best_batch(model)
+        batches[key] = bench.best_batch(model, test)
     measured = bench.row(
         model,
         method=method,
@@ -72,7 +76,11 @@ def _measured(bench: Bench, row: Row, model: avit_jax.AViT, options: Any, batche
         settings=settings,
         test=test,
     )
-    # Of all test images, as the model was evaluated after its training; with --most the speed is of fewer.
+    if measured["images"] < result["images"]:
+        measured["evaluated"] = measured["images"]
+    if row.moved:
+        measured["trained_for"] = float(row.work)
+    # Of all test images, as the model was evaluated after its training.
     measured |= {name: result[name] for name in ("images", "top1", "loss", "correct", "gmacs")}
     save_row(options.out, measured)
     fastest = measured["speed"][str(batches[key])]

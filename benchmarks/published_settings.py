@@ -136,12 +136,16 @@ def main() -> None:
     parser.add_argument("--batches", default="1,16,32", help="comma-separated, rising")
     parser.add_argument("--rounds", type=int, default=11)
     options = parser.parse_args()
+    if options.rounds < 1 or not all(batch.isdigit() and int(batch) for batch in options.batches.split(",")):
+        parser.error(f"--rounds={options.rounds} --batches={options.batches}: give whole numbers of at least 1")
     options.batches = sorted({int(batch) for batch in options.batches.split(",")})
-    use_all_cores()
-    results: dict[str, Any] = {"machine": machine(), "rounds": options.rounds}
-    for name in options.models.split(","):
+    names = options.models.split(",")
+    for name in names:
         if name not in MODELS:
             parser.error(f"there is no model {name!r}: {nearest(name, MODELS)}")
+    use_all_cores()
+    results: dict[str, Any] = {"machine": machine(), "rounds": options.rounds}
+    for name in names:
         results[name] = benchmark(name, options)
     save_results(Path("runs/benchmarks/published_settings.json"), results)
 

@@ -7,8 +7,9 @@ METHOD is static, layers (the first layers of the static model), image (a smalle
 dynamicvit_own (DynamicViT with the losses and learning rates of its paper), or avit_hidden (the second attempt of
 A-ViT: its gate starts from hidden units too, with depths that differ more, and trains without ponder cost and prior).
 WORK is 0.71 or 0.49, the share of the static model's multiply-adds that an image may cost; the last layer computes only
-what the logits read. With layers and image it is the number of layers or the image's side in pixels;
-benchmarks/prior_art.py writes what these two need.
+what the logits read. With layers and image it is the number of layers or the image's side in pixels. static and
+confidence have no WORK. benchmarks/prior_art.py writes what layers, image and act start from, and runs `positions`,
+whose depths come from a trained A-ViT.
 
 All methods start from checkpoints/fashion_mnist_dense, which is also the teacher, and train for two epochs. The
 learning rate was chosen from 3e-4, 1e-3 and 2e-3 by validation top-1 at work 0.6 after half an epoch with one seed, for
@@ -101,6 +102,8 @@ def get_config(arg: str = "static") -> ConfigDict:
     method, _, work = arg.partition(",")
     if method not in RATES:
         raise ValueError(f"{method!r} is not one of {', '.join(RATES)}")
+    if method in ("static", "confidence") and work:
+        raise ValueError(f"{method} has no WORK: leave out ',{work}'")
     config = fashion_mnist.get_config("avit" if method in ("avit", "avit_hidden") else "dense_more")
     config.name = f"prior_art_{method}" + (f"_{work}" if work else "")
     config.epochs = 2.0
@@ -111,12 +114,13 @@ def get_config(arg: str = "static") -> ConfigDict:
     if method == "static":
         pass
     elif method == "layers":
-        config.model.depth = int(work)
-        config.init_from = first_layers_path(int(work))
+        config.model.depth = _whole(work, "layers,9 is the first 9 layers")
+        config.init_from = first_layers_path(config.model.depth)
     elif method == "image":
-        config.data.update({"source": "npz", "path": images_path(int(work)), "class_names": ()})
-        config.model.image_size = int(work)
-        config.augment.translate *= int(work) / 28
+        side = _whole(work, "image,24 is images of 24x24 pixels")
+        config.data.update({"source": "npz", "path": images_path(side), "class_names": ()})
+        config.model.image_size = side
+        config.augment.translate *= side / 28
     elif method in ("avit", "avit_hidden"):
         if method == "avit_hidden":
             # Before any training, half of the work leaves 86.9 % with the deviation of the other A-ViT rows, 3.5, and
@@ -129,7 +133,9 @@ def get_config(arg: str = "static") -> ConfigDict:
         depth = _of(GATE_START, work, method)
         config.gate_start.target_depth = depth
         config.loss.prior_target_depth = depth + 0.6
-    elif method != "positions":  # its rule comes from a trained A-ViT; benchmarks/prior_art.py makes it
+    elif method == "positions":
+        config.model.rule = method  # without depths, which training refuses; benchmarks/prior_art.py adds them
+    else:
         kind = method.removesuffix("_own")
         config.model.rule = _of((SETTINGS | STARTS)[kind], work, method)
     if method == "act":
@@ -151,6 +157,12 @@ def _of(table: dict[str, Any], work: str, method: str) -> Any:
     if work not in table:
         raise ValueError(f"{method} has no settings for work {work!r}: give {' or '.join(table)}")
     return table[work]
+
+
+def _whole(work: str, example: str) -> int:
+    if not (work.isdigit() and work.isascii() and int(work)):
+        raise ValueError(f"{work!r} is not a number: {example}")
+    return int(work)
 
 
 def share(config: AViTConfig) -> float:

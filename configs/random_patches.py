@@ -33,6 +33,10 @@ def get_config(arg: str = "mnist,360,uniform,0.5") -> ConfigDict:
         raise ValueError(f"{data},{images} is not one of the data: {known}")
     if law not in LAWS:
         raise ValueError(f"the law {law!r} is not one of {', '.join(LAWS)}")
+    try:
+        share = float(probability)
+    except ValueError:
+        raise ValueError(f"the probability {probability!r} is not a number: {_FORM}") from None
     config = fashion_mnist.get_config("dense") if data == "fashion" else mnist_dense.get_config()
     config.name = "random_patches_" + "_".join(parts)
     config.init_from = ""
@@ -40,7 +44,7 @@ def get_config(arg: str = "mnist,360,uniform,0.5") -> ConfigDict:
     if not affine:
         config.augment.update({"rotate": 0.0, "scale": 0.0, "shear": 0.0, "translate": 0.0})
     # On the grid the probability changes nothing, and the code of random patches is not even there.
-    config.augment.update({"random_law": law, "random_patches": 0.0 if law == "grid" else float(probability)})
+    config.augment.update({"random_law": law, "random_patches": 0.0 if law == "grid" else share})
     config.epochs = float(EPOCHS[data][int(images)])
     config.batch_size = 60 if int(images) < 1000 else 100
     steps = config.epochs * int(images) / config.batch_size

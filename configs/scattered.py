@@ -41,7 +41,8 @@ def get_config(arg: str = "dense") -> ConfigDict:
         config.epochs = 2.0
         config.optim.update({"learning_rate": 1e-3, "warmup_steps": 100})
     elif arg in METHODS:
-        config = prior_art.get_config(f"{arg},{LAYERS if arg == 'layers' else WORK}")
+        work = {"static": "", "layers": str(LAYERS)}.get(arg, WORK)
+        config = prior_art.get_config(f"{arg},{work}")
         config.init_from = first_layers_path(LAYERS) if arg == "layers" else STATIC_MODEL
         config.teacher = STATIC_MODEL
         config.epochs = 1.0

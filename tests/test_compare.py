@@ -19,8 +19,9 @@ from avit_jax import AViT, ConfidenceExit, ToMe
 from avit_jax.commands.compare_checkpoint import comparison_from, photographs, start_for, write_pictures
 from avit_jax.data.preprocessing import normalize
 from avit_jax.data.sources import Part, Split, spread
-from avit_jax.evaluate import bench, budget, curves, rows, training_free
+from avit_jax.evaluate import bench, budget, curves, rows, timing, training_free
 from avit_jax.evaluate.figures import Evaluation, evaluate
+from avit_jax.evaluate.timing import Timed
 from avit_jax.evaluate.training_free import Comparison, compare_rules
 from avit_jax.execution.compiled import predict
 from avit_jax.execution.work import image_gmacs
@@ -29,6 +30,8 @@ from avit_jax.model.config import NO_RULE
 from avit_jax.model.output import AViTOutput
 from avit_jax.report.frontier_table import comparison_table
 from avit_jax.report.kept import draw_kept
+from avit_jax.report.method_style import styles
+from avit_jax.rules import RULES
 from configs import prior_art
 from tests.harness.builders import answers, quick_start, small_config, spread_gate, toy_arrays
 from tests.harness.command_server import run_command
@@ -99,7 +102,8 @@ def test_a_row_says_what_the_plain_evaluation_says(
         assert set(row["speed"]) == {"1", "10"} and row["memory_mb"] > 0 and row["compile_seconds"] > 0
         for speed in row["speed"].values():
             assert 0 < speed["low_quartile"] <= speed["images_per_second"] <= speed["high_quartile"]
-            assert speed["ratio"] > 0
+            assert 0 < speed["low_ratio"] <= speed["ratio"] <= speed["high_ratio"]
+        assert row["static_gmacs"] == pytest.approx(found[0]["gmacs"])
         assert len(row["tokens"]) == 4 and row["tokens"][0] == model.config.num_tokens
     assert found[0]["agreement"] == found[1]["agreement"] == 1 and found[1]["gmacs"] < found[0]["gmacs"]
     whole = found[0]["gmacs"]
@@ -248,7 +252,14 @@ def test_avit_takes_part_with_a_gate_that_was_started(
 def made_row(method: str, budget: float | None, gmacs: float, ratio: float, right: np.ndarray, **more: Any) -> rows.Row:
     speed = {"images_per_second": 100 * ratio, "low_quartile": 1.0, "high_quartile": 2.0, "ratio": ratio}
     row: rows.Row = {"data": "made", "group": "training-free", "method": method, "rule": None, "budget": budget}
-    row |= {"seed": None, "images": len(right), "top1": float(right.mean()), "loss": 1.0, "agreement": 0.5}
+    row |= {
+        "static_gmacs": 1.0,
+        "seed": None,
+        "images": len(right),
+        "top1": float(right.mean()),
+        "loss": 1.0,
+        "agreement": 0.5,
+    }
     row |= {"cosine": 0.5, "gmacs": gmacs, "executed_gmacs": gmacs, "correct": rows.as_bits(right)}
     row |= {"speed": {"1": speed, "8": speed}, "memory_mb": 1.0, "compile_seconds": 1.0, "machine": "one"}
     row |= {"settings": {}, "tokens": [5.0, 3.0], "explained_by_position": None, "deciles": [], "histogram": None}
@@ -296,6 +307,73 @@ def test_rows_of_a_slow_day_stand_where_their_ratios_say() -> None:
     assert curve.points[0].speed == pytest.approx(150.0)
     (alone,) = curves.curves([act])
     assert alone.points[0].speed == pytest.approx(60.0)
+
+
+def test_shares_of_the_work_are_those_of_the_whole_static_model() -> None:
+    """Also if only rows with a short last layer are there; without its GMACs there is no table at equal work."""
+    static = made_row(rows.STATIC_SHORT, None, 0.9, 1.0, first(0.9), group="fine-tuned")
+    act = made_row("act", 0.5, 0.5, 1.5, first(0.8), group="fine-tuned")
+    assert "| fine-tuned: top-1 (%) at equal work | 0.5 GMACs (50%) |" in comparison_table([act, static])
+    unknown = [{name: value for name, value in row.items() if name != "static_gmacs"} for row in (act, static)]
+    assert "equal work" not in comparison_table(unknown) and "equal measured images/s" in comparison_table(unknown)
+
+
+def test_a_rule_looks_the_same_in_every_picture() -> None:
+    some, more = styles(["tome", "fewer layers", "mine"]), styles(["fewer layers", "avit", *RULES, "tome", "yours"])
+    assert all(some[name] == more[name] for name in ("tome", "fewer layers")) and some.keys() == {
+        "tome", "fewer layers", "mine"
+    }  # fmt: skip
+    looks = [tuple(look.values()) for look in more.values()]
+    assert len(set(looks)) == len(looks)
+
+
+def test_programs_are_timed_with_the_same_images_of_all_classes() -> None:
+    """Data in a folder are sorted by class."""
+    config = small_config(image_size=(2, 1), in_channels=1, patch_size=1, embed_dim=8, **NO_RULE)
+    config = dataclasses.replace(config, preprocessing=avit_jax.Preprocessing((0.0,), (1 / 255,)))
+    pixels = np.broadcast_to(np.arange(250, dtype=np.uint8)[:, None, None, None], (250, 2, 1, 1))
+    by_class = Split(pixels, (np.arange(250) // 25).astype(np.int32))
+
+    def images(size: int) -> list[int]:
+        seen: list[np.ndarray] = []
+
+        class Program:
+            batch_size = size
+
+            def __init__(self) -> None:
+                self.config = config
+
+            def __call__(self, batch: Any) -> Any:
+                return jnp.zeros(())
+
+        timed = bench._timed(Program(), by_class)
+        seen = [np.asarray(batch) for batch in timed.batches]
+        return np.concatenate(seen)[:, 0, 0, 0].round().astype(int).tolist()
+
+    alone, some, many = images(1), images(20), images(100)
+    assert len(alone) == 64 and len(some) == 80 and len(many) == 200
+    assert many[:64] == alone and many[:80] == some and len(set(many)) == 200
+    assert len({number // 25 for number in some[:20]}) > 5
+
+
+def test_rounds_are_repeated_until_they_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+    noise = iter([1.0, 2.0, 1.5, 3.0, *[2.0] * 100])
+    rounds: list[float] = []
+
+    def sampled(programs: Any) -> None:
+        rounds.append(next(noise))
+        for program, rate in zip(programs, (100 * rounds[-1], 100.0), strict=True):
+            program.rates.append(rate)
+
+    monkeypatch.setattr(timing, "sample_in_turn", sampled)
+
+    def measured() -> dict[str, float]:
+        return timing.ratios_in_turn({10: Timed(print, [])}, {10: Timed(print, [])}, 4)["10"]
+
+    speed = measured()
+    assert len(rounds) == 8 and speed["ratio"] == 2 and speed["images_per_second"] == 200
+    assert speed["low_ratio"] <= 2 <= speed["high_ratio"]
+    assert measured()["ratio"] == 2 and len(rounds) == 8 + 4
 
 
 def test_a_paired_interval_is_zero_for_the_same_answers() -> None:
@@ -365,6 +443,35 @@ def test_charts_are_drawn_of_whatever_is_there(compared: tuple[Path, list[rows.R
     assert drawn(tuned, tmp_path / "tuned") == alone
     with pytest.raises(ValueError, match="has no rows of a comparison"):
         list(write_pictures(tmp_path / "nothing"))
+
+
+def test_rows_of_other_weights_or_data_take_no_part(tmp_path: Path) -> None:
+    ours, theirs = {"weights": "a", "content": "c"}, {"weights": "a", "content": "d"}
+    rows.save_row(tmp_path, made_row(rows.STATIC_SHORT, None, 1.0, 1.0, first(0.9), settings=ours | {"rounds": 2}))
+    rows.save_row(tmp_path, made_row("tome", 0.5, 0.5, 1.5, first(0.8), settings=ours))
+    rows.save_row(tmp_path, made_row("topk", 0.5, 0.5, 1.5, first(0.8), settings=theirs))
+    rows.save_row(tmp_path, made_row("act", 0.5, 0.5, 1.5, first(0.8), group="fine-tuned", seed=0))
+    said = list(write_pictures(tmp_path, measured_with=ours))
+    assert said[0] == "left out: top-k at 0.5 was measured with other weights or data" and len(said) == 3
+    assert "ToMe" in said[1] and "ACT" in said[1] and "top-k" not in said[1]
+    assert "top-k" in next(write_pictures(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"budget": "half"}, {"speed": {}}, {"speed": {"eight": {}}}, {"speed": {"8": {"images_per_second": 1.0}}},
+        {"group": "finetuned"}, {"images": 2000}, {"gmacs": None}, {"correct": "?"}, {"method": 3}, {"budget": None},
+    ],
+)  # fmt: skip
+def test_a_file_that_is_no_row_is_named(change: dict[str, Any], tmp_path: Path) -> None:
+    file = rows.save_row(tmp_path, made_row("tome", 0.5, 0.5, 1.5, first(0.8)))
+    row = json.loads(file.read_text()) | change
+    if change == {"budget": None}:
+        assert rows.read_rows(tmp_path) and row.pop("budget") is None
+    file.write_text(json.dumps(row))
+    with pytest.raises(ValueError, match="tome-0.5.json is not a row of a comparison: move it elsewhere"):
+        rows.read_rows(tmp_path)
 
 
 def test_bits_of_answers_survive() -> None:

@@ -48,7 +48,7 @@ def test_a_setting_for_scattered_items_meets_its_budget(method: str) -> None:
 def test_training_on_scattered_items_is_that_of_the_comparison() -> None:
     """The objective and the rates are the same; the data, the length and the static model are its own."""
     for method in scattered.METHODS:
-        work = str(scattered.LAYERS) if method == "layers" else scattered.WORK
+        work = {"layers": str(scattered.LAYERS), "static": ""}.get(method, scattered.WORK)
         ours, theirs = scattered.get_config(method), prior_art.get_config(f"{method},{work}")
         assert (ours.loss, ours.optim, ours.batch_size) == (theirs.loss, theirs.optim, theirs.batch_size)
         assert (ours.epochs, ours.data.source, ours.teacher) == (1, "scattered", scattered.STATIC_MODEL)
@@ -86,7 +86,7 @@ def test_every_method_has_the_same_training() -> None:
     static = common("static")
     assert static["length"] == (2, 100)
     for method in prior_art.RATES.keys() - {"act", "layers", "image", "dynamicvit_own"}:
-        assert common(f"{method}," if method == "confidence" else f"{method},0.49") == static, method
+        assert common(method if method in ("static", "confidence") else f"{method},0.49") == static, method
 
 
 def test_rates_are_the_best_of_the_search() -> None:
@@ -119,11 +119,19 @@ def test_first_layers_are_those_of_the_model() -> None:
         ("tme,0.71", "'tme' is not one of static, "),
         ("tome,0.7", "tome has no settings for work '0.7': give 0.71 or 0.6 or 0.49"),
         ("tome", "tome has no settings for work ''"),
+        ("confidence,0.71", "confidence has no WORK: leave out ',0.71'"),
+        ("layers,0.71", "'0.71' is not a number: layers,9 is the first 9 layers"),
+        ("image", "'' is not a number: image,24 is images of 24x24 pixels"),
     ],
 )
 def test_what_is_not_there_is_named(arg: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         prior_art.get_config(arg)
+
+
+def test_positions_have_no_depths_of_their_own() -> None:
+    with pytest.raises(ValueError, match="the rule positions lacks the field depths"):
+        parse(prior_art.get_config("positions,0.71"))
 
 
 def test_rows_have_names_of_their_own() -> None:

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from flax import nnx
@@ -14,12 +15,13 @@ from avit_jax.checkpoints.model_folder import load, no_checkpoint
 from avit_jax.commands.evaluate_checkpoint import load_for_data
 from avit_jax.commands.predict_images import find_images, read_picture
 from avit_jax.commands.typed_config import parse
+from avit_jax.data.account import data_account
 from avit_jax.data.decode import BadImage
 from avit_jax.data.open import open_dataset
 from avit_jax.data.pipeline import evaluation_images
 from avit_jax.data.preprocessing import denormalize, normalize
 from avit_jax.data.sources import Images, Split, spread
-from avit_jax.evaluate.rows import read_rows
+from avit_jax.evaluate.rows import GROUPS, read_rows
 from avit_jax.evaluate.training_free import STARTED, Comparison, compare_rules
 from avit_jax.halting.avit import AViTGate
 from avit_jax.model.config import AViTConfig
@@ -27,6 +29,7 @@ from avit_jax.model.vit import AViT
 from avit_jax.report.frontier import draw_comparison
 from avit_jax.report.frontier_table import comparison_table
 from avit_jax.report.kept import draw_kept
+from avit_jax.report.method_style import label
 from avit_jax.rules import parse_rule
 from avit_jax.runtime.files import replace_text, shown, writable_folder
 from avit_jax.train.gate_start import start_gate
@@ -87,19 +90,24 @@ def compare_checkpoint(
         test, unread = photographs(Path(images), model.config, most)
         yield from unread
         chosen, data = spread(test, CALIBRATION_IMAGES), Path(images).name
+        account: Any = tree_digests({"images": test.images})
     else:
         settings = parse(config)
         dataset = open_dataset(settings.data)
         model = load_for_data(path, settings, dataset, False, {})
         test, chosen = spread(dataset.test, most), spread(dataset.val, CALIBRATION_IMAGES)
-        data = Path(settings.data.path).name or settings.data.name or settings.data.source
+        data, account = settings.data.shown_name, data_account(dataset)
     pixels = normalize(evaluation_images(chosen, range(len(chosen)), model.config), model.config)
-    measured_with = {"data": data, "weights": json_digest(tree_digests(nnx.to_pure_dict(nnx.state(model))))}
+    measured_with = {
+        "data": data,
+        "content": json_digest(account),  # two folders may have the same name
+        "weights": json_digest(tree_digests(nnx.to_pure_dict(nnx.state(model)))),
+    }
     started, reason = start_for(model, pixels, comparison)
     yield from reason
     _, left_out = compare_rules(model, test, np.asarray(pixels), folder, comparison, measured_with, started)
     yield from left_out
-    yield from write_pictures(folder, model, test, started=started)
+    yield from write_pictures(folder, model, test, started=started, measured_with=measured_with)
 
 
 def start_for(
@@ -132,14 +140,22 @@ def write_pictures(
     *,
     started: AViT | None = None,
     reference: str | None = None,
+    measured_with: dict[str, Any] | None = None,
 ) -> Iterator[str]:
     """Draw the pictures of the rows in a folder and write the table; lines to print.
 
     model, test: for the picture of what each rule keeps; None: it is not drawn. started: the model as an A-ViT with a
     started gate, if there is one. reference: the method that the table compares the others with; None: the static
-    model. Raises ValueError if no row is of `reference`.
+    model. measured_with: settings that a training-free row must have to take part; others are named. Raises ValueError
+    if no row is of `reference`.
     """
-    rows = read_rows(folder)
+    rows = []
+    for row in read_rows(folder):
+        if row["group"] == GROUPS[0] and measured_with and row["settings"] | measured_with != row["settings"]:
+            budget = "" if row["budget"] is None else f" at {row['budget']:g}"
+            yield f"left out: {label(row['method'])}{budget} was measured with other weights or data"
+        else:
+            rows.append(row)
     pictures = draw_comparison(rows, folder)
     if model is not None and test is not None:
         pictures += draw_kept(rows, model, test, folder / "kept.png", started=started)

@@ -86,8 +86,7 @@ def evaluate_checkpoint(
             folder,
             evaluated,
             dataset.test,
-            data=f"the test set of {Path(settings.data.path).name or settings.data.source}"
-            + (f"; {doubt}" if doubt else ""),
+            data=f"the test set of {settings.data.shown_name}" + (f"; {doubt}" if doubt else ""),
             batch_size=settings.eval_batch_size,
             baseline=subject(baseline, other) if baseline and other else None,
             sweep=gates,

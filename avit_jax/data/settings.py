@@ -1,6 +1,7 @@
 """config.data and config.augment: every key, its default and its unit."""
 
 import dataclasses
+from pathlib import Path
 
 from avit_jax.model.config import INTERPOLATIONS, MIN_CROP_FRACTION
 from avit_jax.model.random_patches import LAWS
@@ -58,6 +59,12 @@ class DataSettings(Settings):
     repeated_augmentation: int = setting(
         1, "How often each image is in a pass over the data, augmented anew each time.", least=1
     )
+
+    @property
+    def shown_name(self) -> str:
+        """The data in a few words, for tables and rows."""
+        found = Path(self.path).name or self.name or self.source
+        return f"scattered {found}" if self.source == "scattered" and found != self.source else found
 
     def __post_init__(self) -> None:
         super().__post_init__()

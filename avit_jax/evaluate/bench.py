@@ -18,10 +18,10 @@ from avit_jax.data.preprocessing import normalize
 from avit_jax.data.sources import Images
 from avit_jax.evaluate.position_share import explained_by_position
 from avit_jax.evaluate.rows import STATIC, Row, as_bits
-from avit_jax.evaluate.timing import Timed, sample_in_turn
+from avit_jax.evaluate.timing import Timed, ratios_in_turn, sample_in_turn
 from avit_jax.execution.compiled import CompiledModel
 from avit_jax.execution.program import AUTO, compile
-from avit_jax.execution.work import image_gmacs, output_gmacs
+from avit_jax.execution.work import image_gmacs, output_gmacs, shrinking_gmacs
 from avit_jax.model.config import NO_RULE, AViTConfig, changed
 from avit_jax.model.vit import AViT, model_of_shapes
 from avit_jax.rules import rule_to_json
@@ -33,7 +33,7 @@ ROUNDS = 11
 BATCHES = (50, 200)  # candidates for the batch at which a program is fastest
 _SAMPLE_SECONDS = 0.2  # a sample repeats shorter runs
 _TRIAL_ROUNDS = 3  # to choose a batch
-_ALONE = 32  # images that a sample at batch 1 runs through
+_ALONE = 64  # images that a sample at batch 1 runs through
 _BINS = 24  # of the histogram of GMACs
 
 
@@ -77,11 +77,11 @@ class Bench:
         labelled = self.static.config.num_classes > 0 and bool((self.answers.label >= 0).all())
         self._features = None if labelled else features(self.static, self.batch, self.test)
 
-    def best_batch(self, model: AViT) -> int:
-        """The candidate at which the model's program runs most images in a second."""
+    def best_batch(self, model: AViT, test: Images | None = None) -> int:
+        """The candidate at which the model's program runs most images in a second. test: see `row`."""
         if len(self.batches) == 1:
             return self.batches[0]
-        return self._fastest({batch: self._compiled(model, batch) for batch in self.batches})
+        return self._fastest({batch: self._compiled(model, batch) for batch in self.batches}, test)
 
     def row(
         self,
@@ -117,6 +117,7 @@ class Bench:
             "budget": budget,
             "seed": seed,
             "images": len(found.label),
+            "static_gmacs": shrinking_gmacs(self.static.config, short_last_layer=False),
             **self._accuracy(found),
             "cosine": self._cosine(model, batch, images),
             "executed_gmacs": found.executed_gmacs,
@@ -164,22 +165,11 @@ class Bench:
         """Images/s of the programs by batch, all in turn with the static model's at batch 1 and at its best one."""
         ours = {batch: _timed(program, images) for batch, program in programs.items()}
         static = {batch: _timed(program, self.test) for batch, program in self._programs.items()}
-        for _ in range(self.rounds):
-            sample_in_turn([*ours.values(), *static.values()])
-        found = {}
-        for batch, program in ours.items():
-            beside = static[1 if batch == 1 else self.batch]
-            low, middle, high = np.percentile(program.rates, (25, 50, 75)).tolist()
-            found[str(batch)] = {
-                "images_per_second": middle,
-                "low_quartile": low,
-                "high_quartile": high,
-                "ratio": statistics.median(a / b for a, b in zip(program.rates, beside.rates, strict=True)),
-            }
-        return found
+        beside = {batch: static[1 if batch == 1 else self.batch] for batch in ours}
+        return ratios_in_turn(ours, beside, self.rounds)
 
-    def _fastest(self, programs: dict[int, CompiledModel]) -> int:
-        timed = {batch: _timed(program, self.test) for batch, program in programs.items()}
+    def _fastest(self, programs: dict[int, CompiledModel], test: Images | None = None) -> int:
+        timed = {batch: _timed(program, test or self.test) for batch, program in programs.items()}
         for _ in range(_TRIAL_ROUNDS):
             sample_in_turn(timed.values())
         return max(timed, key=lambda batch: statistics.median(timed[batch].rates))
@@ -290,11 +280,15 @@ def _tokens(config: AViTConfig, depth: Int[np.ndarray, "n t"]) -> list[float]:
 
 
 def _timed(program: Any, images: Images) -> Timed:
-    """The program, warm, with the first images of the data in their order: the cost of a batch depends on its mix."""
+    """The program, warm, with images in the same random order for every program.
+
+    Data may be sorted by class, and a batch costs what its mix of images costs.
+    """
     config, size = program.config, program.batch_size
     count = min(len(images), _ALONE if size == 1 else max(size, 4 * size if size < 100 else 2 * size))
     count -= count % size
-    pixels = normalize(evaluation_images(images, range(count), config), config)
+    chosen = np.random.default_rng(0).permutation(len(images))[:count].tolist()
+    pixels = normalize(evaluation_images(images, chosen, config), config)
     place = batch_sharding(data_mesh(size))
     batches: list[Array] = [jax.device_put(pixels[start : start + size], place) for start in range(0, count, size)]
     jax.block_until_ready(program(batches[0]))

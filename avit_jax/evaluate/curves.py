@@ -20,7 +20,7 @@ class Point:
     low: float  # of the seeds
     high: float
     gmacs: float
-    speed: float  # images/s at the best batch: the ratio to the static model times the static model's own images/s
+    speed: float  # images/s at the best batch, scaled: the ratio times the static model's images/s on one day
     ratio: float  # of images/s to the static model with a short last layer, each at its best batch
     ratio_alone: float  # the same at batch 1
     rows: tuple[Row, ...]
@@ -115,9 +115,14 @@ def gain_name(rows: Sequence[Row]) -> str:
 
 
 def static_row(rows: Sequence[Row]) -> Row | None:
-    """The static model of the comparison with a short last layer, or as it is; None if neither is there."""
-    own = [row for row in rows if row["group"] == GROUPS[0]]
-    return next((row for name in (STATIC_SHORT, STATIC) for row in own if row["method"] == name), None)
+    """The static model with a short last layer, or as it is, without training if it is there; None without any."""
+    ordered = [row for group in GROUPS for row in rows if row["group"] == group]
+    return next((row for name in (STATIC_SHORT, STATIC) for row in ordered if row["method"] == name), None)
+
+
+def static_gmacs(rows: Sequence[Row]) -> float | None:
+    """GMACs of the static model with all layers whole, of which budgets are shares; None if no row says it."""
+    return next((row["static_gmacs"] for row in rows if row.get("static_gmacs")), None)
 
 
 def static_speed(rows: Sequence[Row]) -> float | None:
@@ -125,14 +130,14 @@ def static_speed(rows: Sequence[Row]) -> float | None:
 
     Rows of different days are compared by their ratios to it, because a machine's own speed changes.
     """
-    static = static_row(rows) or next((row for row in rows if row["method"] == STATIC_SHORT), None)
+    static = static_row(rows)
     return None if static is None else fastest(static)["images_per_second"] / fastest(static)["ratio"]
 
 
 def references(rows: Sequence[Row], group: str) -> list[Row]:
     """The static model that a group is compared with: trained for as long if there is one, every seed of it."""
     trained = [row for row in rows if row["group"] == group != GROUPS[0] and row["method"] == STATIC_SHORT]
-    static = static_row(rows)
+    static = static_row([row for row in rows if row["group"] == GROUPS[0]])
     return trained or ([] if static is None else [static])
 
 

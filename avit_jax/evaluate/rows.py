@@ -5,16 +5,21 @@ A row is a dict of plain JSON:
     data, group ("training-free" or "fine-tuned"), method (a rule's name, "static", "static, last layer short", ..)
     rule (rule_to_json, or null), budget (share of the static model's work that was asked for, or null), seed (or null)
     images, top1, loss (both null without labels), correct (base64 of packed bits, one for each image; null)
+    static_gmacs (of the static model with all layers whole, of which budgets are shares)
     agreement (share of the images answered as the static model answers them)
     cosine (without labels: mean of the features that a head reads, against the static model's; null)
     gmacs (mean for an image by the rule, last layer short), executed_gmacs (padding and matching included)
-    speed {batch: {images_per_second, low_quartile, high_quartile, ratio}}    ratio: to the static model, same rounds
+    speed {batch: {images_per_second, low_quartile, high_quartile, ratio, low_ratio, high_ratio}}
+        ratio: to the static model in the same rounds, with its quartiles
     memory_mb, compile_seconds (of the program at the largest of these batches), machine, settings
-    tokens (mean number that each layer computes), explained_by_position (halting rules)
-    deciles [{images, low, high, gmacs, top1}] and histogram {edges, counts} of the images' GMACs (halting rules)
+    tokens (mean number that each layer computes), explained_by_position (of the variance of depths between tokens)
+    deciles [{images, low, high, gmacs, top1}] and histogram {edges, counts} of the images' GMACs (if they differ)
+    evaluated (images of which are these three and executed_gmacs, if fewer than `images`)
+    trained_for (share of the work that the model was trained for, if `budget` is another)
 """
 
 import base64
+import itertools
 import json
 import re
 from pathlib import Path
@@ -62,9 +67,22 @@ def read_rows(folder: Path) -> list[Row]:
         raise ValueError(f"{folder} has no rows of a comparison: run it first")
     rows = [read_json(file, _MOST_BYTES) for file in files]
     for file, row in zip(files, rows, strict=True):
-        if not isinstance(row, dict) or not {"group", "method", "gmacs", "speed"} <= row.keys():
+        if not _is_row(row):
             raise ValueError(f"{file} is not a row of a comparison: move it elsewhere")
     return rows
+
+
+def _is_row(row: Any) -> bool:
+    """Whether the content of a file has what pictures and tables need."""
+    try:
+        speeds = [(int(batch), speed["images_per_second"], speed["ratio"]) for batch, speed in row["speed"].items()]
+        numbers = [row["gmacs"], row["images"], 1 if row["budget"] is None else row["budget"]]
+        numbers += itertools.chain.from_iterable(speeds)
+        answered = row.get("correct") is None or len(base64.b64decode(row["correct"])) == -(-row["images"] // 8)
+        known = row["group"] in GROUPS and isinstance(row["method"], str) and isinstance(row["images"], int)
+        return bool(known and answered and speeds and all(number > 0 for number in numbers))
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return False
 
 
 def as_bits(correct: Bool[np.ndarray, " n"]) -> str:

@@ -3,7 +3,7 @@
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,6 +13,9 @@ from jaxtyping import Array, Float
 
 from avit_jax.model.vit import AViTOutput
 from avit_jax.runtime.mesh import batch_sharding
+
+_STEADY = 0.1  # quartiles of ratios further apart than this share of their median: the machine was not idle
+_MOST_REPEATS = 3  # of the rounds
 
 
 @dataclasses.dataclass
@@ -47,6 +50,28 @@ def sample_in_turn(programs: Iterable[Timed]) -> None:
     """One round: a sample of each program."""
     for program in programs:
         program.sample()
+
+
+def ratios_in_turn(programs: Mapping[int, Timed], beside: Mapping[int, Timed], rounds: int) -> dict[str, Any]:
+    """Images/s of each program and their ratios to another one's, by the name of the program; medians and quartiles.
+
+    beside: the other program of each. The rounds are repeated, at most three times in all, until the ratios agree.
+    """
+    for _ in range(_MOST_REPEATS):
+        for _ in range(rounds):
+            sample_in_turn([*programs.values(), *beside.values()])
+        ratios = {
+            name: np.percentile(np.divide(program.rates, beside[name].rates), (25, 50, 75)).tolist()
+            for name, program in programs.items()
+        }
+        if all(high - low <= _STEADY * middle for low, middle, high in ratios.values()):
+            break
+    found = {}
+    for name, (low_ratio, ratio, high_ratio) in ratios.items():
+        low, middle, high = np.percentile(programs[name].rates, (25, 50, 75)).tolist()
+        found[str(name)] = {"images_per_second": middle, "low_quartile": low, "high_quartile": high, "ratio": ratio}
+        found[str(name)] |= {"low_ratio": low_ratio, "high_ratio": high_ratio}
+    return found
 
 
 def images_per_second(

@@ -43,9 +43,9 @@ def _by_work(rows: Sequence[Row], found: list[Curve]) -> Figure | None:
 
 
 def _by_speed(rows: Sequence[Row], found: list[Curve]) -> Figure | None:
-    machine = rows[0].get("machine", "")
-    said = "" if static_speed(rows) is None else ", by the ratio to the static model in the same rounds"
-    return _frontier(rows, found, "speed", f"images/s, measured{said}\n{machine}", right=True)
+    machines = "; ".join(dict.fromkeys(row["machine"] for row in rows if row.get("machine")))
+    said = "" if static_speed(rows) is None else ", scaled by the ratio to the static model in the same rounds"
+    return _frontier(rows, found, "speed", f"images/s{said}\n{machines}", right=True)
 
 
 def _frontier(rows: Sequence[Row], found: list[Curve], cost: str, xlabel: str, *, right: bool) -> Figure | None:

@@ -13,6 +13,7 @@ from avit_jax.evaluate.curves import (
     gain_name,
     paired,
     references,
+    static_gmacs,
     static_row,
 )
 from avit_jax.evaluate.rows import GROUPS, Row
@@ -30,21 +31,21 @@ def comparison_table(
 ) -> str:
     """Two tables for each group: at equal GMACs, and at equal images/s. Each curve is interpolated linearly.
 
-    works: shares of the static model's GMACs; None: the budgets of the rows, or WORKS if they are many. speed_ups:
-    ratios of images/s. A cell has the gain in percent and, with labels, the paired 95 % interval of its difference to
-    the static model in points, or to the curve of the method `reference`; a dash is outside the curve.
-    Fine-tuned rules are compared with the static model that was trained for as long, if it is there. Before their two
-    tables stands one with each trained setting as it was measured. Raises ValueError if no row is of `reference`.
+    works: shares of the static model's GMACs; None: the budgets of the rows, or WORKS if they are many. Without rows
+    that say those GMACs there is no table at equal work. speed_ups: ratios of images/s. A cell has the gain in percent
+    and, with labels, the paired 95 % interval of its difference to the static model in points, or to the curve of the
+    method `reference`; a dash is outside the curve. Fine-tuned rules are compared with the static model that was
+    trained for as long, if it is there. Before their two tables stands one with each trained setting: its speed-ups as
+    they were measured, and its images/s, scaled by them. Raises ValueError if no row is of `reference`.
     """
-    found, static = curves(rows), static_row(rows)
-    whole = max(row["gmacs"] for row in rows)
+    found, static, whole = curves(rows), static_row(rows), static_gmacs(rows)
     budgets = sorted({row["budget"] for row in rows if row["budget"] is not None}, reverse=True)
     works = works or (budgets if len(budgets) <= len(WORKS) else WORKS)
     methods = dict.fromkeys(curve.method for curve in found)
     if reference not in (None, *methods):
         raise ValueError(f"no row is of {reference!r}: the methods are {', '.join(methods)}")
     parts = []
-    if static is not None:
+    if static is not None and static["group"] == GROUPS[0]:
         parts.append(
             f"Static model, last layer short: {gain_name(rows)} {100 * gain(static):.2f}, {static['gmacs']:.4g} GMACs, "
             f"{fastest(static)['images_per_second']:.0f} images/s; {static['images']} images, {static['machine']}."
@@ -54,13 +55,13 @@ def comparison_table(
         if not own:
             continue
         trained = references(rows, group)
-        if trained and trained[0] is not static:
+        if trained and trained[0]["group"] != GROUPS[0]:
             parts.append(_trained(trained))
         if group == GROUPS[1]:
-            parts.append(_as_measured(own, trained))
+            parts.append(_trained_settings(own, trained))
         against = next((curve for curve in own if curve.method == reference), None) if reference else trained
         minus = f", minus {label(reference)}" if reference else ""
-        at_work = {f"{work * whole:.4g} GMACs ({work:.0%})": work * whole for work in works}
+        at_work = {f"{work * whole:.4g} GMACs ({work:.0%})": work * whole for work in works} if whole else {}
         at_speed = {f"{ratio:g} x static": ratio for ratio in speed_ups}
         title = f"{group}: {gain_name(rows)} at equal"
         parts += _table(f"{title} work{minus}", own, "gmacs", at_work, against)
@@ -68,9 +69,18 @@ def comparison_table(
     return "\n\n".join(parts)
 
 
-def _as_measured(own: Sequence[Curve], trained: Sequence[Row]) -> str:
+def _trained_settings(own: Sequence[Curve], trained: Sequence[Row]) -> str:
     """One line for each method and budget: means over the seeds, and how far the seeds' top-1 reach."""
-    heads = ("top-1 (%)", "seeds", "minus static, 95 %", "GMACs", "images/s", "speed-up", "at batch 1", "by position")
+    heads = (
+        "top-1 (%)",
+        "seeds",
+        "minus static, 95 %",
+        "GMACs",
+        "images/s, scaled",
+        "speed-up",
+        "at batch 1",
+        "by position",
+    )
     lines = ["| fine-tuned | " + " | ".join(heads) + " |", "|---" * (1 + len(heads)) + "|"]
     points = [(curve, point) for curve in own for point in curve.points]
     for curve, point in sorted(points, key=lambda pair: -(pair[1].rows[0]["budget"] or 1)):
