@@ -32,7 +32,7 @@ from benchmarks.results import save_results
 PASSES, MATMUL_SHARE, LINK_SHARE = 4, 0.4, 0.8
 UPDATE_BYTES = 36  # per parameter, float32: read gradient, weight, two moments and average; write all but the gradient
 SUMS = 26
-INPUT_RATE = 275  # training images per CPU second (docs/results.md)
+INPUT_RATE = 258  # training images per CPU second (docs/results.md)
 SIZES = ("tiny", "small", "base")
 
 

@@ -5,7 +5,8 @@
 
 Published (arXiv 2012.12877; top-1, 10^9 multiply-adds): tiny 72.2 %, 1.25; small 79.8 %, 4.60; base 81.8 %, 17.6.
 Not run by us: no ImageNet here. Computed, not measured, for 300 epochs of 1,281,167 images (a step does the work of 3
-forward passes, 4 with remat, at 40 % of the peak bfloat16 matmul rate, and never waits for data):
+forward passes, 4 with remat, at 40 % of the peak bfloat16 matmul rate, and never waits for data), without the
+optimiser's update and the sums of gradients; docs/scaling.md counts them:
 
     hardware    peak        tiny                  small                 base
     8 x H100    989 TF/s    316k images/s, 0.3 h  86k images/s, 1.2 h   22k images/s, 4.8 h
