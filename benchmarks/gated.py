@@ -3,7 +3,7 @@
     python benchmarks/prior_art.py --only gates_0.71_s0,gates_0.49_s0     train them first, two seeds more with _s1, _s2
     python benchmarks/gated.py                                            a few minutes a row; it may be stopped
     python benchmarks/gated.py --list                                     the rows, and which of them are there
-    python benchmarks/gated.py --table                                    the table of docs/neighbours.md, from the rows
+    python benchmarks/gated.py --table                                    their table
 
 Each row reads a model of runs/prior_art/models. Rates are of the validation images, figures of the test images,
 and the row's JSON goes to benchmarks/gated/rows. Random gates have their layer's mean rate; fixed gates are those that

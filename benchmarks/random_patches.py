@@ -3,7 +3,7 @@
     python benchmarks/random_patches.py                                  hours on 2 cores; it may be stopped
     python benchmarks/random_patches.py --list                           the rows, and which of them are there
     python benchmarks/random_patches.py --only mnist_360_grid_s0         one row
-    python benchmarks/random_patches.py --table                          the tables of docs/neighbours.md, from the rows
+    python benchmarks/random_patches.py --table                          their table
 
 Each row trains configs/random_patches.py in runs/random_patches/NAME, reads the test images once on the grid and once
 for each way of cutting fewer patches, and writes its JSON in benchmarks/random_patches/rows. The settings are the
@@ -107,28 +107,28 @@ def run(row: Row) -> None:
 
 
 def table() -> str:
-    """Both tables of docs/neighbours.md from the rows that are there: means over seeds, least and most, in percent."""
+    """The rows that are there as a table: means over seeds, least and most, in percent."""
     found: dict[Any, list[dict[str, Any]]] = defaultdict(list)
     for row in rows():
         if row.result.exists():
             found[row.data, row.images, row.affine, row.law, row.probability].append(read_json(row.result))
-    lines = ["| data | images | affine | cut | seeds | top-1 | " + " | ".join(f"{n} tokens" for n in TOKENS[1:]) + " |"]
-    lines += ["|" + "---|" * (6 + len(TOKENS) - 1)]
+    heads = ["data", "images", "affine", "cut", "seeds", "top-1", *(f"{n} tokens" for n in TOKENS[1:])]
+    heads += [f"{FEW} tokens, {VIEWS} views"]
+    lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
     for (data, images, affine, law, probability), results in found.items():
         cut = law if law == "grid" else f"{law}, {probability}"
         cells = [data, f"{images:,}", "yes" if affine else "no", cut, str(len(results))]
         cells.append(_spread([100 * result["top1"] for result in results]))
-        for count in TOKENS[1:]:
-            own = "grid" if law == "grid" else "uniform"
-            cells.append(_spread([100 * _inference(result, count, own) for result in results]))
+        own = "grid" if law == "grid" else "uniform"
+        for count, views in [*((count, 1) for count in TOKENS[1:]), (FEW, VIEWS)]:
+            cells.append(_spread([100 * _inference(result, count, own, views) for result in results]))
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def _inference(result: dict[str, Any], tokens: int, law: str) -> float:
-    return next(
-        way["top1"] for way in result["inference"] if (way["tokens"], way["law"], way["views"]) == (tokens, law, 1)
-    )
+def _inference(result: dict[str, Any], tokens: int, law: str, views: int) -> float:
+    wanted = tokens, law, views
+    return next(way["top1"] for way in result["inference"] if (way["tokens"], way["law"], way["views"]) == wanted)
 
 
 def _spread(values: list[float]) -> str:

@@ -56,6 +56,33 @@ def by_hand(query: Any, key: Any, value: Any, masks: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-6), ("bfloat16", 2**-7)])
 @pytest.mark.parametrize("queries", [2, 7])
+def test_a_tpu_hides_keys_by_a_channel(dtype: str, tolerance: float, queries: int) -> None:
+    """Weights and gradients are those of masked scores, for an image without any key too; a TPU gets this form."""
+    query, key, _ = drawn(queries, dtype)
+    seen = jnp.asarray(MASKS)
+
+    def weights(scores: Any, query: jax.Array, key: jax.Array) -> jax.Array:
+        return jax.nn.softmax(scores(query, key, seen))
+
+    def gradients(scores: Any) -> list[jax.Array]:
+        factors = jnp.asarray(np.random.default_rng(1).normal(size=(4, 2, queries, 7)), jnp.float32)
+        return jax.grad(lambda *arrays: (weights(scores, *arrays) * factors).sum(), (0, 1))(query, key)
+
+    ours, theirs = attention._scores_with_a_channel, attention._scores_with_a_mask
+    np.testing.assert_allclose(weights(ours, query, key), weights(theirs, query, key), atol=1e-6)
+    for a, b in zip(gradients(ours), gradients(theirs), strict=True):
+        a, b = (np.asarray(x, np.float32)[[0, 2, 3]] for x in (a, b))  # without keys no gradient means anything
+        np.testing.assert_allclose(a, b, atol=tolerance * np.abs(b).max())
+    lowered = {
+        platform: jax.jit(attention._attention_weights).trace(query, key, seen).lower(lowering_platforms=(platform,))
+        for platform in ("cpu", "cuda", "tpu")
+    }
+    channels = {platform: "x9x" in program.as_text() for platform, program in lowered.items()}
+    assert channels == {"cpu": False, "cuda": False, "tpu": True}
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-6), ("bfloat16", 2**-7)])
+@pytest.mark.parametrize("queries", [2, 7])
 def test_the_values_of_each_query_by_hand(dtype: str, tolerance: float, queries: int) -> None:
     arrays = drawn(queries, dtype)
     for mass, masks in ((jnp.asarray(MASKS), MASKS), (None, np.ones_like(MASKS))):

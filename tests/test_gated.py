@@ -310,6 +310,7 @@ def test_controls() -> None:
     rates = Choice(rates.tokens.at[..., 0].set(1), rates.heads.at[0].set(1), rates.sublayers.at[0].set(1))
     drawn = random_gates(rates, 1, 4000)
     np.testing.assert_allclose(drawn.tokens[..., 1:].mean((1, 2)), rates.tokens[..., 1:].mean((1, 2)), atol=0.02)
+    np.testing.assert_allclose(drawn.heads.mean((1, 2)), rates.heads.mean((1, 2)), atol=0.03)
     np.testing.assert_allclose(drawn.sublayers.mean(1), rates.sublayers[:, 0], atol=0.03)
     assert float(drawn.tokens[..., 0].min()) == 1
     for wanted in (3e-5, 5e-5):

@@ -139,9 +139,7 @@ def test_plans_are_whole_numbers(fields: dict[str, Any], reason: str) -> None:
 
 def test_a_group_has_no_more_images_than_the_batch() -> None:
     """A plan may say a million: the program would need the memory of a million images."""
-    packed = PackedModel.__new__(PackedModel)
-    model = AViT(small_config(depth=2), rngs=nnx.Rngs(0))
-    packed.__init__(model, 2, PackedPlan(7, 2**20, (7,)), True, None)
+    packed = compile_packed(AViT(small_config(depth=2), rngs=nnx.Rngs(0)), 2, PackedPlan(7, 2**20, (7,)))
     assert packed.plan.group_size == 2
     assert packed(IMAGES[:2]).logits.shape == (2, 5)
 

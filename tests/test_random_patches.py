@@ -18,10 +18,11 @@ from avit_jax import AViT, AViTConfig, AViTOutput
 from avit_jax.commands.typed_config import parse
 from avit_jax.data.mix import training_positions
 from avit_jax.data.open import open_dataset
+from avit_jax.data.preprocessing import normalize
 from avit_jax.data.settings import AugmentSettings
 from avit_jax.evaluate.random_views import evaluate_views
 from avit_jax.execution.random_views import RandomViews, random_views
-from avit_jax.execution.work import image_gmacs
+from avit_jax.execution.work import image_gmacs, output_gmacs
 from avit_jax.model.config import NO_RULE
 from avit_jax.model.random_patches import config_of_tokens, cut, draw_positions, interpolated
 from avit_jax.train.loop import train
@@ -194,6 +195,18 @@ def test_random_inference_is_repeatable_and_a_mean() -> None:
     np.testing.assert_allclose(grid, jax.nn.softmax(answers(model, images).logits), atol=1e-6)
 
 
+def test_random_inference_of_a_model_with_gates() -> None:
+    rule = avit_jax.Gates(token_bias=0.0, bias=0.0)
+    model, images = spread_gate(small_config(**NO_RULE | {"rule": rule})), pictures(6)
+    output = answers(model, images)
+    grid, work = random_views(model, images, RandomViews(law="grid"))
+    np.testing.assert_allclose(grid, jax.nn.softmax(output.logits), atol=1e-6)
+    np.testing.assert_allclose(work, output_gmacs(model.config, output, short_last_layer=True), rtol=1e-6)
+    assert np.ptp(work) > 0, "gates decide for each image"
+    _, fewer = random_views(model, images, RandomViews(tokens=2))
+    assert float(fewer.mean()) < float(work.mean())
+
+
 def test_figures_of_a_split(tmp_path: Path) -> None:
     config = tiny_experiment(tmp_path / "toy.npz")
     dataset = open_dataset(parse(config).data)
@@ -201,7 +214,16 @@ def test_figures_of_a_split(tmp_path: Path) -> None:
     found = evaluate_views(model, dataset.test, RandomViews(tokens=2, seed=1), batch_size=7)
     other = evaluate_views(model, dataset.test, RandomViews(tokens=2, seed=1), batch_size=24)
     assert found == pytest.approx(other, abs=1e-6)
-    assert 0 <= found["top1"] <= 1 and math.isfinite(found["loss"])
+    right, losses, work = [], [], []
+    for image, label in zip(dataset.test.images, dataset.test.labels, strict=True):  # each image alone
+        pixels = normalize(image[None], model.config)
+        probability, gmacs = random_views(model, pixels, RandomViews(tokens=2, seed=1))
+        right.append(probability[0].argmax() == label)
+        losses.append(-math.log(probability[0, label]))
+        work.append(gmacs[0])
+    assert found == pytest.approx(
+        {"top1": np.mean(right), "loss": np.mean(losses), "gmacs": np.mean(work)}, rel=1e-4, abs=1e-9
+    )
 
 
 def trained(path: Path, workdir: Path, **augment: Any) -> Any:

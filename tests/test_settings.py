@@ -92,6 +92,7 @@ BOUNDS: list[tuple[str, float, float, str]] = [  # the key, the bound, a value b
     *((f"optim.{name}", 0, -0.1, "at least 0") for name in ("learning_rate", "final_learning_rate", "weight_decay")),
     *((f"optim.{name}", 0, -0.1, "at least 0") for name in ("clip_norm", "beta1", "beta2", "ema_decay", "rule_factor")),
     *((f"optim.{name}", 0, -1, "at least 0") for name in ("warmup_steps", "warmup_epochs", "frozen_steps")),
+    *((f"optim.{name}", 0, -1, "at least 0") for name in ("reference_batch", "warmup_learning_rate")),
     *((f"augment.{name}", 0, -0.1, "at least 0") for name in ("color_jitter", "mixup", "cutmix")),
     ("data.repeated_augmentation", 1, 0, "at least 1"),
     # These bounds are excluded: just inside is taken, the bound itself is refused.

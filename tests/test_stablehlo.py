@@ -12,7 +12,7 @@ import pytest
 import safetensors.numpy
 
 import avit_jax
-from avit_jax import ConfidenceExit, RandomDrop, ToMe
+from avit_jax import ConfidenceExit, Gates, PackedPlan, RandomDrop, ToMe
 from avit_jax.execution.export import stablehlo
 from avit_jax.model.config import NO_RULE
 from tests.harness.builders import answers, small_config, spread_gate
@@ -98,6 +98,8 @@ def test_a_process_without_avit_jax_runs_it(execution: str, weights: str, tmp_pa
         ({"rule": ConfidenceExit(0.3)}, "packed"),
         ({"rule": ToMe(1)}, "shrinking"),
         ({"rule": RandomDrop(0.5, (1,))}, "shrinking"),
+        ({"rule": Gates(token_bias=0.0, bias=0.0)}, "masked"),
+        ({"rule": Gates(token_bias=0.0, bias=0.0)}, "packed"),
         (NO_RULE, "masked"),
         (NO_RULE | {"pool": "norm_mean"}, "shrinking"),
         ({"dtype": "bfloat16"}, "packed"),
@@ -131,9 +133,12 @@ def test_image_exit_and_one_platform(tmp_path: Path) -> None:
     model = spread_gate(small_config())
     images = images_for(model.config, 5)
     path = tmp_path / "model.stablehlo"
-    avit_jax.export(model, path, "stablehlo", batch_size=5, execution="packed", platforms=("cpu",))
+    plan = PackedPlan(7, 2**20, (4, 7))
+    avit_jax.export(model, path, "stablehlo", batch_size=5, plan=plan, platforms=("cpu",))
     np.testing.assert_array_equal(here(path, images)["token_depth"], avit_jax.compile(model, 5)(images).token_depth)
-    assert jax.export.deserialize(bytearray(path.read_bytes())).platforms == ("cpu",)
+    exported = jax.export.deserialize(bytearray(path.read_bytes()))
+    assert exported.platforms == ("cpu",)
+    assert str(2**20) not in exported.mlir_module(), "no group is larger than the batch"
 
 
 def test_bad_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,6 +152,7 @@ def test_bad_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ),
         ({"execution": "planned", "batch_size": 6}, "planned execution needs a plan of its shapes"),
         ({"plan": plan, "batch_size": 4}, "the plan is for .* 6 images on a device"),
+        ({"plan": PackedPlan(5, 1, (5,)), "batch_size": 6}, "the plan is for 5 tokens and the model has 7"),
         ({"plan": plan, "execution": "masked"}, "the plan is for planned execution and this one is masked"),
         ({"execution": "shrinking"}, "shrinking execution cannot run the rule 'avit'"),
         ({"execution": "eager"}, "execution 'eager' is unknown"),

@@ -1,10 +1,11 @@
 """The loop: it learns, it stops at the right time, it goes on as if nothing had happened."""
 
+import contextlib
 import dataclasses
 import json
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -31,7 +32,7 @@ from avit_jax.report import draw_run
 from avit_jax.runtime.mesh import MeshSettings, training_mesh
 from avit_jax.train import loop as training
 from avit_jax.train import setup
-from avit_jax.train.clock import TIMES
+from avit_jax.train.clock import TIMES, StepClock
 from avit_jax.train.logs import read_metrics
 from avit_jax.train.objective import distillation_loss
 from avit_jax.train.optim import learning_rate_schedule, make_optimizer, update_average, weight_decay_mask
@@ -341,19 +342,72 @@ def test_a_teacher_that_does_not_fit_is_refused(config: ConfigDict, tmp_path: Pa
         run(config, tmp_path / "run")
 
 
+@pytest.fixture
+def profiler(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What is called of a profiler that writes nothing."""
+    calls: list[str] = []
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda *_, **__: calls.append("start"))
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: calls.append("stop"))
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("profile", "steps", "said"),
+    [
+        ("7:2", range(1, 10), "trace of steps 7 to 8: "),
+        ("7:5", range(1, 9), "trace of steps 7 to 8: "),
+        ("7:5", range(8, 9), "nothing was profiled: config.profile begins at step 7 and this process ran steps 8 to 8"),
+        ("30:2", range(1, 9), "nothing was profiled: config.profile begins at step 30 and this process ran steps 1 to"),
+        ("7:5", (), "nothing was profiled: config.profile begins at step 7 and this process ran no step"),
+        ("", range(1, 9), ""),
+    ],
+)
+def test_a_run_says_what_it_traced(
+    profile: str,
+    steps: Sequence[int],
+    said: str,
+    profiler: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    mesh = training_mesh(MeshSettings(), 12)
+    with contextlib.closing(StepClock(small_config(), mesh, tmp_path, batch_size=12, profile=profile)) as clock:
+        for step in steps:
+            clock.trace(step)
+    assert profiler == (["start", "stop"] if said.startswith("trace") else [])
+    err = capsys.readouterr().err
+    assert said in err and err.count("\n") == bool(said)
+
+
+def test_a_trace_is_written_if_the_run_breaks_off(
+    config: ConfigDict,
+    profiler: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    config.profile = "3:4"
+    kill_in_step(4, lambda: run(config, tmp_path / "run"), monkeypatch)
+    assert profiler == ["start", "stop"]
+    assert "trace of steps 3 to 4: " in capsys.readouterr().err
+
+
 def optimizer_of(config: ConfigDict, steps: int) -> optax.GradientTransformation:
     return make_optimizer(
         parse(config).optim, learning_rate_schedule(parse(config).optim, steps, epochs=1.0, batch_size=12)
     )
 
 
-def first_step(config: ConfigDict, model: avit_jax.AViT, teacher: avit_jax.AViT | None = None) -> tuple[Any, Any]:
-    """The metrics of one step, and its batch."""
+def first_step(
+    config: ConfigDict, model: avit_jax.AViT, teacher: avit_jax.AViT | None = None, **more: Any
+) -> tuple[Any, Any]:
+    """The metrics of one step, and its batch. more: of the batch."""
     optimizer, mesh = optimizer_of(config, 8), training_mesh(MeshSettings(), 12)
     state = initial_state(model, optimizer, config.optim.ema_decay, mesh)
     graphdefs = [nnx.graphdef(model), None if teacher is None else nnx.graphdef(teacher)]
     step = make_train_step(graphdefs[0], optimizer, parse(config).step, mesh, state, graphdefs[1])
     batch = {"image": jnp.ones((12, 8, 8, 1)) * jnp.arange(12)[:, None, None, None] / 12, "label": jnp.arange(12) % 3}
+    batch |= more
     return step(state, batch, teacher_weights(teacher, mesh))[1], batch
 
 
@@ -366,12 +420,15 @@ def test_learning_rate_warms_up_and_decays_to_its_end(config: ConfigDict) -> Non
         learning_rate_schedule(parse(config).optim, 4, epochs=1.0, batch_size=12)
 
 
-def test_a_batch_in_parts_has_the_whole_batchs_gradient(config: ConfigDict) -> None:
+@pytest.mark.parametrize("left_out", [None, (), (0, 3, 7, 9), (0, 3, 6, 9)])
+def test_a_batch_in_parts_has_the_whole_batchs_gradient(config: ConfigDict, left_out: tuple[int, ...] | None) -> None:
+    """Also if the parts have different numbers of images that count, or one of them none."""
     config.loss.prior_weight = 0.0  # the one term that is no mean over images
     model = initial_model(parse(config), load_dataset("npz", config.data.path))
-    whole, _ = first_step(config, model)
+    weight = {} if left_out is None else {"weight": jnp.ones(12).at[jnp.array(left_out, int)].set(0)}
+    whole, _ = first_step(config, model, **weight)
     config.accumulation = 3
-    parts, _ = first_step(config, model)
+    parts, _ = first_step(config, model, **weight)
     for name in ("loss", "classification", "ponder", "accuracy", "mean_depth", "gradient_norm"):
         np.testing.assert_allclose(parts[name], whole[name], rtol=1e-5)
 
@@ -407,6 +464,16 @@ def test_the_learning_rate_by_epoch_is_timms() -> None:
     for place in (0, 625, 1250):
         found = jax.vmap(schedule)(1251 * jnp.arange(100) + place)
         np.testing.assert_allclose(found, recorded, rtol=2e-6)
+
+
+def test_no_epochs_are_one_step_at_the_peak(config: ConfigDict) -> None:
+    config.optim.update({"learning_rate": 0.4, "warmup_steps": 0, "schedule": "epoch"})
+    assert parse(config).steps(87) == 8 and dataclasses.replace(parse(config), epochs=0.0).steps(87) == 1
+    schedule = learning_rate_schedule(parse(config).optim, 1, epochs=0.0, batch_size=12)
+    assert float(schedule(0)) == pytest.approx(0.4)
+    config.optim.warmup_epochs = 1
+    with pytest.raises(ValueError, match="config.optim.warmup_epochs 1 is not below config.epochs 0.0: lower"):
+        learning_rate_schedule(parse(config).optim, 1, epochs=0.0, batch_size=12)
 
 
 @pytest.mark.parametrize("steps", [8, 131, 12_500, 12_549])

@@ -24,7 +24,7 @@ def main() -> None:
         "execution",
         "auto",
         ["auto", "packed", "masked"],
-        "How to run a model with a halting rule (auto: packed on a CPU, masked elsewhere); any other model has only one way.",
+        "How to run a halting model (auto: packed on a CPU, masked elsewhere); any other model has one way.",
     )
     report = flags.DEFINE_string("report", None, "Folder for report.html, a page that shows what the model did.")
     baseline = flags.DEFINE_string("baseline", None, "A checkpoint to compare with in the report.")

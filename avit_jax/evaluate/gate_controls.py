@@ -80,7 +80,7 @@ def gate_figures(
     forced: [l 1 ..], fixed gates; None: the model's own. With rates between 0 and 1 it is the control of random gates,
     which are drawn from the seed. "gmacs" are true multiply-adds with a short last layer, "published_gmacs" those of
     the authors' table. "use" has the mean share of gates that are on, "deviation" how much that share differs between
-    images (standard deviation, mean over layers): 0 for a policy that does not look at the image.
+    images (standard deviation, mean over layers): 0 for fixed gates.
     """
     config, found = model.config, []
     random = forced is not None and any(

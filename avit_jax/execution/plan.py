@@ -14,6 +14,8 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from avit_jax.execution.compiled import check_batch_size
+from avit_jax.model.check_images import check_images
 from avit_jax.model.config import AViTConfig
 from avit_jax.model.vit import AViT
 from avit_jax.runtime.files import read_json, write_json
@@ -46,6 +48,17 @@ class PackedPlan:
         if not self.capacities or not rising or self.capacities[-1] != self.num_tokens:
             shown = ", ".join(map(str, self.capacities[:8])) + (", ..." if len(self.capacities) > 8 else "")
             raise ValueError(f"capacities are ({shown}): they must rise from 1 or more to the {self.num_tokens} tokens")
+
+    def fitted(self, config: AViTConfig, images: int) -> "PackedPlan":
+        """The plan for this number of images on a device: no group is larger, because it would be padded.
+
+        Raises ValueError for a plan of another model.
+        """
+        if self.num_tokens != config.num_tokens:
+            raise ValueError(
+                f"the plan is for {self.num_tokens} tokens and the model has {config.num_tokens}: make a new plan"
+            )
+        return dataclasses.replace(self, group_size=min(self.group_size, images))
 
     def __str__(self) -> str:
         return f"groups of {self.group_size} images, capacities {', '.join(map(str, self.capacities))} tokens"
@@ -102,6 +115,12 @@ def default_plan(config: AViTConfig, batch_size: int, platform: str, cores: int 
     return PackedPlan(config.num_tokens, min(batch_size, group_size), capacities)
 
 
+def check_rule(config: AViTConfig) -> None:
+    """Raises ValueError for a reduction rule, which packed execution cannot run."""
+    if config.reduction is not None:
+        raise ValueError(f"the rule {config.reduction.name} is for shrinking execution: use model(images)")
+
+
 def plan_packed(
     model: AViT, images: Float[Array | np.ndarray, "b h w c"], batch_size: int, *, mesh: Mesh | None = None
 ) -> PackedPlan:
@@ -110,13 +129,16 @@ def plan_packed(
     Times one block for several group sizes and numbers of tokens, and adds up what each plan would run for batches of
     batch_size of these images, image exit included. Among plans within 1 % of the best, it returns the one with the
     fewest capacities, which compiles fastest. images: as the model takes them. mesh: as for compile_packed; its devices
-    are timed together, because they may share cores. Raises ValueError for gates, and if there are
-    fewer images than batch_size.
+    are timed together, because they may share cores. Raises ValueError for gates, for a reduction rule, for images
+    that the model does not take, and if there are fewer of them than batch_size.
     """
     config = model.config
+    check_batch_size(batch_size)
+    check_images(images, config)
+    check_rule(config)
     if config.gates is not None:
         raise ValueError("a plan is measured for tokens that stop and the rule gates lets them return: leave plan out")
-    if not 1 <= batch_size <= len(images):
+    if batch_size > len(images):
         raise ValueError(f"batch_size is {batch_size} and the sample has {len(images)} images: give at least a batch")
     mesh = mesh_or_all_cores(mesh, batch_size) or data_mesh(1)
     devices = mesh.shape["data"]

@@ -16,7 +16,7 @@ from avit_jax.execution.places import Layout, Move
 from avit_jax.execution.stages import PlannedPlan
 from avit_jax.halting.rule import Halting, State, Trace, drop_halted
 from avit_jax.model.attention import Mass
-from avit_jax.model.layers import Block, checkpointed, split_layers
+from avit_jax.model.layers import Block, checkpointed, layer_weights, split_layers
 from avit_jax.model.output import AViTOutput
 from avit_jax.model.seen import Facts, of_attention, of_tokens
 from avit_jax.model.vit import AViT
@@ -187,7 +187,8 @@ class _Layers:
         weights: of these layers, stacked. x: the tokens of `layout`. read: tokens that the logits read.
         """
         config = self.model.config
-        graphdef = nnx.graphdef(self.model.blocks)
+        graphdef, everything = nnx.split(self.model.blocks)
+        everything = jax.lax.stop_gradient(everything)
         rates = jnp.linspace(0, config.drop_path_rate, config.depth) if self.key is not None else None
         # The losses of training read the scores of all tokens, and some rules need the whole last layer.
         short = self.image_exit and config.pool == "token" and not self.rule.reads_last_layer
@@ -196,8 +197,8 @@ class _Layers:
         width = max(*layout.capacities, config.num_outputs % config.num_tokens, 1)
 
         def layer(carry: Any, inputs: Any, read_only: bool = False) -> tuple[Any, Trace]:
-            (x, state), (params, number, rate) = carry, inputs
-            block = nnx.merge(graphdef, params)
+            (x, state), (part, number, rate) = carry, inputs
+            block = nnx.merge(graphdef, layer_weights(part, everything, number))
             if read_only:
                 facts = self._read(block, x, layout, state)
             else:

@@ -7,20 +7,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 from jaxtyping import Array, Int
 
 from avit_jax.execution import packing, planned
-from avit_jax.execution.compiled import CompiledModel, check_batch_size, on_each_device, split_model
+from avit_jax.execution.compiled import CountedModel, check_batch_size, on_each_device, split_model
 from avit_jax.execution.plan import PackedPlan, layer_loads
 from avit_jax.execution.stages import PlannedPlan
 from avit_jax.execution.work import Executed, packed_gmacs
 from avit_jax.model.output import AViTOutput
 from avit_jax.model.vit import AViT
-from avit_jax.runtime.mesh import mesh_or_all_cores
+from avit_jax.runtime.mesh import data_devices, mesh_or_all_cores
 
 
-class PlannedModel(CompiledModel):
+class PlannedModel(CountedModel):
     """A model compiled for planned execution; call it with up to `batch_size` images.
 
     `batches` counts the calls. `overflows` counts those with a batch, or a device's part of one, that did not fit the
@@ -35,19 +35,14 @@ class PlannedModel(CompiledModel):
         self.batches = 0
         self._overflows = jnp.zeros((), int)
         self._image_exit = image_exit
-        self._devices = devices = 1 if mesh is None else mesh.shape["data"]
         graphdef, params = split_model(model, mesh)
         jitted = jax.jit(planned_program(graphdef, plan, image_exit, mesh))
-        images = NamedSharding(mesh, PartitionSpec("data")) if mesh is not None else None
-        super().__init__(model.config, batch_size, jitted, params, images, devices)
+        super().__init__(model.config, batch_size, jitted, params, mesh)
 
     @property
     def overflows(self) -> int:
         """Calls so far in which something did not fit; waits for the last one."""
         return int(self._overflows)
-
-    def _arguments(self, count: int) -> tuple[np.int32]:
-        return (np.int32(count),)
 
     def _output(self, result: Any) -> AViTOutput:
         output, overflow = result
@@ -64,10 +59,9 @@ class PlannedModel(CompiledModel):
         """
         config, plan = self.config, self.plan
         loads = layer_loads(token_depth, config, image_exit=self._image_exit)
-        by_device = np.split(loads, self._devices, axis=1)
         shapes = np.stack([plan.capacities()] * self._devices)
         gmacs = packed_gmacs(config, shapes, plan.group_size, images, image_exit=self._image_exit)
-        if again := sum(not plan.fits(own) for own in by_device):
+        if again := sum(not plan.fits(own) for own in self._by_device(loads)):
             whole = np.full((again, config.depth, 1), config.num_tokens)
             gmacs += packed_gmacs(config, whole, plan.batch_size, images, image_exit=self._image_exit)
         return Executed(int(loads.sum()), gmacs)
@@ -119,5 +113,5 @@ def compile_planned(
             f"avit_jax.plan(model, images, {batch_size})"
         )
     mesh = mesh_or_all_cores(mesh, batch_size)
-    plan.check(model.config, -(-batch_size // (1 if mesh is None else mesh.shape["data"])))
+    plan.check(model.config, -(-batch_size // data_devices(mesh)))
     return PlannedModel(model, batch_size, plan, image_exit, mesh)

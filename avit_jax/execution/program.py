@@ -82,20 +82,15 @@ def _compiled(
     mesh: Mesh | None,
 ) -> Program:
     if chosen == "planned":
-        if plan is None:
+        if not isinstance(plan, PlannedPlan):
             raise ValueError(
                 "planned execution needs a plan of its shapes: make one from a few hundred images with "
                 f"avit_jax.plan(model, images, {batch_size})"
             )
-        if isinstance(plan, PlannedPlan):
-            return compile_planned(model, batch_size, plan, image_exit=image_exit, mesh=mesh)
-    elif chosen == "packed" and not isinstance(plan, PlannedPlan):
+        return compile_planned(model, batch_size, plan, image_exit=image_exit, mesh=mesh)
+    if chosen == "packed":
+        assert not isinstance(plan, PlannedPlan)
         return compile_packed(model, batch_size, plan, image_exit=image_exit, mesh=mesh)
-    if plan is not None:
-        kind = "planned" if isinstance(plan, PlannedPlan) else "packed"
-        raise ValueError(
-            f"the plan is for {kind} execution and this one is {chosen}: leave plan out, or give execution={kind!r}"
-        )
     program = ShrinkingModel if chosen == "shrinking" else MaskedModel
     return program(model, batch_size, mesh)
 
@@ -109,9 +104,27 @@ def choose(
     """The execution that compile takes, and why.
 
     "auto" takes shrinking for a reduction rule and masked without a rule. For a halting rule it takes the execution
-    that a plan is for; without a plan packed on a CPU, and masked elsewhere. platform: JAX's name, such as "gpu"; None:
-    the one that JAX uses. Raises ValueError for an execution that is unknown or does not fit the rule.
+    that a plan is for; without a plan packed on a CPU, and masked elsewhere, as for gates. platform: JAX's name, such
+    as "gpu"; None: the one that JAX uses. Raises ValueError for an execution that is unknown or does not fit the rule,
+    and for a plan of another execution.
     """
+    choice = _chosen(config, execution, plan, platform or jax.default_backend())
+    if plan is None:
+        return choice
+    if not isinstance(plan, PackedPlan | PlannedPlan):
+        raise ValueError(
+            f"plan is a {type(plan).__name__}: give a PackedPlan or a PlannedPlan, such as PlannedPlan.load(path)"
+        )
+    kind = "planned" if isinstance(plan, PlannedPlan) else "packed"
+    if kind != choice.execution:
+        instead = f", or give execution={kind!r}" if kind in fitting_executions(config) else ""
+        raise ValueError(
+            f"the plan is for {kind} execution and this one is {choice.execution}: leave plan out{instead}"
+        )
+    return choice
+
+
+def _chosen(config: AViTConfig, execution: str, plan: PackedPlan | PlannedPlan | None, platform: str) -> Choice:
     if execution not in (*EXECUTIONS, AUTO):
         raise ValueError(f"execution {execution!r} is unknown: choose one of {', '.join((*EXECUTIONS, AUTO))}")
     fitting = fitting_executions(config)
@@ -119,14 +132,15 @@ def choose(
         if config.reduction is not None:
             return Choice("shrinking", "its rule leaves a number of tokens that is known ahead")
         if config.gates is not None:
-            unknown = "masked", "without a halting rule it is the fastest but on a CPU"
-            return Choice(*(_WITHOUT_PLAN["cpu"] if (platform or jax.default_backend()) == "cpu" else unknown))
+            if platform == "cpu":
+                return Choice("packed", "on a CPU it leaves out what the gates turn off")
+            return Choice("masked", "packed execution of gates is made for CPUs")
         if config.halting is None:
             return Choice("masked", "without a rule every token is computed")
         if plan is not None:
             return Choice("planned" if isinstance(plan, PlannedPlan) else "packed", "the plan is for it")
         unknown = "masked", "nothing is known about this platform"
-        return Choice(*_WITHOUT_PLAN.get(platform or jax.default_backend(), unknown))
+        return Choice(*_WITHOUT_PLAN.get(platform, unknown))
     if execution not in fitting:
         rule = config.rule_in_force
         kind = "a model without a rule" if rule is None else f"the rule {rule.name!r}"

@@ -10,7 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Shaped
 
 from avit_jax.execution import shrinking
-from avit_jax.execution.work import image_gmacs
+from avit_jax.execution.work import output_gmacs
 from avit_jax.model.check_images import check_images
 from avit_jax.model.random_patches import LAWS, check_tokens, config_of_tokens, draw_positions
 from avit_jax.model.rule import image_keys
@@ -71,8 +71,8 @@ def _program(
         else:
             output = model.forward(images, positions=positions)[0]
         seen = config_of_tokens(config, positions.shape[1])
-        work = image_gmacs(seen, output.token_depth, short_last_layer=True)
-        return jax.nn.softmax(output.logits), work
+        work = output_gmacs(seen, output, short_last_layer=True)
+        return jax.nn.softmax(output.logits), jnp.asarray(work)
 
     answers, work = jax.lax.map(view, jnp.arange(how.views))
     return answers.mean(0), work.sum(0)

@@ -18,7 +18,7 @@ from avit_jax.model.check_images import check_images
 from avit_jax.model.config import AViTConfig
 from avit_jax.model.vit import AViT
 from avit_jax.runtime.files import read_json, write_json
-from avit_jax.runtime.mesh import mesh_or_all_cores
+from avit_jax.runtime.mesh import data_devices, mesh_or_all_cores
 
 MOST_STAGES = 6  # each is a program of its own; compiling one takes seconds
 _DRAWN_BATCHES = 2000  # a plan has room for all of them
@@ -182,7 +182,7 @@ def plan(
     if not len(images):
         raise ValueError("a plan is made from images: give a few hundred")
     mesh = mesh_or_all_cores(mesh, batch_size)
-    own = -(-batch_size // (1 if mesh is None else mesh.shape["data"]))
+    own = -(-batch_size // data_devices(mesh))
     loads = layer_loads(_depths(model, np.asarray(images)), config, image_exit=image_exit)
     return plan_loads(loads, config, own, margin=margin, most_stages=most_stages, groups=groups)
 

@@ -17,8 +17,8 @@ def layer_macs(config: Any, choice: Choice, *, short_last_layer: bool = False) -
 
         s_1 (3 n D D' + 2 n^2 D' + n D' D) + s_2 (n D' m + n m D) + (N - 1) D + (H + 2) D
 
-    The last summand is that of the gates of heads and sublayers, which the first layer has not; N - 1 are the patches.
-    choice: of all layers. short_last_layer: the last layer computes only the tokens that the logits read.
+    The last summand is that of the gates of heads and sublayers, which the first layer does not have; N - 1 are the
+    patches. choice: of all layers. short_last_layer: the last layer computes only the tokens that the logits read.
     """
     n, width, s = _on(config, choice)
     d, m = config.embed_dim, config.mlp_dim

@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from avit_jax.halting.patches import StopsPatches, active_patches, acts_in, stop_all, stop_patches
 from avit_jax.halting.rule import State, Trace
-from avit_jax.model.rule import check_class_attention, check_layers, plain_layers
+from avit_jax.model.rule import Keys, check_class_attention, check_layers, plain_layers
 from avit_jax.model.seen import Seen
 from avit_jax.runtime.files import shown_value
 from avit_jax.runtime.numbers import is_whole
@@ -84,6 +84,12 @@ class ATS(StopsPatches):
 
         return at
 
+    def initial(self, batch: int, config: Any, draw: Keys | None = None) -> State:
+        """All tokens active; the number of patches goes along, because planned execution shows fewer slots later."""
+        state = super().initial(batch, config, draw)
+        patches = jnp.full((batch, 1), config.num_tokens - config.num_special)
+        return dataclasses.replace(state, of_images={"patches": patches})
+
     def advance(
         self,
         state: State,
@@ -100,8 +106,8 @@ class ATS(StopsPatches):
         assert seen.value_norm is not None
         acts = layer >= 3 if self.layers is None else acts_in(self.layers, layer)
         score = jax.lax.stop_gradient(seen.class_attention * seen.value_norm)
-        patches = (~state.of_tokens["special"]).sum(1, keepdims=True)
-        picked = sampled(score, active_patches(state), patches if self.samples is None else self.samples)
+        samples = state.of_images["patches"] if self.samples is None else self.samples
+        picked = sampled(score, active_patches(state), samples)
         return stop_patches(state, seen, ~picked & acts, is_last), Trace()
 
 

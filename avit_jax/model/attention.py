@@ -17,6 +17,7 @@ from avit_jax.reduction.groups import Groups, reduce, spread
 Mass = Bool[Array, "b n"] | Float[Array, "b n"] | None
 # Facts that need the attention weights, which a fused kernel never writes.
 _FROM_WEIGHTS = frozenset({"class_attention", "attention_received"})
+_LOW = -1e30  # a score whose weight is 0; bfloat16 has it too
 
 
 def of_channels(heads: Float[Array, "b h"], channels: int) -> Float[Array, "b 1 d"]:
@@ -193,10 +194,13 @@ def _has_mass(mass: Bool[Array, "b n"] | Float[Array, "b n"]) -> Bool[Array, "b 
 
 def _attention_weights(query: Array, key: Array, mass: Mass) -> tuple[Array, Array]:
     """mass * exp(score - maximum) for every query and key, and its sum over the keys; [B, H, Q, N] and [B, H, Q, 1]."""
-    scores = jnp.matmul(query * query.shape[-1] ** -0.5, key.swapaxes(-1, -2), preferred_element_type=jnp.float32)
-    if mass is not None:
-        # Finite, so that an image without any active token gives no NaN.
-        scores = jnp.where(_has_mass(mass)[:, None, None, :], scores, jnp.finfo(jnp.float32).min)
+    query = query * query.shape[-1] ** -0.5
+    if mass is None:
+        scores = _scores(query, key)
+    else:
+        scores = jax.lax.platform_dependent(
+            query, key, _has_mass(mass), tpu=_scores_with_a_channel, default=_scores_with_a_mask
+        )
     weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
     if mass is not None and mass.dtype != bool:
         weights = weights * mass[:, None, None, :]
@@ -205,13 +209,33 @@ def _attention_weights(query: Array, key: Array, mass: Mass) -> tuple[Array, Arr
     return weights, weights.sum(-1, keepdims=True)
 
 
+def _scores(query: Float[Array, "b h q c"], key: Float[Array, "b h n c"]) -> Float[Array, "b h q n"]:
+    return jnp.matmul(query, key.swapaxes(-1, -2), preferred_element_type=jnp.float32)
+
+
+def _scores_with_a_mask(query: Array, key: Array, seen: Bool[Array, "b n"]) -> Float[Array, "b h q n"]:
+    """The scores; those of keys that are not seen are the least number."""
+    # Finite, so that an image without any active token gives no NaN.
+    return jnp.where(seen[:, None, None, :], _scores(query, key), jnp.finfo(jnp.float32).min)
+
+
+def _scores_with_a_channel(query: Array, key: Array, seen: Bool[Array, "b n"]) -> Float[Array, "b h q n"]:
+    """The same by one more channel: 1 in every query, and a very low number in the keys that are not seen.
+
+    A TPU fuses softmax with these scores and not with masked ones. The channel is free there: 64 fill half a register.
+    """
+    low = jnp.where(seen, 0, _LOW).astype(key.dtype)[:, None, :, None]
+    query = jnp.concatenate([query, jnp.ones((*query.shape[:-1], 1), query.dtype)], axis=-1)
+    return _scores(query, jnp.concatenate([key, jnp.broadcast_to(low, (*key.shape[:-1], 1))], axis=-1))
+
+
 def _self_visible_weights(query: Array, key: Array, mass: Float[Array, "b n"]) -> tuple[Array, Array]:
     """As _attention_weights, but query i gives its own key the mass 1, and every key a trace of attention.
 
     (exp(score - maximum) * allow + 1e-6 / N) / (its sum + 1e-6), maximum over all keys, as in DynamicViT's published
     code, so that a token without mass still has a value of its own.
     """
-    scores = jnp.matmul(query * query.shape[-1] ** -0.5, key.swapaxes(-1, -2), preferred_element_type=jnp.float32)
+    scores = _scores(query * query.shape[-1] ** -0.5, key)
     tokens = mass.shape[1]
     allow = mass[:, None, :] + (1 - mass[:, None, :]) * jnp.eye(tokens)
     weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True))) * allow[:, None]

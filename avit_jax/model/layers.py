@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from avit_jax.model.attention import Attention, Mass
 from avit_jax.model.config import AViTConfig
@@ -92,6 +92,26 @@ def split_layers(stacked: Any, lengths: Sequence[int]) -> list[Any]:
     # Slices would work too, but their gradient is a sum of whole arrays.
     parts = zip(*(jax.lax.split(leaf, lengths) for leaf in leaves), strict=True)
     return [jax.tree.unflatten(tree, part) for part in parts]
+
+
+@jax.custom_vjp
+def layer_weights(part: Any, stacked: Any, layer: Int[Array, ""] | int) -> Any:
+    """A layer's weights, read from those of all layers. Their gradient is that of the layer's own part (split_layers).
+
+    A part is never read, so it is never copied. Otherwise a copy of all weights would wait for the backward pass.
+    """
+    return jax.tree.map(lambda values: jax.lax.dynamic_index_in_dim(values, layer, keepdims=False), stacked)
+
+
+def _layer_weights_forward(part: Any, stacked: Any, layer: Any) -> tuple[Any, None]:
+    return layer_weights(part, stacked, layer), None
+
+
+def _layer_weights_backward(_: None, gradient: Any) -> tuple[Any, None, None]:
+    return gradient, None, None
+
+
+layer_weights.defvjp(_layer_weights_forward, _layer_weights_backward)
 
 
 def drop_path(branch: Float[Array, "b n d"], rate: Float[Array, ""], key: PRNGKeyArray) -> Float[Array, "b n d"]:

@@ -37,19 +37,24 @@ class GatedOutput(AViTOutput):
 IMAGES_SECOND = ("head_logits", "halting_scores", "token_gates", "head_gates", "sublayer_gates")
 
 
-def _output_of(aux_data: Any, children: Any) -> AViTOutput:
-    """jax.export builds the output from shapes, which the type check of the constructor would refuse."""
-    output = object.__new__(AViTOutput)
-    for field, child in zip(dataclasses.fields(AViTOutput), children, strict=True):
-        object.__setattr__(output, field.name, child)
-    return output
+def _exportable(kind: type[AViTOutput]) -> None:
+    """What jax.export needs for a program that returns this kind of output."""
+
+    def from_children(aux_data: Any, children: Any) -> AViTOutput:
+        # jax.export builds the output from shapes, which the type check of the constructor would refuse.
+        output = object.__new__(kind)
+        for field, child in zip(dataclasses.fields(kind), children, strict=True):
+            object.__setattr__(output, field.name, child)
+        return output
+
+    jax.export.register_pytree_node_serialization(
+        kind,
+        serialized_name=f"avit_jax.{kind.__name__}",
+        serialize_auxdata=lambda _: b"",
+        deserialize_auxdata=lambda _: (),
+        from_children=from_children,
+    )
 
 
-# jax.export needs this for a program that returns an AViTOutput.
-jax.export.register_pytree_node_serialization(
-    AViTOutput,
-    serialized_name="avit_jax.AViTOutput",
-    serialize_auxdata=lambda _: b"",
-    deserialize_auxdata=lambda _: (),
-    from_children=_output_of,
-)
+_exportable(AViTOutput)
+_exportable(GatedOutput)

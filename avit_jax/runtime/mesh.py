@@ -89,12 +89,22 @@ def _over(devices: list[jax.Device]) -> Mesh:
 def mesh_or_all_cores(mesh: Mesh | None, batch_size: int) -> Mesh | None:
     """The mesh; or without one, a mesh of this process's CPU devices if there are several, otherwise None.
 
-    CPU devices exist to be used together. There is no device without an image.
+    CPU devices exist to be used together. There is no device without an image. Raises ValueError for a mesh without an
+    axis `data`.
     """
+    if mesh is not None and "data" not in mesh.shape:
+        raise ValueError(
+            f"the mesh has the axes {mesh.axis_names} and images are split over an axis 'data': give one that name"
+        )
     if mesh is not None or jax.default_backend() != "cpu":
         return mesh
     devices = jax.local_devices()[:batch_size]
     return None if len(devices) == 1 else _over(devices)
+
+
+def data_devices(mesh: Mesh | None) -> int:
+    """The parts that images are split into: devices along the axis `data`; None: one device."""
+    return 1 if mesh is None else mesh.shape["data"]
 
 
 def training_mesh(settings: MeshSettings, batch_size: int, parts: int = 1) -> Mesh:

@@ -22,7 +22,8 @@ WAITS = ("data", "device", "checkpoint")
 class StepClock:
     """Measures times between two log lines; with config.profile "START:STEPS" it traces those steps into profile/.
 
-    The folder profile/ is in workdir. peak_tflops: of a device, 10^12 operations/s; 0: no MFU.
+    The folder profile/ is in workdir. A trace that is still open is written by `close`. peak_tflops: of a device, 10^12
+    operations/s; 0: no MFU.
     """
 
     def __init__(
@@ -37,7 +38,8 @@ class StepClock:
     ) -> None:
         self._batch_size = batch_size
         self._first, self._steps = parse_profile(profile)
-        self._trace_folder, self._tracing = workdir / "profile", False
+        self._trace_folder, self._tracing, self._traced = workdir / "profile", False, False
+        self._ran = (0, 0)  # the first and the last step that began here
         # Dense multiply-adds, 2 flops each; the backward pass costs twice the forward one. Remat is not counted.
         self._step_flops = 3 * 2e9 * whole_gmacs(model_config) * batch_size
         self._peak_flops = peak_tflops * 1e12 * mesh.size
@@ -81,11 +83,24 @@ class StepClock:
             options = jax.profiler.ProfileOptions()
             options.python_tracer_level = 0
             jax.profiler.start_trace(str(self._trace_folder), create_perfetto_trace=True, profiler_options=options)
-            self._tracing = True
+            self._tracing = self._traced = True
         if self._tracing and step == self._first + self._steps:
-            jax.profiler.stop_trace()
-            self._tracing = False
-            print(f"trace of steps {self._first} to {step - 1}: {self._trace_folder}", file=sys.stderr)
+            self._write()
+        self._ran = self._ran[0] or step, step
+
+    def close(self) -> None:
+        """Write a trace that the run's last step left open, or say that there is none."""
+        if self._tracing:
+            self._write()
+        elif self._steps and not self._traced:
+            ran = f"ran steps {self._ran[0]} to {self._ran[1]}" if self._ran[0] else "ran no step"
+            wanted = f"config.profile begins at step {self._first}"
+            print(f"nothing was profiled: {wanted} and this process {ran}", file=sys.stderr)
+
+    def _write(self) -> None:
+        jax.profiler.stop_trace()
+        self._tracing = False
+        print(f"trace of steps {self._first} to {self._ran[1]}: {self._trace_folder}", file=sys.stderr)
 
 
 def peak_memory() -> int:

@@ -158,13 +158,14 @@ class _Run:
             peak_tflops=self.settings.peak_tflops,
         )
         self.display.start(self.progress.step)
-        while self.progress.step < self.steps or self.progress.evaluation_due:
-            try:
-                self._some_steps(log, stop, clock)
-            except FloatingPointError as error:
-                self._roll_back(error)
-                log.back_to(self.progress.step, validated=not self.progress.evaluation_due)
-                self.display.start(self.progress.step)
+        with contextlib.closing(clock):
+            while self.progress.step < self.steps or self.progress.evaluation_due:
+                try:
+                    self._some_steps(log, stop, clock)
+                except FloatingPointError as error:
+                    self._roll_back(error)
+                    log.back_to(self.progress.step, validated=not self.progress.evaluation_due)
+                    self.display.start(self.progress.step)
         self.checkpoints.wait()
         try:
             kept = self.validation.keep(self.state, stop)

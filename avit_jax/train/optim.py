@@ -23,7 +23,7 @@ class OptimSettings(Settings):
 
     learning_rate: float = setting(1e-3, "The peak learning rate, after the warm-up.", least=0)
     reference_batch: int = setting(
-        0, "The batch size that learning_rate is for; it is scaled in proportion to batch_size. 0: no scaling."
+        0, "The batch size that learning_rate is for; it is scaled in proportion to batch_size. 0: no scaling.", least=0
     )
     final_learning_rate: float = setting(1e-5, "The learning rate that the cosine decay ends at.", least=0)
     schedule: str = setting(
@@ -33,7 +33,7 @@ class OptimSettings(Settings):
     )
     warmup_steps: int = setting(0, "Steps of linear warm-up from 0, with schedule step.", least=0)
     warmup_epochs: int = setting(0, "Epochs of linear warm-up from warmup_learning_rate, with schedule epoch.", least=0)
-    warmup_learning_rate: float = setting(0.0, "The learning rate of the first epoch, with schedule epoch.")
+    warmup_learning_rate: float = setting(0.0, "The learning rate of the first epoch, with schedule epoch.", least=0)
     weight_decay: float = setting(0.05, "AdamW's weight decay, for the kernels of linear layers.", least=0)
     beta1: float = setting(0.9, "AdamW's decay rate of the mean gradient.", least=0, below=1)
     beta2: float = setting(0.999, "AdamW's decay rate of the mean squared gradient.", least=0, below=1)
@@ -80,7 +80,7 @@ def learning_rate_schedule(settings: OptimSettings, steps: int, *, epochs: float
             decay_steps=steps,
             end_value=settings.final_learning_rate,
         )
-    if settings.warmup_epochs >= epochs:
+    if settings.warmup_epochs and settings.warmup_epochs >= epochs:
         raise ValueError(
             f"config.optim.warmup_epochs {settings.warmup_epochs} is not below config.epochs {epochs}: "
             "lower config.optim.warmup_epochs"

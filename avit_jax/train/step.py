@@ -35,8 +35,9 @@ def make_train_step(
     """The jitted step: (state, batch, the teacher's weights or None) -> (state, metrics). It donates the old state.
 
     graphdef: of the model. state: arrays or shapes, which give the layout of the state. The batch is split over the
-    mesh, and means are over the whole batch. With accumulation above 1 it is processed in as many parts, and the prior,
-    which is not a mean over images, is the mean of the parts' priors. Images whose batch["weight"] is 0 do not count.
+    mesh, and means are over the whole batch. Images whose batch["weight"] is 0 do not count. With accumulation above 1
+    it is processed in as many parts, which are weighted by their images that count. The prior, which is not a mean over
+    images, is then the mean of the parts' priors.
 
     plan: of planned execution, for the images that a device has in a part. A part that does not fit is computed again
     with every token. With settings.counts, metrics["counts"] has what a plan is made from, each the largest of all
@@ -149,7 +150,11 @@ def build_train_step(
             return jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:])[:, index], batch)
 
         def add(total: Any, index: Array) -> tuple[Any, None]:
-            *found, counts = gradient(params, part(index), jax.random.fold_in(key, index), teacher_state)
+            own = part(index)
+            *found, counts = gradient(params, own, jax.random.fold_in(key, index), teacher_state)
+            if "weight" in batch:  # a factor of exactly 1 if every image counts
+                share = own["weight"].sum() * parts / jnp.maximum(batch["weight"].sum(), 1)
+                found = jax.tree.map(lambda x: x * share, found)
             *sums, largest = total
             return (*jax.tree.map(jnp.add, sums, found), jax.tree.map(jnp.maximum, largest, counts)), None
 

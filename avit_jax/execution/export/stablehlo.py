@@ -20,6 +20,7 @@ from jaxtyping import Array
 from avit_jax.execution import shrinking
 from avit_jax.execution.compiled import split_model
 from avit_jax.execution.export.metadata import check_targets, metadata
+from avit_jax.execution.gated_packed import gated_packed_program
 from avit_jax.execution.packed import packed_program
 from avit_jax.execution.plan import PackedPlan, default_plan
 from avit_jax.execution.planned_model import planned_program
@@ -90,9 +91,6 @@ def _execution(model: AViT, how: Lowering, batch_size: int | None) -> str:
     """The execution of the program: of those that fit the rule and the plan, the one that suits every platform."""
     # What "auto" takes on a platform of which nothing is known.
     execution = choose(model.config, how.execution, how.plan, platform="any").execution
-    for kind, plan in (("packed", PackedPlan), ("planned", PlannedPlan)):
-        if isinstance(how.plan, plan) and execution != kind:
-            raise ValueError(f"the plan is for {kind} execution and this one is {execution}: leave plan out")
     if execution == "planned" and how.plan is None:
         raise ValueError("planned execution needs a plan of its shapes: make one with avit_jax.plan")
     if execution in ("packed", "planned") and batch_size is None:
@@ -111,7 +109,11 @@ def _program(model: AViT, execution: str, batch_size: int | None, how: Lowering)
         assert batch_size is not None
         on = "cpu" if "cpu" in how.platforms else "gpu"  # packed execution is for CPUs
         plan = how.plan if isinstance(how.plan, PackedPlan) else default_plan(model.config, batch_size, on)
-        run = packed_program(graphdef, plan, how.image_exit, None)
+        plan = plan.fitted(model.config, batch_size)
+        if model.config.gates is not None:
+            run = gated_packed_program(graphdef, plan, None)
+        else:
+            run = packed_program(graphdef, plan, how.image_exit, None)
     elif execution == "planned":
         assert isinstance(how.plan, PlannedPlan)
         planned = planned_program(graphdef, how.plan, how.image_exit, None)
