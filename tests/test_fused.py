@@ -57,28 +57,29 @@ def by_hand(query: Any, key: Any, value: Any, masks: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-6), ("bfloat16", 2**-7)])
 @pytest.mark.parametrize("queries", [2, 7])
 def test_a_tpu_hides_keys_by_a_channel(dtype: str, tolerance: float, queries: int) -> None:
-    """Weights and gradients are those of masked scores, for an image without any key too; a TPU gets this form."""
-    query, key, _ = drawn(queries, dtype)
-    seen = jnp.asarray(MASKS)
+    """Weights are those of masked scores, for an image without any key too. A TPU has it, but not in training."""
+    query, key, value = drawn(queries, dtype)
+    for seen in (jnp.asarray(MASKS), None):
+        ours = jax.nn.softmax(attention._scores_with_a_channel(query, key, seen))
+        np.testing.assert_allclose(ours, jax.nn.softmax(attention._scores_with_a_mask(query, key, seen)), atol=1e-6)
 
-    def weights(scores: Any, query: jax.Array, key: jax.Array) -> jax.Array:
-        return jax.nn.softmax(scores(query, key, seen))
+        def mixed(*arrays: jax.Array, seen: Any = seen) -> jax.Array:
+            weights, total = attention._attention_weights(*arrays[:2], seen)
+            return jnp.matmul(weights / total, arrays[2].astype(jnp.float32)).sum()
 
-    def gradients(scores: Any) -> list[jax.Array]:
-        factors = jnp.asarray(np.random.default_rng(1).normal(size=(4, 2, queries, 7)), jnp.float32)
-        return jax.grad(lambda *arrays: (weights(scores, *arrays) * factors).sum(), (0, 1))(query, key)
+        def hand(*arrays: jax.Array, seen: Any = seen) -> jax.Array:
+            scores = jnp.matmul(arrays[0] * 8**-0.5, arrays[1].swapaxes(2, 3), preferred_element_type=jnp.float32)
+            scores = scores if seen is None else jnp.where(seen[:, None, None], scores, -1e9)
+            return jnp.matmul(jax.nn.softmax(scores), arrays[2].astype(jnp.float32)).sum()
 
-    ours, theirs = attention._scores_with_a_channel, attention._scores_with_a_mask
-    np.testing.assert_allclose(weights(ours, query, key), weights(theirs, query, key), atol=1e-6)
-    for a, b in zip(gradients(ours), gradients(theirs), strict=True):
-        a, b = (np.asarray(x, np.float32)[[0, 2, 3]] for x in (a, b))  # without keys no gradient means anything
-        np.testing.assert_allclose(a, b, atol=tolerance * np.abs(b).max())
-    lowered = {
-        platform: jax.jit(attention._attention_weights).trace(query, key, seen).lower(lowering_platforms=(platform,))
-        for platform in ("cpu", "cuda", "tpu")
-    }
-    channels = {platform: "x9x" in program.as_text() for platform, program in lowered.items()}
-    assert channels == {"cpu": False, "cuda": False, "tpu": True}
+        found, expected = (jax.grad(f, (0, 1, 2))(query, key, value) for f in (mixed, hand))
+        for a, b in zip(found, expected, strict=True):
+            a, b = (np.asarray(x, np.float32)[[0, 2, 3]] for x in (a, b))  # without keys no gradient means anything
+            np.testing.assert_allclose(a, b, atol=tolerance * np.abs(b).max())
+        for run, on_a_tpu in ((mixed, True), (jax.grad(mixed), False)):
+            for platform in ("cpu", "cuda", "tpu"):
+                program = jax.jit(run).trace(query, key, value).lower(lowering_platforms=(platform,)).as_text()
+                assert ("x9x" in program) == (on_a_tpu and platform == "tpu"), platform
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-6), ("bfloat16", 2**-7)])
