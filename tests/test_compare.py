@@ -16,6 +16,7 @@ from PIL import Image
 
 import avit_jax
 from avit_jax import AViT, ConfidenceExit, ToMe
+from avit_jax.commands import compare_checkpoint
 from avit_jax.commands.compare_checkpoint import comparison_from, photographs, start_for, write_pictures
 from avit_jax.data.preprocessing import normalize
 from avit_jax.data.sources import Part, Split, spread
@@ -32,7 +33,7 @@ from avit_jax.report.frontier_table import comparison_table
 from avit_jax.report.kept import draw_kept
 from avit_jax.report.method_style import styles
 from avit_jax.rules import RULES
-from configs import prior_art
+from configs import fashion_mnist, prior_art
 from tests.harness.builders import answers, quick_start, small_config, spread_gate, toy_arrays
 from tests.harness.command_server import run_command
 
@@ -441,6 +442,8 @@ def test_charts_are_drawn_of_whatever_is_there(compared: tuple[Path, list[rows.R
     assert alone == {"accuracy_by_work", "accuracy_by_speed", "tokens_by_layer"}
     tuned = [made_row("act", 0.5, 0.5, 1.5, first(0.5), group="fine-tuned", seed=seed) for seed in range(2)]
     assert drawn(tuned, tmp_path / "tuned") == alone
+    tuned.append(made_row(rows.STATIC_SHORT, None, 1.0, 1.0, first(0.9), group="fine-tuned", seed=0))
+    assert drawn(tuned, tmp_path / "tuned") == alone | {"speed_by_saved_work"}
     with pytest.raises(ValueError, match="has no rows of a comparison"):
         list(write_pictures(tmp_path / "nothing"))
 
@@ -521,6 +524,22 @@ def test_photographs_without_labels(tmp_path: Path, model: AViT) -> None:
     assert found.images.shape == (3, 24, 16, 1) and (found.labels == -1).all()
     assert found.images[:, 0, 0, 0].tolist() == [0, 60, 120]
     assert len(unread) == 1 and "note.txt" in unread[0]
+
+
+def test_data_are_told_apart_by_what_is_in_them(model: AViT, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    avit_jax.save(model, tmp_path / "model")
+    for folder, grey in (("a", 60), ("b", 90)):
+        (tmp_path / folder / "val").mkdir(parents=True)
+        Image.new("L", (40, 30), grey).save(tmp_path / folder / "val" / "0.png")
+    found: list[dict[str, Any]] = []
+    monkeypatch.setattr(compare_checkpoint, "compare_rules", lambda *given: (found.append(given[5]), ([], []))[1])
+    monkeypatch.setattr(compare_checkpoint, "write_pictures", lambda *_, **__: iter(()))
+    for folder in ("a", "b", "a"):
+        images, out = tmp_path / folder / "val", tmp_path / "out"
+        config = fashion_mnist.get_config("dense")
+        list(compare_checkpoint.compare_checkpoint(config, tmp_path / "model", FEW, images=images, out=out))
+    assert found[0] == found[2] and found[0]["data"] == found[1]["data"] == "val"
+    assert found[0]["content"] != found[1]["content"] and found[0]["weights"] == found[1]["weights"]
 
 
 def command(*arguments: str) -> Any:
