@@ -392,3 +392,17 @@ def test_settings_may_be_nested_by_anyone() -> None:
         Outer.from_config({"inner": {"size": 1}})
     with pytest.raises(ValueError, match=r"^config\.rate is 'x': it must be a finite number or None$"):
         Outer.from_config({"rate": "x"})
+
+
+@pytest.mark.parametrize(
+    ("fields", "name"),
+    [
+        ({}, "mnist"),
+        ({"source": "folder", "path": "/data/birds/"}, "birds"),
+        ({"source": "tfds", "name": "cifar10:3.0.2"}, "cifar10:3.0.2"),
+        ({"source": "scattered", "path": "/data/fashion"}, "scattered fashion"),
+        ({"source": "scattered"}, "scattered"),
+    ],
+)
+def test_data_have_a_short_name(fields: dict[str, str], name: str) -> None:
+    assert DataSettings(**fields).shown_name == name
