@@ -46,6 +46,11 @@ class Row:
         return f"gates_{self.budget}_s{self.seed}"
 
     @property
+    def label(self) -> str:
+        """Of its method in the results."""
+        return "gates"
+
+    @property
     def result(self) -> Path:
         """Its JSON file."""
         return RESULTS / f"{self.name}.json"

@@ -1,7 +1,7 @@
 """The fine-tuned rows of the comparison of rules on Fashion-MNIST: one training and one result a row.
 
     apt-get install dataset-fashion-mnist && python benchmarks/prior_art.py      hours on 2 cores; it may be stopped
-    python benchmarks/prior_art.py --list                                        the rows, and which of them are there
+    python benchmarks/prior_art.py --list                                        the rows and which of them are there
     python benchmarks/prior_art.py --only tome_0.71_s0                           one row
 
 Each row trains configs/prior_art.py in runs/prior_art/NAME, sets what its rule leaves open on the validation images,

@@ -62,6 +62,11 @@ class Row:
         return "_".join(part for part in (*parts, f"s{self.seed}") if part)
 
     @property
+    def label(self) -> str:
+        """Of its method in the table."""
+        return (self.law if self.law == "grid" else f"{self.law}, {self.probability}") + ", affine" * self.affine
+
+    @property
     def result(self) -> Path:
         """Its JSON file."""
         return RESULTS / f"{self.name}.json"

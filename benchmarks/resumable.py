@@ -22,6 +22,10 @@ class Row(Protocol):
         """Of its files."""
 
     @property
+    def label(self) -> str:
+        """Of its method in the results."""
+
+    @property
     def result(self) -> Path:
         """Its JSON file; the row is done once it is there."""
 
@@ -34,7 +38,7 @@ def run_rows(script: str, description: str | None, rows: Sequence[Any], run: Cal
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="names of rows, with commas between them")
-    parser.add_argument("--list", action="store_true", help="print the rows and run none")
+    parser.add_argument("--list", action="store_true", help="print the rows, run none")
     parser.add_argument("--here", action="store_true", help="run the row in this process")
     arguments = parser.parse_args()
     names = [name for name in arguments.only.split(",") if name]
@@ -42,7 +46,7 @@ def run_rows(script: str, description: str | None, rows: Sequence[Any], run: Cal
     if len(names) > len(chosen):
         parser.error(f"--only={arguments.only}: not all of these are rows; --list shows the names")
     if arguments.list:
-        print("\n".join(f"{row.name:40} {'there' if row.result.exists() else ''}".rstrip() for row in chosen))
+        print("\n".join(f"{row.name:40} {'there' if row.result.exists() else '':8} {row.label}" for row in chosen))
         return
     if arguments.here:
         use_all_cores()
