@@ -241,13 +241,16 @@ def at_budget(row: Row, model: AViT, validation: Split) -> AViT:
 
 
 def by_position(row: Row) -> avit_jax.PositionDepths:
-    """The mean depths of the trained A-ViT of this budget on validation images, shifted so that they cost it."""
-    validation = open_dataset(parse(fashion_mnist.get_config()).data).val
-    model = avit_jax.load(RUNS / "models" / dataclasses.replace(row, method="avit").name)
-    images = pixels(model, validation)
+    """The mean depths of the trained A-ViT of this work on validation images, shifted so that they cost it.
+
+    On Scattered Fashion-MNIST it is the A-ViT from hidden units, the better one of the two there.
+    """
+    source = dataclasses.replace(row, method="avit_hidden" if row.scattered else "avit", budget=row.work)
+    model = avit_jax.load(RUNS / "models" / source.name)
+    images = pixels(model, open_dataset(parse(source.config()).data).val)
     depth = answers(model, images)["token_depth"][:, model.config.num_special :].mean(0)
     rule = avit_jax.PositionDepths(tuple(np.round(depth, 3).tolist()))
-    return avit_jax.calibrate(avit_jax.load(fashion_mnist.STATIC_MODEL), images[:1], rule, float(row.budget))
+    return avit_jax.calibrate(row.static_model, images[:1], rule, float(row.work))
 
 
 def as_text(rule: Any) -> str:
