@@ -2,25 +2,32 @@
 
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import avit_jax
-from avit_jax import AViT, Preprocessing
+from avit_jax import AViT, Gates, Preprocessing, RandomPatches
+from avit_jax.commands.evaluate_checkpoint import format_evaluation
 from avit_jax.data.preprocessing import normalize
 from avit_jax.data.sources import Split
 from avit_jax.evaluate.figures import evaluate
 from avit_jax.evaluate.timing import images_per_second
+from avit_jax.execution.program import choose
 from avit_jax.execution.work import image_gmacs
-from avit_jax.report import depth_map, draw_curves, draw_depth_histogram, draw_depth_maps
+from avit_jax.model.config import NO_RULE
+from avit_jax.report import depth_map, draw_curves, draw_depth_histogram, draw_depth_maps, numbers
 from avit_jax.runtime.mesh import data_mesh
 from tests.harness.builders import small_config, spread_gate
+
+TWO = Preprocessing((0.5, 0.4), (0.2, 0.3))
 
 
 @pytest.fixture
 def halting_model() -> AViT:
-    return spread_gate(small_config(num_classes=7, preprocessing=Preprocessing((0.5, 0.4), (0.2, 0.3))))
+    return spread_gate(small_config(num_classes=7, preprocessing=TWO))
 
 
 @pytest.fixture
@@ -53,6 +60,31 @@ def test_figures_are_those_of_the_whole_set_whatever_the_batch(
     assert found.gmacs == pytest.approx(gmacs.mean(), rel=1e-5)
     np.testing.assert_allclose(found.image_depths, depth.mean(1), rtol=1e-6)
     assert found.depth_std_tokens > 0.2, "the sample must vary"
+
+
+def test_tokens_of_no_layer_count_in_every_share(split: Split) -> None:
+    """Dropped before the first layer, or off in every layer under gates."""
+    dropped = spread_gate(small_config(num_classes=7, preprocessing=TWO, **NO_RULE | {"rule": RandomPatches(0.5)}))
+    found = evaluate(dropped, split, 4, "packed")
+    share = 4 / 7  # the class token and 3 of 6 patches
+    assert found.depth_histogram == pytest.approx((0, 0, 0, share)) and found.mean_depth == pytest.approx(4 * share)
+    assert found.computed_by_layer == pytest.approx((share,) * 4)
+    shown = format_evaluation(found, dropped.config, choose(dropped.config)).splitlines()
+    assert shown[-5:-3] == [f"{0:5}  {1 - share:6.1%}  {'#' * 30}", f"{1:5}  {0:6.1%}  "]
+    assert numbers.summary(found, dropped.config)["never_computed"] == pytest.approx(1 - share)
+    rule = Gates(token_bias=0.0, bias=0.0)
+    gated = spread_gate(small_config(num_classes=7, preprocessing=TWO, **NO_RULE | {"rule": rule}))
+    own = jax.tree.map(lambda p: 3 * jax.random.normal(jax.random.key(p.size), p.shape), nnx.state(gated.rule_module))
+    nnx.update(gated.rule_module, own)
+    output = gated(jnp.asarray(normalize(split.images, gated.config)))
+    on = np.asarray(output.token_gates).astype(bool) & (np.asarray(output.sublayer_gates).max(-1, keepdims=True) > 0)
+    depth = np.asarray(output.token_depth)
+    for execution in ("masked", "packed"):
+        found = evaluate(gated, split, 4, execution)
+        assert found.computed_by_layer == pytest.approx(on.mean((1, 2)).tolist(), rel=1e-6)
+        assert found.depth_histogram == pytest.approx([(depth == layer).mean() for layer in range(1, 5)], rel=1e-6)
+    assert len(set(found.computed_by_layer)) > 1 and (depth == 0).any()
+    assert (np.diff(found.computed_by_layer) > 0).any(), "tokens come back"
 
 
 def test_packed_execution_has_the_same_figures_and_says_what_it_did(halting_model: AViT, split: Split) -> None:

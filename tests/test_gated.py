@@ -1,5 +1,6 @@
 """Gates of patches, heads and sublayers: recorded outputs, a slow oracle with gradients, removal equal to masking."""
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -12,17 +13,18 @@ import pytest
 from flax import nnx
 
 import avit_jax
-from avit_jax import AViT, Gates, PackedPlan
+from avit_jax import AViT, ConfidenceExit, Gates, PackedPlan, Preprocessing
 from avit_jax.commands.typed_config import parse
 from avit_jax.data.open import open_dataset
 from avit_jax.data.preprocessing import normalize
+from avit_jax.data.sources import Split
 from avit_jax.evaluate.figures import evaluate
 from avit_jax.evaluate.gate_controls import fixed_gates, gate_figures, gate_rates, random_gates
 from avit_jax.execution import gated
-from avit_jax.execution.work import masked_gmacs, output_gmacs, published_gmacs, whole_gmacs
+from avit_jax.execution.work import masked_gmacs, output_gmacs, published_gmacs, shrinking_gmacs, whole_gmacs
 from avit_jax.gated.gates import Choice, straight_through
 from avit_jax.gated.losses import GateLoss, usage_losses
-from avit_jax.gated.work import layer_macs
+from avit_jax.gated.work import layer_macs, published_macs
 from avit_jax.model.config import NO_RULE, AViTConfig
 from avit_jax.model.output import GatedOutput
 from avit_jax.model.presets import config_from
@@ -49,6 +51,7 @@ def model_of_many_choices(seed: int = 0) -> AViT:
 
 
 MODEL = model_of_many_choices()
+FOR_PIXELS = MODEL.with_config(preprocessing=Preprocessing((0.5, 0.5), (0.25, 0.25)))
 IMAGES = jnp.asarray(np.random.default_rng(1).standard_normal((5, 12, 8, 2)), jnp.float32)
 
 
@@ -246,6 +249,32 @@ def test_counts_of_a_block_of_deit_small() -> None:
     assert (float(published_gmacs(config, output)[0]) - rest - gates - norms) / 12 == pytest.approx(0.2401, abs=1e-4)
 
 
+def test_work_with_a_short_last_layer_by_hand() -> None:
+    """Layers with some tokens, heads and sublayers off; of the last layer only the class token's query is computed."""
+    tokens = jnp.ones((4, 1, 7)).at[1, :, 3:].set(0).at[3, :, 5:].set(0)
+    heads = jnp.ones((4, 1, 2)).at[1, :, 1].set(0).at[3, :, 1].set(0)
+    sublayers = jnp.ones((4, 1, 2)).at[2, :, 0].set(0)
+    found = layer_macs(CONFIG, Choice(tokens, heads, sublayers), short_last_layer=True)
+    d, m, gates = 16, 64, (6 * 16, (6 + 2 + 2) * 16)
+    first = 4 * 7 * d * d + 2 * 7 * 7 * d + 2 * 7 * d * m
+    second = 3 * 3 * d * 8 + 2 * 3 * 3 * 8 + 3 * 8 * d + 3 * (8 * m + m * d)
+    third = 2 * 7 * d * m
+    last = 2 * 5 * d * 8 + d * 8 + 2 * 5 * 8 + 8 * d + (8 * m + m * d)  # keys and values of 5 tokens
+    assert found[:, 0].tolist() == [first + gates[0], *(layer + gates[1] for layer in (second, third, last))]
+    whole = float(layer_macs(CONFIG, everything(1), short_last_layer=True).sum()) - gates[0] - 3 * gates[1]
+    rest = 6 * 32 * 16 + 16 * 5
+    static = dataclasses.replace(CONFIG, **NO_RULE)
+    assert whole + rest == pytest.approx(1e9 * shrinking_gmacs(static, short_last_layer=True), rel=1e-6)
+
+
+def test_the_published_count_of_a_layer_without_heads_is_that_of_its_norms() -> None:
+    choice = everything(1)
+    without = dataclasses.replace(choice, heads=choice.heads.at[2].set(0))
+    found = published_macs(CONFIG, without)[:, 0] - published_macs(CONFIG, choice)[:, 0]
+    assert float(found[2]) == -(3 * 7 * 16 * 16 + 2 * 49 * 16 + 7 * 16 * 16 + 2 * 7 * 16 * 64)
+    assert found.at[2].set(0).tolist() == [0, 0, 0, 0]
+
+
 def test_extra_parameters() -> None:
     """L (D + 1) + (L - 1)(H + 2)(D + 1), and the first layer's unused maps, which are zero."""
     model = model_of_shapes(config_from("deit_small_patch16_224", rule=Gates()))
@@ -286,6 +315,63 @@ def test_usage_terms_by_hand(form: str, weight: list[float] | None) -> None:
     assert [float(found[name]) for name in ("token_use", "head_use", "sublayer_use")] == pytest.approx(
         expected, rel=1e-5
     )
+
+
+def test_the_use_of_heads_moves_no_gate_of_a_sublayer() -> None:
+    """M, whether a layer runs, is a number and no function: its gradient is stopped."""
+    rng = np.random.default_rng(0)
+    t, h, s = (jnp.asarray(rng.integers(0, 2, (4, 3, n)), jnp.float32) for n in (7, 2, 2))
+    slopes = jax.grad(lambda s: usage_losses(t, h, s, GateLoss())["head_use"])(s)
+    np.testing.assert_array_equal(slopes, jnp.zeros_like(s))
+    assert jnp.abs(jax.grad(lambda h: usage_losses(t, h, s, GateLoss())["head_use"])(h)).max() > 0
+
+
+def split_of(images: int) -> Split:
+    pixels = np.random.default_rng(2).integers(0, 256, (images, 12, 8, 2)).astype(np.uint8)
+    return Split(pixels, np.zeros(images, np.int32))
+
+
+def test_rates_do_not_depend_on_padding() -> None:
+    rates, whole = (gate_rates(FOR_PIXELS, split_of(11), size) for size in (4, 11))
+    for own, other in zip(jax.tree.leaves(rates), jax.tree.leaves(whole), strict=True):
+        np.testing.assert_allclose(own, other, atol=1e-6)
+    assert (np.asarray(rates.tokens) % 1 > 0).any()
+
+
+def test_gates_by_place_alone_are_random_in_the_control() -> None:
+    """Rates of 0 and 1 only, a policy that never looks at the image: the control still draws for each image."""
+    once = split_of(4)
+    twice = Split(np.concatenate([once.images, once.images]), np.zeros(8, np.int32))  # in two batches
+    rates = everything(1)
+    rates = dataclasses.replace(rates, tokens=rates.tokens.at[..., 4:].set(0))
+    fixed = gate_figures(FOR_PIXELS, twice, rates, batch_size=4)
+    drawn = gate_figures(FOR_PIXELS, twice, rates, seed=0, batch_size=4)
+    assert fixed["deviation"]["tokens"] == fixed["gmacs_deviation"] == 0
+    assert drawn["deviation"]["tokens"] > 0.1 and drawn["use"]["tokens"] == pytest.approx(0.5, abs=0.15)
+    first = gate_figures(FOR_PIXELS, once, rates, seed=0, batch_size=4)
+    assert drawn["gmacs"] != pytest.approx(first["gmacs"], rel=1e-6), "each batch draws anew"
+
+
+@pytest.mark.parametrize("rule", [CONFIG.rule, ConfidenceExit(0.5, own_heads=True)], ids=["gates", "own heads"])
+def test_fewer_layers_have_fewer_maps(rule: Any) -> None:
+    static = AViT(small_config(**NO_RULE), rngs=nnx.Rngs(0))
+    model = MODEL if rule is CONFIG.rule else static.with_config(rule=rule)
+    short = model.with_config(depth=2)
+    for long, own in zip(*(jax.tree.leaves(nnx.state(m.rule_module)) for m in (model, short)), strict=True):
+        np.testing.assert_array_equal(long[:2], own)
+    assert answers(short, IMAGES).token_depth.max() == 2
+    assert answers(static.with_config(depth=2, rule=rule), IMAGES).token_depth.max() == 2
+    if rule is CONFIG.rule:
+        np.testing.assert_array_equal(answers(short, IMAGES).token_gates, answers(model, IMAGES).token_gates[:2])
+
+
+def test_a_gate_of_avit_replaces_the_gates_of_a_checkpoint() -> None:
+    with np.load(GOLDENS / "gated-micro.npz") as file:
+        meta = json.loads(str(file["meta"]))
+        weights = {key[2:]: file[key] for key in file if key.startswith("w/")}
+    model = avit_jax.from_torch_state_dict(weights, num_heads=meta["num_heads"], gate_scale=10.0, gate_center=30.0)
+    assert model.config.gates is None and model.config.halts and model.rule_module is None
+    assert model.config.gate_scale == 10
 
 
 def test_noise_is_of_the_key_and_of_the_layer() -> None:
@@ -401,6 +487,6 @@ def test_training_evaluation_and_budget(tmp_path: Path) -> None:
     assert found["gmacs"] < evaluated.gmacs < masked_gmacs(trained.config), "here the last layer is whole"
     assert evaluated.executed_gmacs > evaluated.gmacs, "heads are masks, and groups are padded"
     rates = gate_rates(trained, dataset.test, 16)
-    assert gate_figures(trained, dataset.test, rates, batch_size=16)["use"]["tokens"] == pytest.approx(
+    assert gate_figures(trained, dataset.test, rates, seed=0, batch_size=16)["use"]["tokens"] == pytest.approx(
         float(rates.tokens[..., 1:].mean()), abs=0.1
     )

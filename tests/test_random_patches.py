@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import math
 import re
 from pathlib import Path
@@ -16,6 +17,7 @@ from flax import nnx
 import avit_jax
 from avit_jax import AViT, AViTConfig, AViTOutput
 from avit_jax.commands.typed_config import parse
+from avit_jax.data import mix
 from avit_jax.data.mix import training_positions
 from avit_jax.data.open import open_dataset
 from avit_jax.data.preprocessing import normalize
@@ -25,6 +27,7 @@ from avit_jax.execution.random_views import RandomViews, random_views
 from avit_jax.execution.work import image_gmacs, output_gmacs
 from avit_jax.model.config import NO_RULE
 from avit_jax.model.random_patches import config_of_tokens, cut, draw_positions, interpolated
+from avit_jax.train import step
 from avit_jax.train.loop import train
 from avit_jax.train.setup import prepare
 from avit_jax.train.start import initial_model
@@ -267,6 +270,39 @@ def test_positions_do_not_depend_on_the_mesh() -> None:
     np.testing.assert_array_equal(training_positions(key, 5, augment, STATIC), whole[:5])
 
 
+def test_places_are_new_in_each_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[np.ndarray] = []
+
+    def recorded(*arguments: Any) -> Any:
+        positions = training_positions(*arguments)
+        jax.debug.callback(lambda found: seen.append(np.asarray(found)), positions)
+        return positions
+
+    monkeypatch.setattr(step, "training_positions", recorded)
+    trained(tmp_path / "toy.npz", tmp_path / "run", random_patches=1.0)
+    jax.effects_barrier()
+    assert len(seen) == 3
+    assert all((a != b).any() for a, b in itertools.combinations(seen, 2))
+
+
+def test_places_and_other_augmentation_have_keys_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[Any] = []
+    monkeypatch.setattr(mix, "draw_positions", lambda keys, *_, **__: taken.append(keys) or jnp.zeros((4, 6, 2), int))
+    key = jax.random.key(3)
+    training_positions(key, 4, AugmentSettings(random_patches=1.0), STATIC)
+    for other in jax.random.split(key):  # of mixing and erasing
+        of_images = jax.vmap(jax.random.fold_in, (None, 0))(other, jnp.arange(4))
+        assert (jax.random.key_data(of_images) != jax.random.key_data(taken[0])).any(1).all()
+
+
+def test_no_images_have_no_answers() -> None:
+    model, none = spread_gate(STATIC), pictures()[:0]
+    probabilities, gmacs = random_views(model, none, RandomViews())
+    assert probabilities.shape == (0, 5) and gmacs.shape == (0,)
+    for rule in (avit_jax.RandomPatches(0.5), avit_jax.RandomDrop(0.5, (1,))):
+        assert answers(model.with_config(rule=rule), none).logits.shape == (0, 5)
+
+
 def test_pixels_are_those_of_the_patch_embedding() -> None:
     model, images = AViT(STATIC, rngs=nnx.Rngs(0)), pictures()
     np.testing.assert_array_equal(cut(images, on_the_grid(3), 4), model.patch_embed.patches(images))
@@ -282,6 +318,12 @@ def test_pixels_are_those_of_the_patch_embedding() -> None:
             {"rule": "tome(r=1)", "gate_scale": None, "gate_center": None},
             "auto",
             "config.augment.random_tokens is 3 and the rule tome fixes the number of tokens itself",
+        ),
+        (
+            {"random_patches": 0.5},
+            {"rule": "dynamicvit(keep_rate=0.7, layers=(2,))", "gate_scale": None, "gate_center": None},
+            "auto",
+            "config.loss.teacher_tokens_weight is 0.5 and patches are cut at random: the teacher's tokens are",
         ),
     ],
 )
@@ -305,8 +347,9 @@ def test_what_cannot_be_is_said_before_training(
     ("wrong", "message"),
     [
         ({"law": "gird"}, "the law of random patches is 'gird': choose one of uniform, jitter, grid"),
-        ({"views": 0}, "views is 0: it must be a whole number from 1"),
-        ({"tokens": -1}, "tokens is -1: it must be a whole number from 0"),
+        ({"views": 0}, "views is 0: give a whole number from 1 and below 2"),
+        ({"tokens": -1}, "tokens is -1: give a whole number from 0 and below 2"),
+        ({"seed": 2**40}, "seed is 1099511627776: give a whole number from 0 and below 2"),
     ],
 )
 def test_wrong_views_are_named(wrong: dict[str, Any], message: str) -> None:
@@ -319,7 +362,7 @@ def test_wrong_settings_are_named() -> None:
         AugmentSettings(random_patches=1.5)
     with pytest.raises(ValueError, match="config.augment.random_law 'anywhere' is unknown"):
         AugmentSettings(random_law="anywhere")
-    with pytest.raises(ValueError, match="random_tokens is 7"):
+    with pytest.raises(ValueError, match="^tokens is 7: give 0"):
         random_views(spread_gate(STATIC), pictures(), RandomViews(tokens=7))
     with pytest.raises(ValueError, match="the rule tome fixes the number of tokens for 6 patches and there are 4"):
         random_views(spread_gate(STATIC).with_config(rule=avit_jax.ToMe(r=1)), pictures(), RandomViews(tokens=4))
@@ -361,3 +404,14 @@ def test_the_part_of_an_image_that_uniform_places_leave_unseen() -> None:
             seen[top : top + 4, left : left + 4] = True
         unseen.append(1 - seen.mean())
     assert np.mean(unseen) == pytest.approx(0.39, abs=0.005)
+
+
+@pytest.mark.parametrize(
+    "rule", [avit_jax.RandomPatches(0.5), avit_jax.DynamicViT(0.5, (1, 3)), avit_jax.RandomDrop(0.5, (1,))]
+)
+def test_executed_depth_is_what_layers_read(rule: Any) -> None:
+    """No layer computes a patch that was dropped before it; the rule's depths are what is executed."""
+    model = spread_gate(STATIC).with_config(rule=rule)
+    program = avit_jax.compile(model, 3)
+    depth = np.asarray(program(pictures()).token_depth)
+    assert program.executed(depth, 3).slots == depth.sum()

@@ -121,7 +121,9 @@ def test_where_all_tokens_stop_at_one_layer_the_picture_is_a_sentence(
     one = dataclasses.replace(result, depth_histogram=(0.0, 0.0, 1.0, 0.0))
     assert draw_depth_histogram(one, tmp_path / "one.png").read_bytes()[:4] == b"\x89PNG"
     assert len(drawn[0].axes) == 1 and drawn[1].axes == []
-    assert [text.get_text() for text in drawn[1].texts] == ["All tokens of the 10 images stop at layer 3 of 4."]
+    assert [text.get_text() for text in drawn[1].texts] == [
+        "All tokens of the 10 images have a depth of 3 of 4 layers."
+    ]
     assert format_evaluation(one, CONFIG, choose(CONFIG)).splitlines()[-1] == "all tokens stop at layer 3"
     assert "all tokens" not in format_evaluation(result, CONFIG, choose(CONFIG))
 

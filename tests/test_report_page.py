@@ -5,6 +5,7 @@ import copy
 import dataclasses
 import io
 import json
+import re
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
@@ -219,6 +220,18 @@ def test_one_bar_is_a_sentence(folder: Path, tmp_path: Path, monkeypatch: pytest
     assert "multiply-adds by the rule, without padding: the saved work allows 1.00 times." in text
     assert "strip" not in report and report["summary"]["one_depth"]
     assert html.count("<svg") == 1, "the reliability diagram alone"
+
+
+def test_a_page_of_gates_speaks_of_no_stop(tmp_path: Path) -> None:
+    """Tokens come back, so a layer's share is what it computes, and no picture hides what has stopped."""
+    rule = avit_jax.Gates(token_bias=0.0, bias=0.0)
+    config = dataclasses.replace(CONFIG, gate_scale=None, gate_center=None, rule=rule)
+    html, report = written(tmp_path, spread_gate(config), drawn_split(9))
+    text = " ".join(Elements(html).text.split())
+    assert "how many layers computed each of its patches" in text and "number of layers" in text
+    assert not re.search(r"\bstop", text) and "strip" not in report
+    computed = [row["computed"] for row in report["by_layer"]]
+    assert sum(computed) == pytest.approx(report["summary"]["mean_depth"]["value"], rel=1e-3)
 
 
 def test_images_are_the_extremes(folder: Path) -> None:

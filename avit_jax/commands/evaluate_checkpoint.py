@@ -172,9 +172,12 @@ def format_evaluation(result: Evaluation, model_config: AViTConfig, how: Choice)
         f"execution          {how.execution}: {how.reason}",
     ]
     if layer := only_layer(result.depth_histogram):
-        return "\n".join([*lines, f"all tokens stop at layer {layer}"])
+        said = f"{layer} layers compute every token" if model_config.gates else f"all tokens stop at layer {layer}"
+        return "\n".join([*lines, said])
     lines.append("depth  tokens")
-    most = max(result.depth_histogram)
-    for layer, share in enumerate(result.depth_histogram, start=1):
+    never = 1 - sum(result.depth_histogram)
+    shares = dict(enumerate(result.depth_histogram, start=1)) | ({0: never} if never > 1e-9 else {})
+    most = max(shares.values())
+    for layer, share in sorted(shares.items()):
         lines.append(f"{layer:5}  {share:6.1%}  {'#' * round(40 * share / most)}")
     return "\n".join(lines)

@@ -20,6 +20,7 @@ from avit_jax.data.sources import Images
 from avit_jax.execution.program import compile, suited
 from avit_jax.execution.work import output_gmacs
 from avit_jax.model.config import AViTConfig
+from avit_jax.model.output import GatedOutput
 from avit_jax.model.vit import AViT, AViTOutput
 from avit_jax.runtime.bars import counted
 from avit_jax.runtime.mesh import batch_sharding
@@ -47,7 +48,8 @@ class Totals:
     """Sums over a part of a data set. Parts are added with +; sums of depths are integers, and so exact."""
 
     images: ImageFigures
-    depth_histogram: Int[np.ndarray, " l"]  # tokens that stopped at layer 1..L
+    depth_histogram: Int[np.ndarray, " l"]  # tokens of depth 1..L
+    computed_by_layer: Int[np.ndarray, " l"]  # tokens that layer 1..L computes, by the rule
     depth_by_token: Int[np.ndarray, " n"]  # sum over images, special tokens first
     executed_slots: int  # tokens times layers that were computed, without padding
     executed_gmacs: float  # 10^9 multiply-adds performed, padding included
@@ -80,7 +82,8 @@ class Evaluation:
     depth_fraction: float  # mean depth / number of layers
     depth_std_tokens: float  # mean over images of the deviation within the image
     depth_std_images: float  # deviation of the images' means
-    depth_histogram: tuple[float, ...]  # fraction of tokens that stopped at layer 1..L
+    depth_histogram: tuple[float, ...]  # fraction of tokens of depth 1..L; no layer computes the others
+    computed_by_layer: tuple[float, ...]  # fraction of tokens that layer 1..L computes, by the rule
     depth_by_token: tuple[float, ...]  # mean over images of each token's depth, special tokens first
     class_token_depth: float
     gmacs: float  # 10^9 multiply-adds per image, from the depths
@@ -156,6 +159,7 @@ def _of_all_processes(share: Totals) -> Totals:
     return Totals(
         ImageFigures(**{name: values[order] for name, values in images.items()}),
         total(share.depth_histogram),
+        total(share.computed_by_layer),
         total(share.depth_by_token),
         int(total(share.executed_slots)),
         float(total(share.executed_gmacs)),
@@ -186,7 +190,8 @@ def totals(
         _check_labels(split.labels, config)
     program = compile(model, own, execution=chosen, image_exit=False, mesh=mesh)
     images: list[dict[str, np.ndarray]] = []
-    histogram, by_token = np.zeros(config.depth, np.int64), np.zeros(config.num_tokens, np.int64)
+    histogram, computed = np.zeros((2, config.depth), np.int64)
+    by_token = np.zeros(config.num_tokens, np.int64)
     slots = 0
     performed: collections.Counter[float] = collections.Counter()  # images by their GMACs; mostly there is one number
     batches = evaluation_batches(split, config, batch_size, process_index=process, process_count=processes)
@@ -203,7 +208,12 @@ def totals(
         found |= {"label": batch["label"], "index": number * batch_size + process * own + np.arange(own)}
         images.append({name: values[real] for name, values in found.items()})
         depth = np.where(real[:, None], output.token_depth, 0)
-        histogram += np.bincount(depth.ravel(), minlength=config.depth + 1)[1:]
+        of_depth = np.bincount(depth.ravel(), minlength=config.depth + 1)[1:]
+        histogram += of_depth
+        if isinstance(output, GatedOutput):
+            computed += _computed_by_gates(output)[:, real].sum(1)
+        else:
+            computed += _at_least(of_depth)
         by_token += depth.sum(0)
         count = int(real.sum())
         if count:  # in the last batch a process may have no images
@@ -212,7 +222,18 @@ def totals(
             performed[executed.gmacs] += count
     columns = {name: np.concatenate([part[name] for part in images]) for name in images[0]}
     gmacs = sum(each * count for each, count in performed.items())
-    return Totals(ImageFigures(**columns), histogram, by_token, slots, float(gmacs))
+    return Totals(ImageFigures(**columns), histogram, computed, by_token, slots, float(gmacs))
+
+
+def _at_least(of_depth: Int[np.ndarray, " l"]) -> Int[np.ndarray, " l"]:
+    """Tokens of at least this depth; a layer computes them if a token that stops never comes back."""
+    return of_depth[::-1].cumsum()[::-1]
+
+
+def _computed_by_gates(output: GatedOutput) -> Int[np.ndarray, "l b"]:
+    """Tokens of each image that are on where a layer's attention or MLP runs."""
+    runs = np.asarray(output.sublayer_gates).max(-1)
+    return np.rint(np.asarray(output.token_gates).sum(-1) * runs).astype(np.int64)
 
 
 def _check_labels(labels: Int[np.ndarray, " n"], config: AViTConfig) -> None:
@@ -233,7 +254,8 @@ def figures(found: Totals, config: AViTConfig) -> Evaluation:
         return float(values.mean(dtype=np.float64))
 
     labelled = bool((images.label >= 0).all())
-    mean_depth = float(found.depth_by_token.sum() / (count * config.num_tokens))
+    tokens = count * config.num_tokens
+    mean_depth = float(found.depth_by_token.sum() / tokens)
     return Evaluation(
         images=count,
         top1=mean(images.rank <= 1) if labelled else math.nan,
@@ -243,11 +265,12 @@ def figures(found: Totals, config: AViTConfig) -> Evaluation:
         depth_fraction=mean_depth / config.depth,
         depth_std_tokens=mean(images.depth_std),
         depth_std_images=float(images.mean_depth.std(dtype=np.float64)),
-        depth_histogram=tuple((found.depth_histogram / found.depth_histogram.sum()).tolist()),
+        depth_histogram=tuple((found.depth_histogram / tokens).tolist()),
+        computed_by_layer=tuple((found.computed_by_layer / tokens).tolist()),
         depth_by_token=tuple((found.depth_by_token / count).tolist()),
         class_token_depth=mean(images.class_token_depth),
         gmacs=mean(images.gmacs),
-        executed_depth=found.executed_slots / (count * config.num_tokens),
+        executed_depth=found.executed_slots / tokens,
         executed_gmacs=found.executed_gmacs / count,
         per_image=images,
     )

@@ -73,22 +73,19 @@ def _above(rates: Choice, threshold: float) -> Choice:
 
 
 def gate_figures(
-    model: AViT, split: Split, forced: Choice | None = None, *, seed: int = 0, batch_size: int = 200
+    model: AViT, split: Split, forced: Choice | None = None, *, seed: int | None = None, batch_size: int = 200
 ) -> dict[str, Any]:
     """Top-1, work and use of a model with gates on a split in memory, each image counted once.
 
-    forced: [l 1 ..], fixed gates; None: the model's own. With rates between 0 and 1 it is the control of random gates,
-    which are drawn from the seed. "gmacs" are true multiply-adds with a short last layer, "published_gmacs" those of
-    the authors' table. "use" has the mean share of gates that are on, "deviation" how much that share differs between
-    images (standard deviation, mean over layers): 0 for fixed gates.
+    forced: [l 1 ..], the gates of every image; None: the model's own. seed: with it, `forced` are rates, from which
+    each image draws its gates (random_gates). "gmacs" are true multiply-adds with a short last layer, "published_gmacs"
+    those of the authors' table. "use" has the mean share of gates that are on, "deviation" how much that share differs
+    between images (standard deviation, mean over layers): 0 for fixed gates.
     """
     config, found = model.config, []
-    random = forced is not None and any(
-        bool(((rate > 0) & (rate < 1)).any()) for rate in (forced.tokens, forced.heads, forced.sublayers)
-    )
     for number, (pixels, count) in enumerate(_batches(model, split, batch_size)):
         choice = forced
-        if random and forced is not None:
+        if forced is not None and seed is not None:
             choice = random_gates(forced, config.num_special, batch_size, seed + 1000 * number)
         elif forced is not None:
             choice = jax.tree.map(lambda gate: jnp.repeat(gate, batch_size, axis=1), forced)

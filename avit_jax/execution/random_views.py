@@ -15,6 +15,7 @@ from avit_jax.model.check_images import check_images
 from avit_jax.model.random_patches import LAWS, check_tokens, config_of_tokens, draw_positions
 from avit_jax.model.rule import image_keys
 from avit_jax.model.vit import AViT
+from avit_jax.runtime.files import shown_value
 from avit_jax.runtime.numbers import is_whole
 
 
@@ -35,7 +36,8 @@ class RandomViews:
     def __post_init__(self) -> None:
         for name, least in (("tokens", 0), ("views", 1), ("seed", 0)):
             if not is_whole(getattr(self, name), least):
-                raise ValueError(f"{name} is {getattr(self, name)!r}: it must be a whole number from {least}")
+                value = shown_value(getattr(self, name))
+                raise ValueError(f"{name} is {value}: give a whole number from {least} and below 2^31")
         if self.law not in LAWS:
             raise ValueError(f"the law of random patches is {self.law!r}: choose one of {', '.join(LAWS)}")
 
@@ -51,7 +53,7 @@ def random_views(
     fewer under a reduction rule.
     """
     check_images(images, model.config)
-    check_tokens(how.tokens, model.config)
+    check_tokens(how.tokens, model.config, "tokens")
     return _program(*nnx.split(model), jnp.asarray(images), how)
 
 

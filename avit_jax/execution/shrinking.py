@@ -233,10 +233,11 @@ class ShrinkingModel(CompiledForward):
         super().__init__(model, batch_size, _to_the_logits, mesh)
 
     def executed(self, token_depth: Int[np.ndarray, "b n"], images: int, output: AViTOutput | None = None) -> Executed:
-        """The same for every image, whatever the depths: the tokens that enter each layer, and the rule's own work."""
+        """The same for every image, whatever the depths: the tokens that each layer reads, and the rule's own work."""
         rule, config = self.config.reduction, self.config
         counts = (config.num_tokens,) * config.depth if rule is None else rule.counts(config)
-        slots = config.num_tokens + sum(counts[:-1])
+        first = rule is not None and rule.place == "before the layer"
+        slots = sum(counts if first else (config.num_tokens, *counts[:-1]))
         return Executed(images * slots, executed_shrinking_gmacs(config))
 
 

@@ -54,11 +54,11 @@ def draw_positions(
     return jax.vmap(of_image)(keys)
 
 
-def check_tokens(tokens: int, config: AViTConfig) -> None:
-    """Raises ValueError unless the grid has so many patches. tokens: 0 for all of them."""
+def check_tokens(tokens: int, config: AViTConfig, name: str = "random_tokens") -> None:
+    """Raises ValueError unless the grid has so many patches. tokens: 0 for all of them. name: of the user's setting."""
     cells = config.num_tokens - config.num_special
     if not 0 <= tokens <= cells:
-        raise ValueError(f"random_tokens is {tokens}: give 0 (all) or a number up to the {cells} patches of the grid")
+        raise ValueError(f"{name} is {tokens}: give 0 (all) or a number up to the {cells} patches of the grid")
 
 
 def cut(images: Float[Array, "b h w c"], positions: Int[Array, "b n 2"], side: int) -> Float[Array, "b n v"]:
@@ -84,7 +84,7 @@ def interpolated(
         jnp.maximum(0, 1 - jnp.abs(places[..., axis, None] - jnp.arange(cells)))
         for axis, cells in enumerate(config.patch_grid)
     ]
-    weights = (near[0][..., :, None] * near[1][..., None, :]).reshape(*positions.shape[:2], -1)
+    weights = (near[0][..., :, None] * near[1][..., None, :]).reshape(*positions.shape[:2], len(table))
     # Full precision: TPUs and some GPUs would otherwise round the embeddings.
     return jnp.einsum("bng,gd->bnd", weights, table, precision=jax.lax.Precision.HIGHEST)
 

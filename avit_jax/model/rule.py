@@ -1,6 +1,7 @@
 """What rules of both kinds have: their members, checks of their layers, and random keys for those that draw."""
 
 import abc
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Protocol, Self, runtime_checkable
 
@@ -95,7 +96,8 @@ def check_class_attention(rule: str, config: Any) -> None:
 
 def image_keys(images: Float[Array, "b h w c"]) -> Keys:
     """A random key for each image from its own pixels, so that it depends neither on the batch nor on the execution."""
-    bits = jax.lax.bitcast_convert_type(images.astype(jnp.float32), jnp.uint32).reshape(len(images), -1)
+    bits = jax.lax.bitcast_convert_type(images.astype(jnp.float32), jnp.uint32)
+    bits = bits.reshape(len(images), math.prod(images.shape[1:]))
     # Two sums with odd factors that differ from pixel to pixel, modulo 2^32.
     place = jnp.arange(bits.shape[1], dtype=jnp.uint32)
     factors = jnp.stack([(2 * place + 1) * jnp.uint32(0x9E3779B1), (2 * place + 1) * jnp.uint32(0x85EBCA6B) ^ place])

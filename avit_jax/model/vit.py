@@ -283,9 +283,12 @@ class AViT(nnx.Module):
             needed = nnx.to_pure_dict(abstract)["rule_module"]
             if own is None or before is None or type(rule) is not type(before):
                 own = nnx.to_pure_dict(nnx.state(rule.module(self)))
-            elif jax.tree.map(jnp.shape, own) != jax.tree.map(jnp.shape, needed):
+            if shorter and jax.tree.map(jnp.ndim, own) == jax.tree.map(jnp.ndim, needed):  # some are stacked by layer
+                own = jax.tree.map(lambda p, shape: p[: shape.shape[0]] if shape.ndim else p, own, needed)
+            if jax.tree.map(jnp.shape, own) != jax.tree.map(jnp.shape, needed):
+                had = (before or rule).describe()
                 raise ValueError(
-                    f"this model's parameters of the rule {before.describe()!r} do not fit {rule.describe()!r}: "
+                    f"this model's parameters of the rule {had!r} do not fit {rule.describe()!r}: "
                     "with_config(rule=None) leaves them out, and the new rule then makes its own"
                 )
             arrays["rule_module"] = own

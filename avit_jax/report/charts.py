@@ -75,15 +75,18 @@ def accuracy_by_depth(bins: Sequence[dict[str, Any]]) -> Markup:
     return _chart("accuracy_by_depth", draw)
 
 
-def by_layer(layers: Sequence[dict[str, Any]], mean_depth: float) -> Markup:
-    """Tokens that stop at each layer, and tokens that it computes, in percent of all."""
+def by_layer(layers: Sequence[dict[str, Any]], mean_depth: float, stops: bool) -> Markup:
+    """Tokens that each layer computes, in percent of all; and tokens that stop at it, if they do so for good."""
 
     def draw(axes: Axes) -> None:
         x = [row["layer"] for row in layers]
-        axes.bar(x, [100 * row["stopped"] for row in layers], color=_ACCENT, width=0.72, label="stop at it")
         computed = [100 * row["computed"] for row in layers]
-        axes.step(x, computed, where="mid", color=_SECOND, label="computed by it")
-        axes.axvline(mean_depth, color=_INK, linestyle=(0, (4, 3)), linewidth=1, label=f"mean {mean_depth:.2f}")
+        if stops:
+            axes.bar(x, [100 * row["stopped"] for row in layers], color=_ACCENT, width=0.72, label="stop at it")
+            axes.step(x, computed, where="mid", color=_SECOND, label="computed by it")
+            axes.axvline(mean_depth, color=_INK, linestyle=(0, (4, 3)), linewidth=1, label=f"mean {mean_depth:.2f}")
+        else:
+            axes.bar(x, computed, color=_ACCENT, width=0.72, label="computed by it")
         _layer_axis(axes, len(layers))
         axes.set_ylabel("tokens (%)")
         axes.set_ylim(0, 106)

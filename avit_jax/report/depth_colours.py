@@ -1,7 +1,7 @@
 """The colour scale of depths: a colour means the same depth in every picture and everywhere on the page.
 
 It is viridis from layer 1 (dark blue) to the last layer (yellow). Its brightness grows evenly with depth, so that it
-reads the same for colour-blind people and in grey.
+reads the same for colour-blind people and in grey. Below one layer it is light grey: nothing was computed.
 """
 
 import matplotlib
@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float, Int, UInt8
 from matplotlib.colors import Normalize
 
-COLOURS = "viridis"
+COLOURS = matplotlib.colormaps["viridis"].with_extremes(under="#d4d4d4")
 
 
 def scale(depth: int) -> Normalize:
@@ -19,7 +19,7 @@ def scale(depth: int) -> Normalize:
 
 def coloured(depths: Int[np.ndarray, "..."] | Float[np.ndarray, "..."], depth: int) -> UInt8[np.ndarray, "... 3"]:
     """The colour of each depth, in layers, of a model with `depth` layers."""
-    return np.asarray(matplotlib.colormaps[COLOURS](scale(depth)(depths), bytes=True))[..., :3]
+    return np.asarray(COLOURS(scale(depth)(depths), bytes=True))[..., :3]
 
 
 def ink_on(colour: UInt8[np.ndarray, " 3"]) -> str:

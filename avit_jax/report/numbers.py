@@ -17,9 +17,9 @@ DEPTH_BINS = 10
 
 
 def only_layer(shares: Sequence[float]) -> int | None:
-    """The layer, from 1, that has all of the shares; None if there are several."""
-    filled = np.flatnonzero(shares)
-    return int(filled[0]) + 1 if len(filled) == 1 else None
+    """The layer, from 1, that has the whole, which is 1; None if there are several, or tokens of no layer."""
+    whole = np.flatnonzero(np.asarray(shares) == 1)
+    return int(whole[0]) + 1 if len(whole) == 1 else None
 
 
 def evaluation_numbers(result: Evaluation, model_config: AViTConfig) -> dict[str, Any]:
@@ -55,6 +55,7 @@ def summary(result: Evaluation, model_config: AViTConfig) -> dict[str, Any]:
         "labelled": result.labelled,
         "one_depth": bool(np.ptp(images.mean_depth) == 0),  # all images have the same mean depth
         "not_finite": int((~np.isfinite(images.confidence)).sum()),
+        "never_computed": max(0.0, 1 - sum(result.depth_histogram)),  # fraction of tokens
         "depth_fraction": result.depth_fraction,
         "depth_std_tokens": result.depth_std_tokens,
         "depth_std_images": result.depth_std_images,
@@ -69,13 +70,9 @@ def _shares(values: np.ndarray, depth: int) -> list[float]:
 
 
 def _by_layer(result: Evaluation) -> list[dict[str, Any]]:
-    """For each layer the tokens that it computes, and those that stop at it, as fractions of all tokens."""
-    stopped = np.asarray(result.depth_histogram)
-    computed = 1 - np.concatenate([[0], np.cumsum(stopped)[:-1]])
-    return [
-        {"layer": layer, "computed": float(c), "stopped": float(s)}
-        for layer, (c, s) in enumerate(zip(computed, stopped, strict=True), start=1)
-    ]
+    """For each layer the tokens that it computes, and those of this depth, as fractions of all tokens."""
+    pairs = zip(result.computed_by_layer, result.depth_histogram, strict=True)
+    return [{"layer": layer, "computed": c, "stopped": s} for layer, (c, s) in enumerate(pairs, start=1)]
 
 
 def by_depth(images: ImageFigures, bins: int = DEPTH_BINS) -> list[dict[str, Any]]:

@@ -91,26 +91,27 @@ def show_image(axis: Any, image: UInt8[np.ndarray, "h w c"]) -> None:
 
 @plain_text
 def draw_depth_histogram(result: Evaluation, path: Path, class_token: bool = True) -> Path:
-    """Draw the share of tokens that stop at each layer, their mean depth and, if there is one, the class token's.
+    """Draw the share of tokens of each depth, their mean depth and, if there is one, the class token's.
 
-    If all tokens stop at the same layer, the picture is a sentence. class_token: whether the model has one. Returns the
+    If all tokens have the same depth, the picture is a sentence. class_token: whether the model has one. Returns the
     path.
     """
     if layer := only_layer(result.depth_histogram):
         figure = Figure(figsize=(7, 0.7))
         depth = len(result.depth_histogram)
-        said = f"All tokens of the {result.images:,} images stop at layer {layer} of {depth}."
+        said = f"All tokens of the {result.images:,} images have a depth of {layer} of {depth} layers."
         figure.text(0.5, 0.5, said, ha="center", va="center", fontsize=11)
         return save_picture(figure, path)
-    layers = np.arange(1, len(result.depth_histogram) + 1)
+    shares = [1 - sum(result.depth_histogram), *result.depth_histogram]
+    least = 0 if shares[0] > 1e-9 else 1  # tokens that no layer computed
     figure = Figure(figsize=(7, 4), layout="constrained")
     axis = figure.subplots()
-    axis.bar(layers, np.asarray(result.depth_histogram) * 100, color=_ADAPTIVE)
+    axis.bar(np.arange(least, len(shares)), np.asarray(shares[least:]) * 100, color=_ADAPTIVE)
     axis.axvline(result.mean_depth, color="black", linestyle="--", label=f"mean depth {result.mean_depth:.2f}")
     if class_token:
         text = f"class token {result.class_token_depth:.2f}"
         axis.axvline(result.class_token_depth, color="#b5541c", linestyle=":", label=text)
-    axis.set(xlabel="layer at which the token stops", ylabel="tokens (%)")
+    axis.set(xlabel="layers that computed the token", ylabel="tokens (%)")
     axis.xaxis.set_major_locator(MaxNLocator(12, integer=True))
     axis.set_title(f"Token depths over {result.images:,} images")
     axis.legend()

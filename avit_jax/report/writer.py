@@ -120,7 +120,8 @@ def _write_page(
     report["galleries"] = {name: [_image(i, subject, baseline) for i in indices] for name, indices in chosen.items()}
     shown = {image["image"] for images in report["galleries"].values() for image in images}
     pictures: dict[str, Any] = {}
-    if model.config.rule_in_force is not None and only_layer(result.depth_histogram) is None:
+    stops = model.config.rule_in_force is not None and model.config.gates is None  # gates let tokens come back
+    if stops and only_layer(result.depth_histogram) is None:
         widest = int(np.argmax(result.per_image.depth_std))
         report["strip"] = _image(widest, subject)
         (depth,) = gallery.token_depths(model, split, [report["strip"]["image"]])
@@ -244,9 +245,9 @@ def _charts(report: dict[str, Any]) -> dict[str, Any]:
     model, summary = report["model"], report["summary"]
     if model["rule"]:
         if only_layer([row["stopped"] for row in report["by_layer"]]) is None:
-            found["by_layer"] = charts.by_layer(report["by_layer"], summary["mean_depth"]["value"])
+            found["by_layer"] = charts.by_layer(report["by_layer"], summary["mean_depth"]["value"], not model["gated"])
             found["position_map"] = charts.position_map(report["by_position"], model["depth"])
-        if model["class_token"] and only_layer(report["class_token"]) is None:
+        if model["class_token"] and not model["gated"] and only_layer(report["class_token"]) is None:
             found["class_token"] = charts.class_token(report["class_token"], summary["class_token_depth"]["value"])
         if "by_depth" in report and not summary["one_depth"]:
             found["accuracy_by_depth"] = charts.accuracy_by_depth(report["by_depth"])

@@ -36,10 +36,8 @@ def plans(execution: str, config: AViTConfig, steps: int, mesh: Mesh) -> bool:
     )
     if execution == "planned" and not fits:
         name = config.rule_in_force.name if config.rule_in_force is not None else "none"
-        raise ValueError(
-            f"config.execution is planned and the rule is {name}: training with it masks no token that could be "
-            "removed; give config.execution=masked"
-        )
+        why = "gates let tokens come back" if config.gates else "training with it masks no token that could be removed"
+        raise ValueError(f"config.execution is planned and the rule is {name}: {why}; give config.execution=masked")
     # Planned training has been measured on CPUs of one process only.
     measured = mesh.devices.flat[0].platform == "cpu" and jax.process_count() == 1
     return fits and (execution == "planned" or (execution == "auto" and steps >= _LONG and measured))

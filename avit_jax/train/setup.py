@@ -36,8 +36,8 @@ def prepare(settings: TrainSettings, model: AViT, mesh: Mesh, images: int, teach
     """Number of steps, optimizer and jitted step for this number of training images.
 
     model, teacher: their shapes are enough (nnx.eval_shape). Raises ValueError if config.optim's schedule does not fit
-    the number of steps, or freezes a model whose rule brings no parameters, and for config.augment.random_tokens that
-    the model or the execution cannot have.
+    the number of steps, or freezes a model whose rule brings no parameters, and for config.augment.random_* that the
+    model, its losses or the execution cannot have.
     """
     steps = settings.steps(images)
     schedule = learning_rate_schedule(settings.optim, steps, epochs=settings.epochs, batch_size=settings.batch_size)
@@ -60,6 +60,14 @@ def prepare(settings: TrainSettings, model: AViT, mesh: Mesh, images: int, teach
         raise ValueError(
             f"config.augment.random_tokens is {tokens} and the rule {model.config.reduction.name} fixes the number of "
             "tokens itself: give random_tokens=0, or another rule"
+        )
+    rule = rule_of_training(model.config)
+    losses = settings.rule_loss.of(rule)
+    if settings.augment.cuts and rule is not None and rule.teacher_tokens and losses.teacher_tokens_weight:
+        raise ValueError(
+            f"{losses.key('teacher_tokens_weight')} is {losses.teacher_tokens_weight:g} and patches are cut at random: "
+            "the teacher's tokens are those of the grid; set the weight to 0, or config.augment.random_patches and "
+            "random_tokens to 0"
         )
     if not tokens and plans(settings.execution, model.config, steps, mesh):
         planner = Planner(model.config, settings.batch_size // (mesh.size * settings.accumulation), steps)

@@ -40,7 +40,10 @@ def take_gates(state: dict[str, Any]) -> dict[str, np.ndarray]:
                 )
             shapes = {value.shape for value in layers.values()}
             if len(shapes) > 1 or len(min(shapes)) != (2 if kind == "weight" else 1):
-                raise ValueError(f"its gates {theirs}.mlp_head.{kind} have the shapes {sorted(shapes)[:5]}")
+                raise ValueError(
+                    f"its gates {theirs}.mlp_head.{kind} have the shapes {sorted(shapes)[:5]}: every layer must have "
+                    f"one {'matrix' if kind == 'weight' else 'vector'} of the same shape"
+                )
             turned = [layers[layer].T for layer in range(first, depth)]  # PyTorch stores weights transposed
             name = f"rule_module.{ours}.{'kernel' if kind == 'weight' else 'bias'}"
             gates[name] = np.stack([np.zeros_like(turned[0])] * first + turned)

@@ -61,7 +61,7 @@ def convert(
         told["pool"] = found.traits.get("pool", "norm_mean") if averages == "avg" else "token"
     found.traits |= {name: value for name, value in told.items() if name != "preprocessing"}
     gates = take_gates(found.state)
-    if gates:
+    if gates and not overrides.keys() & {"gate_scale", "gate_center"}:  # a gate of A-ViT replaces other rules
         found.traits["rule"] = Gates()
     asked = overrides.pop("preprocessing", None)
     config = configuration(found.state, found.traits, preset, saved, overrides)
