@@ -140,7 +140,9 @@ def get_config(arg: str = "static") -> ConfigDict:
         config.model.rule = _of((SETTINGS | STARTS)[kind], work, method)
     if method == "act":
         config.init_from = gate_path(work)
-        config.loss.update({"ponder_weight": 2.9e-4, "prior_weight": 5e-3, "prior_deviation": 3.0})
+        # With A-ViT's prior_weight of 5e-3, with 0.05, and with ten times the ponder cost all images go to layer 12 in 100
+        # steps. After half an epoch, 71 % of the work has 87.2 % on 600 validation images with 0.5, 85.7 % with 0.05.
+        config.loss.update({"ponder_weight": 2.9e-4, "prior_weight": 0.5, "prior_deviation": 3.0})
         config.loss.prior_target_depth = ACT_DEPTH[work] + 0.6
     if method == "pondernet":
         # With the paper's 0.01 the classification loss moves all images to the last layers together, and no threshold
