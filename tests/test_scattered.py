@@ -256,5 +256,6 @@ def test_the_config_starts_from_fashion_mnists_model_with_resized_positions(
     assert "pos_embed was resized from 7x7 to 14x14 patches" in capsys.readouterr().out
     np.testing.assert_array_equal(model.patch_embed.proj.kernel[...], start.patch_embed.proj.kernel[...])
     assert model.config.preprocessing == Preprocessing((0.1555,), (0.2903,), crop_fraction=1.0)
-    with pytest.raises(ValueError, match="'act' is not one of dense, static, layers, avit, avit_hidden, positions, tome, evit"):
+    known = "dense, static, layers, avit, avit_hidden, positions, tome, evit"
+    with pytest.raises(ValueError, match=f"'act' is not one of {known}"):
         load_config("scattered:act")
