@@ -446,6 +446,9 @@ def test_a_checkpoint_without_some_gates_is_refused() -> None:
     del missing["blocks.2.head_select.mlp_head.bias"]
     with pytest.raises(ValueError, match=r"its gates head_select.mlp_head.bias are there for layers \[1, 3\]"):
         avit_jax.from_torch_state_dict(missing, num_heads=3)
+    odd = weights | {"blocks.2.head_select.mlp_head.bias": np.zeros(2, np.float32)}
+    with pytest.raises(ValueError, match="every layer must have one vector of the same shape"):
+        avit_jax.from_torch_state_dict(odd, num_heads=3)
     with pytest.raises(ValueError, match="tokens-to-token"):
         avit_jax.from_torch_state_dict(weights | {"tokens_to_token.project.weight": np.zeros((2, 2))}, num_heads=3)
     plain = avit_jax.from_torch_state_dict(weights, num_heads=3, rule=None)

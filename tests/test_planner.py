@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from avit_jax import PlannedPlan
+from avit_jax import Gates, PlannedPlan
 from avit_jax.commands.dry_run import dry_run
 from avit_jax.commands.run import run
 from avit_jax.commands.typed_config import parse
@@ -152,6 +152,13 @@ def test_who_plans(fields: dict[str, Any], fits: bool) -> None:
     else:
         with pytest.raises(ValueError, match="training with it masks no token that could be removed; give config"):
             plans("planned", config, 8, MESH)
+
+
+def test_gates_have_no_plan() -> None:
+    config = small_config(**NO_RULE | {"rule": Gates()})
+    assert not plans("auto", config, 1000, MESH)
+    with pytest.raises(ValueError, match="the rule is gates: gates let tokens come back; give config.execution=masked"):
+        plans("planned", config, 8, MESH)
 
 
 def test_the_loads_of_a_step_are_those_of_layer_loads() -> None:

@@ -175,9 +175,10 @@ def format_evaluation(result: Evaluation, model_config: AViTConfig, how: Choice)
         said = f"{layer} layers compute every token" if model_config.gates else f"all tokens stop at layer {layer}"
         return "\n".join([*lines, said])
     lines.append("depth  tokens")
-    never = 1 - sum(result.depth_histogram)
-    shares = dict(enumerate(result.depth_histogram, start=1)) | ({0: never} if never > 1e-9 else {})
-    most = max(shares.values())
-    for layer, share in sorted(shares.items()):
+    shares = [result.never_computed, *result.depth_histogram]
+    most = max(shares)
+    for layer, share in enumerate(shares):
+        if layer == 0 and not share:
+            continue
         lines.append(f"{layer:5}  {share:6.1%}  {'#' * round(40 * share / most)}")
     return "\n".join(lines)

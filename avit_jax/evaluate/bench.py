@@ -211,8 +211,7 @@ def answers(program: Any, images: Images) -> Answers:
         work += count * program.executed(np.where(real[:, None], depth, 0), count, output).gmacs
         if config.gates is not None:
             own.append(np.asarray(output_gmacs(config, output, short_last_layer=True), np.float64)[real])
-            runs = np.asarray(output.sublayer_gates).max(-1)
-            tokens.append((np.asarray(output.token_gates).sum(-1) * runs)[:, real])
+            tokens.append(np.asarray(output.computed)[:, real])
         outputs.append(np.asarray(output.logits)[real])
         labels.append(np.asarray(batch["label"])[real])
         depths.append(depth[real].astype(np.int16))

@@ -98,6 +98,12 @@ class Evaluation:
         return bool((self.per_image.label >= 0).all())
 
     @property
+    def never_computed(self) -> float:
+        """The fraction of tokens that no layer computes, 0..1; rounding of the other fractions is taken as none."""
+        rest = 1 - sum(self.depth_histogram)
+        return rest if rest > 1e-9 else 0.0
+
+    @property
     def image_depths(self) -> Float[np.ndarray, " n"]:
         """Mean depth of each image, in the data's order."""
         return self.per_image.mean_depth
@@ -211,7 +217,7 @@ def totals(
         of_depth = np.bincount(depth.ravel(), minlength=config.depth + 1)[1:]
         histogram += of_depth
         if isinstance(output, GatedOutput):
-            computed += _computed_by_gates(output)[:, real].sum(1)
+            computed += np.rint(np.asarray(output.computed)[:, real].sum(1)).astype(np.int64)
         else:
             computed += _at_least(of_depth)
         by_token += depth.sum(0)
@@ -228,12 +234,6 @@ def totals(
 def _at_least(of_depth: Int[np.ndarray, " l"]) -> Int[np.ndarray, " l"]:
     """Tokens of at least this depth; a layer computes them if a token that stops never comes back."""
     return of_depth[::-1].cumsum()[::-1]
-
-
-def _computed_by_gates(output: GatedOutput) -> Int[np.ndarray, "l b"]:
-    """Tokens of each image that are on where a layer's attention or MLP runs."""
-    runs = np.asarray(output.sublayer_gates).max(-1)
-    return np.rint(np.asarray(output.token_gates).sum(-1) * runs).astype(np.int64)
 
 
 def _check_labels(labels: Int[np.ndarray, " n"], config: AViTConfig) -> None:

@@ -32,6 +32,11 @@ class GatedOutput(AViTOutput):
     head_gates: Float[Array, "l b h"]
     sublayer_gates: Float[Array, "l b 2"]  # attention, MLP
 
+    @property
+    def computed(self) -> Float[Array, "l b"]:
+        """Tokens of each image that each layer computes: those that are on, where attention or MLP runs."""
+        return self.token_gates.sum(-1) * self.sublayer_gates.max(-1)
+
 
 # Fields whose images are on the second axis.
 IMAGES_SECOND = ("head_logits", "halting_scores", "token_gates", "head_gates", "sublayer_gates")

@@ -55,7 +55,7 @@ def summary(result: Evaluation, model_config: AViTConfig) -> dict[str, Any]:
         "labelled": result.labelled,
         "one_depth": bool(np.ptp(images.mean_depth) == 0),  # all images have the same mean depth
         "not_finite": int((~np.isfinite(images.confidence)).sum()),
-        "never_computed": max(0.0, 1 - sum(result.depth_histogram)),  # fraction of tokens
+        "never_computed": result.never_computed,
         "depth_fraction": result.depth_fraction,
         "depth_std_tokens": result.depth_std_tokens,
         "depth_std_images": result.depth_std_images,

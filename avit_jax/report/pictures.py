@@ -102,8 +102,8 @@ def draw_depth_histogram(result: Evaluation, path: Path, class_token: bool = Tru
         said = f"All tokens of the {result.images:,} images have a depth of {layer} of {depth} layers."
         figure.text(0.5, 0.5, said, ha="center", va="center", fontsize=11)
         return save_picture(figure, path)
-    shares = [1 - sum(result.depth_histogram), *result.depth_histogram]
-    least = 0 if shares[0] > 1e-9 else 1  # tokens that no layer computed
+    shares = [result.never_computed, *result.depth_histogram]
+    least = 0 if shares[0] else 1
     figure = Figure(figsize=(7, 4), layout="constrained")
     axis = figure.subplots()
     axis.bar(np.arange(least, len(shares)), np.asarray(shares[least:]) * 100, color=_ADAPTIVE)
