@@ -1,5 +1,6 @@
 """compile(): which execution runs a rule, that all of them agree, and what is said of a choice that does not fit."""
 
+import gc
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -99,6 +100,19 @@ def test_later_changes_of_the_model_do_not_reach_the_program() -> None:
     before = np.asarray(program(images).logits)
     model.head.bias[...] += 1
     np.testing.assert_array_equal(program(images).logits, before)
+
+
+def test_programs_that_nobody_holds_are_freed() -> None:
+    """A comparison compiles hundreds of them, and a process has a limited number of memory maps."""
+    model = spread_gate(small_config(**NO_RULE, depth=1))
+    client = jax.devices()[0].client
+    loaded = []
+    for numbers in (range(18), range(18, 24)):
+        for number in numbers:
+            avit_jax.compile(model.with_config(drop_path_rate=number / 100), 2)
+        gc.collect()
+        loaded.append(len(client.live_executables()))
+    assert loaded[1] <= loaded[0]
 
 
 PLAN = PlannedPlan(7, 4, 2, 1, (Stage(0, (7, 7)),))

@@ -53,7 +53,8 @@ class Program(Protocol):
 Forward = Callable[[AViT, Array], AViTOutput]
 
 
-@functools.lru_cache(maxsize=128)
+# Few: each program holds hundreds of memory maps, and a process has 65,530 of them. Then LLVM ends the process.
+@functools.lru_cache(maxsize=16)
 def _jitted(graphdef: nnx.GraphDef, forward: Forward) -> Any:
     """(params, images) -> forward(model, images); models of the same configuration share the program."""
     return jax.jit(lambda params, images: forward(nnx.merge(graphdef, params), images))
