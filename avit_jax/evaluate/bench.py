@@ -19,7 +19,7 @@ from avit_jax.data.sources import Images
 from avit_jax.evaluate.position_share import explained_by_position
 from avit_jax.evaluate.rows import STATIC, Row, as_bits
 from avit_jax.evaluate.timing import Timed, ratios_in_turn, sample_in_turn
-from avit_jax.execution.compiled import CompiledModel
+from avit_jax.execution.compiled import CompiledModel, on_one_device
 from avit_jax.execution.program import AUTO, compile
 from avit_jax.execution.work import image_gmacs, output_gmacs, shrinking_gmacs
 from avit_jax.model.config import NO_RULE, AViTConfig, changed
@@ -210,14 +210,15 @@ def answers(program: Any, images: Images) -> Answers:
             continue
         work += count * program.executed(np.where(real[:, None], depth, 0), count, output).gmacs
         if config.gates is not None:
-            own.append(np.asarray(output_gmacs(config, output, short_last_layer=True), np.float64)[real])
+            gmacs = output_gmacs(config, on_one_device(output), short_last_layer=True)
+            own.append(np.asarray(gmacs, np.float64)[real])
             tokens.append(np.asarray(output.computed)[:, real])
         outputs.append(np.asarray(output.logits)[real])
         labels.append(np.asarray(batch["label"])[real])
         depths.append(depth[real].astype(np.int16))
     label = np.concatenate(labels)
-    gmacs, used = (np.concatenate(own), np.concatenate(tokens, axis=1).mean(1)) if own else (None, None)
-    return Answers(np.concatenate(outputs), label, np.concatenate(depths), work / len(label), gmacs, used)
+    of_gates = (np.concatenate(own), np.concatenate(tokens, axis=1).mean(1)) if own else (None, None)
+    return Answers(np.concatenate(outputs), label, np.concatenate(depths), work / len(label), *of_gates)
 
 
 def _by_the_rule(depth: Int[np.ndarray, "n t"], config: AViTConfig) -> bool:

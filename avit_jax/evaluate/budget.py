@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from avit_jax.execution.compiled import on_one_device
 from avit_jax.execution.program import compile
 from avit_jax.execution.work import image_gmacs, output_gmacs, whole_gmacs
 from avit_jax.model.check_images import check_images
@@ -138,7 +139,7 @@ class WorkByLevel:
         program = compile(model, size, execution="masked", mesh=data_mesh(size))
         total = 0.0
         for start in range(0, len(images), size):
-            output = program(images[start : start + size])
+            output = on_one_device(program(images[start : start + size]))
             total += float(output_gmacs(config, output, short_last_layer=True).sum())
         return total / len(images) / whole
 

@@ -159,6 +159,15 @@ def _first_images(output: AViTOutput, count: int) -> AViTOutput:
     return type(output)(**first)
 
 
+def on_one_device(output: AViTOutput) -> AViTOutput:
+    """The output by way of the host, for operations outside jit.
+
+    On arrays that are split over several CPU devices these join the parts, and once the two devices of a machine with
+    two cores have waited for each other until JAX ended the process.
+    """
+    return jax.tree.map(lambda values: jnp.asarray(np.asarray(values)), output)
+
+
 class CountedModel(CompiledModel):
     """A compiled program of (params, images, number of images that count); each device computes its own images."""
 
