@@ -10,6 +10,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 import avit_jax
+from avit_jax.execution.compiled import on_one_device
 from avit_jax.runtime.mesh import data_mesh
 from tests.harness.builders import answers, spread_gate
 from tests.test_program import CONFIGS, FITTING, images_of
@@ -30,4 +31,7 @@ for name, config in CONFIGS.items():
                 found = program(images[:count])
                 np.testing.assert_allclose(found.logits, expected.logits[:count], atol=2e-5, err_msg=name)
                 np.testing.assert_array_equal(found.token_depth, expected.token_depth[:count], err_msg=name)
+            joined = on_one_device(found)
+            assert all(len(part.devices()) == 1 for part in jax.tree.leaves(joined)), name
+            np.testing.assert_array_equal(joined.logits, found.logits)
 print("4 devices agree")
