@@ -53,7 +53,7 @@ class Program(Protocol):
 Forward = Callable[[AViT, Array], AViTOutput]
 
 
-# Few: each program holds hundreds of memory maps, and a process has 65,530 of them. Then LLVM ends the process.
+# Few: each program holds hundreds of memory maps, and without one of Linux's 65,530 for a process LLVM ends it.
 @functools.lru_cache(maxsize=16)
 def _jitted(graphdef: nnx.GraphDef, forward: Forward) -> Any:
     """(params, images) -> forward(model, images); models of the same configuration share the program."""
