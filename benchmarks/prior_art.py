@@ -56,7 +56,7 @@ BUDGETS = ("0.71", "0.49")
 MAIN = ("avit", "avit_hidden", "tome", "evit", "dynamicvit", "layers")  # with three seeds
 SINGLE = (
     *("confidence", "pondernet", "act", "topk", "random", "mctf", "ats", "mass", "similarity", "positions"),
-    *("image", "dynamicvit_own"),
+    *("image", "dynamicvit_own", "mctf_own"),
 )
 TESTED_ELSEWHERE = ("avit_hidden", "tome", "evit")  # as trained at 0.49, at other budgets too: one training, a curve
 WORKS = {"layers": {"0.71": "9", "0.6": "8", "0.49": "7"}, "image": {"0.71": "24", "0.49": "20"}}  # the nearest
@@ -66,6 +66,7 @@ NAMES = {
     "layers": "fewer layers",
     "image": "smaller image",
     "dynamicvit_own": "DynamicViT, its own losses",
+    "mctf_own": "MCTF, with its second pass",
     "avit_hidden": "A-ViT, gate from hidden units",
 }
 BATCH = 200

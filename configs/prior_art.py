@@ -4,8 +4,9 @@
     python benchmarks/prior_art.py                                all trainings of the comparison, and their figures
 
 METHOD is static, layers (the first layers of the static model), image (a smaller image), the name of a rule,
-dynamicvit_own (DynamicViT with the losses and learning rates of its paper), or avit_hidden (the second attempt of
-A-ViT: its gate starts from hidden units too, with depths that differ more, and trains without ponder cost and prior).
+dynamicvit_own (DynamicViT with the losses and learning rates of its paper), mctf_own (MCTF with the second pass of its
+paper), or avit_hidden (the second attempt of A-ViT: its gate starts from hidden units too, with depths that differ
+more, and trains without ponder cost and prior).
 WORK is 0.71 or 0.49, the share of the static model's multiply-adds that an image may cost; the last layer computes only
 what the logits read. With layers and image it is the number of layers or the image's side in pixels. static and
 confidence have no WORK. benchmarks/prior_art.py writes what layers, image and act start from, and runs `positions`,
@@ -47,6 +48,7 @@ RELATIVES = {
     "gates": "avit",
     "positions": "avit",
     "mctf": "tome",
+    "mctf_own": "tome",
     "topk": "evit",
     "random": "evit",
     "ats": "evit",
@@ -156,6 +158,8 @@ def get_config(arg: str = "static") -> ConfigDict:
         config.loss.update({f"{part}_target": GATES_ON[work] for part in ("token", "head", "sublayer")})
     if method == "dynamicvit":
         config.loss.teacher_logits_weight = 0.0  # all methods learn from the teacher's logits
+    if method == "mctf":
+        config.loss.update({"second_pass_weight": 0.0, "agreement_weight": 0.0})
     if method == "dynamicvit_own":
         config.loss.distillation_weight = 0.0
         # The paper freezes the backbone for 5 of 30 epochs.

@@ -81,6 +81,7 @@ BOUNDS: list[tuple[str, float, float, str]] = [  # the key, the bound, a value b
     *((name, 0, -1, "at least 0") for name in ("keep_every", "keep_best", "epochs", "gate_start.images")),
     *((f"loss.{name}", 0, -0.1, "at least 0") for name in ("ponder_weight", "prior_weight", "label_smoothing")),
     *((f"loss.{name}_weight", 0, -0.1, "at least 0") for name in ("keep_ratio", "teacher_logits", "teacher_tokens")),
+    *((f"loss.{name}_weight", 0, -0.1, "at least 0") for name in ("second_pass", "agreement")),
     ("loss.distillation_weight", 0, -0.1, "at least 0"),
     ("loss.geometric_weight", 0, -0.1, "at least 0"),
     ("loss.gate_weight", 0, -0.1, "at least 0"),

@@ -28,10 +28,11 @@ from avit_jax.reduction.groups import Groups, Reduction, reduce
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Reduced:
-    """What became of an image's N tokens: the slot that each of them is in after every layer."""
+    """What became of an image's N tokens: the slot that each of them is in after every layer; what the heads read."""
 
     slots: tuple[Int[Array, "b n"], ...]  # for each layer; the layer's number of tokens stands for dropped
     sizes: tuple[Float[Array, "b _"], ...]  # for each layer: patches that each of its tokens stands for
+    features: Float[Array, "heads b f"]  # see groups.Pass
 
 
 def forward(
@@ -131,9 +132,10 @@ def _program(
 
     scores = jnp.zeros((config.depth, count, num_tokens))
     weight = size if size.shape[1] < num_tokens else None
-    logits = model.head_logits(x[:, : config.num_outputs], weight)
+    outputs = x[:, : config.num_outputs]
+    logits = model.head_logits(outputs, weight)
     output = AViTOutput(logits.mean(0), logits, token_depth, token_depth + 1.0, scores)
-    return output, Reduced(tuple(slots), tuple(sizes))
+    return output, Reduced(tuple(slots), tuple(sizes), jnp.stack(model.pooled(outputs, weight)))
 
 
 def stretches(depth: int, acts: tuple[int, ...], short_last_layer: bool) -> list[tuple[int, int]]:

@@ -224,14 +224,14 @@ class AViT(nnx.Module):
 
         size: the patches that each token stands for, if tokens were merged; None: 1 each.
         """
-        features = self._pooled(outputs, size)
+        features = self.pooled(outputs, size)
         if self.config.num_classes:
             features[0] = self.head(features[0])
             if self.config.distilled:
                 features[1] = self.head_dist(features[1])
         return jnp.stack(features).astype(jnp.float32)
 
-    def _pooled(self, outputs: Float[Array, "b s d"], size: Float[Array, "b k"] | None) -> list[Array]:
+    def pooled(self, outputs: Float[Array, "b s d"], size: Float[Array, "b k"] | None) -> list[Array]:
         """The features that each head reads, [b, head_inputs]."""
         config, first_patch = self.config, self.config.num_special
 

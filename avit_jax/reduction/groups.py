@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from avit_jax.halting.rule import Halting
+from avit_jax.halting.rule import Classify, Halting
 from avit_jax.model.rule import Keys, Rule
 from avit_jax.model.seen import Seen
 
@@ -44,6 +44,15 @@ class Groups:
     joins: Int[Array, "b r"]  # the tokens that go into a slot that another token leads
     size: Float[Array, "b k"]  # patches that each slot stands for
     mean: bool = dataclasses.field(metadata={"static": True})
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Pass:
+    """What a pass of training ends with, for rules whose loss compares two of them."""
+
+    head_logits: Float[Array, "heads b k"]
+    features: Float[Array, "heads b f"]  # what each head reads: the class token after the final LayerNorm
 
 
 Place = Literal["before the layer", "before the values", "before the MLP"]
@@ -94,6 +103,26 @@ class Reduction(Rule, Protocol):
     def in_training(self, config: Any) -> Halting | None:
         """The halting rule that training runs instead, with masks; None: training drops and merges tokens too."""
         return None
+
+    def second_passes(self, config: Any, settings: Any) -> tuple["Reduction", ...]:
+        """Rules for a second pass of training with the same weights; each batch draws one of them. Here: no such pass.
+
+        settings: of the type loss_settings.
+        """
+        return ()
+
+    def pair_losses(
+        self,
+        first: Pass,
+        second: Pass,
+        *,
+        labels: Int[Array, " b"],
+        classify: Classify,
+        settings: Any,
+        image_weight: Float[Array, " b"] | None = None,
+    ) -> dict[str, Float[Array, ""]]:
+        """Every term of the objective by name, weighted, if there is a second pass; see `Halting.losses`."""
+        return {"classification": classify(first.head_logits)}
 
     def extra_macs(self, config: Any) -> int:
         """Multiply-adds for one image that the rule adds and that papers count, such as predictors."""

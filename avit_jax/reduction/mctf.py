@@ -12,8 +12,10 @@ from jaxtyping import Array, Float
 from avit_jax.model.rule import Keys, check_layers, plain_layers
 from avit_jax.model.seen import Seen
 from avit_jax.reduction.groups import Groups, Place, Reduction, group_sums
+from avit_jax.reduction.two_passes import MCTFLoss, lighter_merges, pair_losses
 from avit_jax.runtime.files import shown_value
 from avit_jax.runtime.numbers import is_real, is_whole
+from avit_jax.runtime.settings import Settings
 
 FEWEST = 10  # tokens that a layer leaves, as in the published code
 _LEAST_ATTENTION = 1e-20  # attention received; less would make the weights of a merged token underflow
@@ -41,7 +43,7 @@ class MCTF(Reduction):
     r: tokens that merge in each of the layers, or their share of the patches (a float below 1), or a tuple with one
     number for each of the layers. layers: where tokens merge, counted from 0; None: all but the first. At most half of
     the patches merge in one layer, and no layer leaves fewer than 10 tokens: a larger r is reduced to that, and nothing
-    merges if 10 tokens or fewer enter. No gradient goes through W, w or s.
+    merges if 10 tokens or fewer enter. No gradient goes through W, w or s. Training has two passes (two_passes).
 
     Raises ValueError for an r or layers of another kind.
     """
@@ -56,6 +58,8 @@ class MCTF(Reduction):
     proportional: ClassVar[bool] = True
     place: ClassVar[Place] = "before the values"
     neutral: ClassVar[Mapping[str, Any] | None] = {"r": 0}
+    loss_settings: ClassVar[type[Settings] | None] = MCTFLoss
+    pair_losses = staticmethod(pair_losses)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "r", self._plain_r())
@@ -91,11 +95,10 @@ class MCTF(Reduction):
                 "single number"
             )
         merges = dict(zip(layers, self.r, strict=True)) if isinstance(self.r, tuple) else dict.fromkeys(layers, self.r)
-        counts, tokens = [], config.num_tokens
+        counts = [config.num_tokens]
         for layer in range(config.depth):
-            tokens -= _merges(merges.get(layer, 0), tokens, config.num_special)
-            counts.append(tokens)
-        return tuple(counts)
+            counts.append(counts[-1] - _merges(merges.get(layer, 0), counts[-1], config.num_special))
+        return tuple(counts[1:])
 
     def levels(self, model: Any, images: Float[Array | np.ndarray, "b h w c"]) -> Callable[[float], "MCTF"]:
         """Level 0 merges as much as it can in each of the layers; in between, layers merge one token more or less."""
@@ -113,14 +116,19 @@ class MCTF(Reduction):
         self, seen: Seen, *, layer: int, num_special: int, draw: Keys | None = None, module: Any = None
     ) -> Groups | None:
         """The groups of tokens that merge in a layer (from 0); None if none do."""
-        tokens, received, size = seen.before, seen.attention_received, seen.size
+        tokens, received, size, r = seen.before, seen.attention_received, seen.size, self.r
         if tokens is None or received is None or size is None:
             raise ValueError("MCTF needs before, attention_received and size of a layer: compute what `reads` names")
-        r = self.r
         if isinstance(r, tuple):
             r = r[layer - 1 if self.layers is None else self.layers.index(layer)]
         merges = _merges(r, size.shape[1], num_special)
         return two_step_groups(tokens, received, size, merges, num_special) if merges else None
+
+    def second_passes(self, config: Any, settings: MCTFLoss) -> tuple["MCTF", ...]:
+        """Those that merge up to 7/16 as many tokens, unless both weights are 0 or nothing merges."""
+        counts = (config.num_tokens, *self.counts(config))
+        merges = [counts[layer] - counts[layer + 1] for layer in self._layers(config.depth)]
+        return tuple(dataclasses.replace(self, r=r) for r in lighter_merges(merges, settings))
 
     def matching_macs(self, config: Any) -> tuple[int, ...]:
         """Multiply-adds of x_i . x_j in each layer where tokens merge, for one image."""

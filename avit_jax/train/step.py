@@ -19,6 +19,7 @@ from avit_jax.model.config import rule_of_training
 from avit_jax.runtime.mesh import batch_sharding, replicated, state_shardings
 from avit_jax.train.objective import distillation_loss, objective_terms
 from avit_jax.train.optim import update_average
+from avit_jax.train.second_pass import both_passes
 from avit_jax.train.settings import StepSettings
 from avit_jax.train.state import TrainState
 
@@ -36,8 +37,8 @@ def make_train_step(
 
     graphdef: of the model. state: arrays or shapes, which give the layout of the state. The batch is split over the
     mesh, and means are over the whole batch. Images whose batch["weight"] is 0 do not count. With accumulation above 1
-    it is processed in as many parts, which are weighted by their images that count. The prior, which is not a mean over
-    images, is then the mean of the parts' priors.
+    it is processed in as many parts, which are weighted by their images that count. The prior and MCTF's agreement are
+    no means over all images; they are then the means of the parts' own.
 
     plan: of planned execution, for the images that a device has in a part. A part that does not fit is computed again
     with every token. With settings.counts, metrics["counts"] has what a plan is made from, each the largest of all
@@ -77,7 +78,12 @@ def build_train_step(
         weight, rule = batch.get("weight"), rule_of_training(model.config)
         positions = batch.get("positions")
         draws, overflow = nnx.Rngs(dropout=key).dropout(), jnp.zeros((), bool)
-        if plan is None or not isinstance(rule, Halting):
+        reduction, passes = model.config.reduction, None
+        of_reduction = settings.rule_loss.of(reduction)
+        seconds = () if reduction is None else reduction.second_passes(model.config, of_reduction)
+        if seconds:
+            output, *passes = both_passes(model, seconds, batch["image"], draws, positions)
+        elif plan is None or not isinstance(rule, Halting):
             output, trace, final = model.forward(batch["image"], draws, positions)
         else:
             output, ran = planned.forward(model, rule, batch["image"], plan, key=draws, mesh=mesh, positions=positions)
@@ -103,8 +109,13 @@ def build_train_step(
                 share=share,
             )
 
-        own = settings.rule_loss.of(rule)
-        terms = objective_terms(rule, output.head_logits, trace, final, classify, own, weight, teacher)
+        if passes is not None and reduction is not None:
+            terms = reduction.pair_losses(
+                *passes, labels=batch["label"], classify=classify, settings=of_reduction, image_weight=weight
+            )
+        else:
+            own = settings.rule_loss.of(rule)
+            terms = objective_terms(rule, output.head_logits, trace, final, classify, own, weight, teacher)
         total = sum(terms.values(), start=jnp.zeros(()))
         right = (output.logits.argmax(-1) == batch["label"]).astype(jnp.float32)
         # Logs have always had these two, also without a rule.
