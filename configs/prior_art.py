@@ -94,7 +94,7 @@ GATE_START = {"0.71": 9.0, "0.6": 7.5, "0.49": 6.15}
 # The share of patches, of heads and of sublayers that leaves about the work: gates^2 (1 + 2 gates) / 3.
 GATES_ON = {"0.71": 0.88, "0.49": 0.77}
 ACT_DEPTH = {"0.71": 8.5, "0.49": 5.9}
-ACT_PRIOR = {"0.71": 6.0, "0.49": 3.0}  # the centre of its prior, in layers
+ACT_PRIOR = {"0.71": (6.0, 0.5), "0.49": (5.0, 5.0)}  # the centre of its prior, in layers, and its weight
 # The architecture of checkpoints/fashion_mnist_dense.
 STATIC = AViTConfig(image_size=28, patch_size=4, in_channels=1, num_classes=10, embed_dim=64, num_heads=4)
 WHOLE_GMACS = shrinking_gmacs(STATIC, short_last_layer=False)
@@ -147,8 +147,9 @@ def get_config(arg: str = "static") -> ConfigDict:
         # within 100 steps. With 0.5 and the centre where A-ViT has it they go to 10.4. So the centre is lower: half an
         # epoch with 6.5 at 71 % of the work ends at 8.9 layers and 89.7 % of the validation images, and one with a
         # weight of 5 around 9.1 at 8.7 layers and 88.4 %; with 3.5 at 49 % it ends at 6.6 layers and 87.0 %.
-        config.loss.update({"ponder_weight": 2.9e-4, "prior_weight": 0.5, "prior_deviation": 3.0})
-        config.loss.prior_target_depth = ACT_PRIOR[work]
+        center, weight = ACT_PRIOR[work]
+        config.loss.update({"ponder_weight": 2.9e-4, "prior_weight": weight, "prior_deviation": 3.0})
+        config.loss.prior_target_depth = center
     if method == "pondernet":
         # With the paper's 0.01 images still cost 93 % of the work after training, and no threshold meets a budget.
         # After half an epoch 600 validation images have 89.7 % with 0.1 and 88.3 % with 0.5 at 71 % of the work, 85.7 %

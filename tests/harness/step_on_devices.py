@@ -28,8 +28,8 @@ assert len(jax.devices()) == 8
 fields = {"drop_path_rate": 0.1, "preprocessing": Preprocessing((0.5, 0.4), (0.2, 0.3))}
 halting = spread_gate(small_config(**fields), factor=2.0)
 # Every batch draws its second pass, and only images that it is sure of have to agree: not every image.
-merging = spread_gate(small_config(image_size=20, **NO_RULE, **fields), factor=2.0).with_config(rule=MCTF(6))
-merging.head.kernel[...] *= 10
+merging = spread_gate(small_config(image_size=20, **NO_RULE, **fields)).with_config(rule=MCTF((6,), (2,)))
+merging.head.kernel[...] *= 4
 rng = np.random.default_rng(0)
 
 
