@@ -28,11 +28,10 @@ from avit_jax.reduction.groups import Groups, Reduction, reduce
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Reduced:
-    """What became of an image's N tokens: the slot that each of them is in after every layer; what the heads read."""
+    """What became of an image's N tokens: the slot that each of them is in after every layer."""
 
     slots: tuple[Int[Array, "b n"], ...]  # for each layer; the layer's number of tokens stands for dropped
     sizes: tuple[Float[Array, "b _"], ...]  # for each layer: patches that each of its tokens stands for
-    features: Float[Array, "heads b f"]  # see groups.Pass
 
 
 def forward(
@@ -73,8 +72,8 @@ def run(
     key: PRNGKeyArray | None = None,
     short_last_layer: bool = False,
     positions: Int[Array, "b p 2"] | None = None,
-) -> tuple[AViTOutput, Reduced]:
-    """The results of `forward` and `follow_tokens` together; arguments as for `forward`."""
+) -> tuple[AViTOutput, Reduced, Float[Array, "heads b f"]]:
+    """The results of `forward` and `follow_tokens`, and what each head reads; arguments as for `forward`."""
     graphdef, params = nnx.split(model)
     grid = model.config.num_tokens - model.config.num_special
     if rule is not None and positions is not None and positions.shape[1] != grid:
@@ -95,7 +94,7 @@ def _program(
     images: Float[Array, "b h w c"],
     key: PRNGKeyArray | None,
     positions: Int[Array, "b p 2"] | None,
-) -> tuple[AViTOutput, Reduced]:
+) -> tuple[AViTOutput, Reduced, Float[Array, "heads b f"]]:
     model = nnx.merge(graphdef, params)
     config = model.config
     acts = () if rule is None else rule.acts_in(config)
@@ -135,7 +134,7 @@ def _program(
     outputs = x[:, : config.num_outputs]
     logits = model.head_logits(outputs, weight)
     output = AViTOutput(logits.mean(0), logits, token_depth, token_depth + 1.0, scores)
-    return output, Reduced(tuple(slots), tuple(sizes), jnp.stack(model.pooled(outputs, weight)))
+    return output, Reduced(tuple(slots), tuple(sizes)), jnp.stack(model.pooled(outputs, weight))
 
 
 def stretches(depth: int, acts: tuple[int, ...], short_last_layer: bool) -> list[tuple[int, int]]:

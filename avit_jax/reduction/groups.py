@@ -17,13 +17,14 @@ Groups can describe every rule with a fixed number of tokens that we know of:
 import abc
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from avit_jax.halting.rule import Classify, Halting
+from avit_jax.halting.rule import Halting
 from avit_jax.model.rule import Keys, Rule
 from avit_jax.model.seen import Seen
 
@@ -52,7 +53,7 @@ class Pass:
     """What a pass of training ends with, for rules whose loss compares two of them."""
 
     head_logits: Float[Array, "heads b k"]
-    features: Float[Array, "heads b f"]  # what each head reads: the class token after the final LayerNorm
+    features: Float[Array, "heads b f"]  # what each head reads, such as the class token after the final LayerNorm
 
 
 Place = Literal["before the layer", "before the values", "before the MLP"]
@@ -104,25 +105,12 @@ class Reduction(Rule, Protocol):
         """The halting rule that training runs instead, with masks; None: training drops and merges tokens too."""
         return None
 
-    def second_passes(self, config: Any, settings: Any) -> tuple["Reduction", ...]:
-        """Rules for a second pass of training with the same weights; each batch draws one of them. Here: no such pass.
+    def second_pass(self, config: Any, settings: Any) -> "SecondPass | None":
+        """The second pass of a training step, if the loss compares two of them. Here: none.
 
-        settings: of the type loss_settings.
+        settings: of the type loss_settings. A rule with a second pass must leave `in_training` as it is.
         """
-        return ()
-
-    def pair_losses(
-        self,
-        first: Pass,
-        second: Pass,
-        *,
-        labels: Int[Array, " b"],
-        classify: Classify,
-        settings: Any,
-        image_weight: Float[Array, " b"] | None = None,
-    ) -> dict[str, Float[Array, ""]]:
-        """Every term of the objective by name, weighted, if there is a second pass; see `Halting.losses`."""
-        return {"classification": classify(first.head_logits)}
+        return None
 
     def extra_macs(self, config: Any) -> int:
         """Multiply-adds for one image that the rule adds and that papers count, such as predictors."""
@@ -131,6 +119,18 @@ class Reduction(Rule, Protocol):
     def matching_macs(self, config: Any) -> tuple[int, ...]:
         """Multiply-adds of each layer's choice for one image, such as ToMe's matching; papers leave them out."""
         return (0,) * config.depth
+
+
+@dataclasses.dataclass(frozen=True)
+class SecondPass:
+    """A second pass over each batch of training, with the same weights and one of these rules, drawn by chance.
+
+    losses: every term of the objective by name, weighted, from the pass under the model's own rule and the second one:
+    (first, second, *, labels, classify, image_weight), as for `Halting.losses`. labels: [b], those of the images.
+    """
+
+    rules: tuple[Reduction, ...]
+    losses: Callable[..., dict[str, Float[Array, ""]]]
 
 
 def reduce(x: Float[Array, "b n d"], groups: Groups) -> Float[Array, "b k d"]:

@@ -1,6 +1,7 @@
 """MCTF (arXiv 2403.10030): the least needed and most similar tokens are merged, before a layer computes its values."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
@@ -11,7 +12,7 @@ from jaxtyping import Array, Float
 
 from avit_jax.model.rule import Keys, check_layers, plain_layers
 from avit_jax.model.seen import Seen
-from avit_jax.reduction.groups import Groups, Place, Reduction, group_sums
+from avit_jax.reduction.groups import Groups, Place, Reduction, SecondPass, group_sums
 from avit_jax.reduction.two_passes import MCTFLoss, lighter_merges, pair_losses
 from avit_jax.runtime.files import shown_value
 from avit_jax.runtime.numbers import is_real, is_whole
@@ -43,7 +44,7 @@ class MCTF(Reduction):
     r: tokens that merge in each of the layers, or their share of the patches (a float below 1), or a tuple with one
     number for each of the layers. layers: where tokens merge, counted from 0; None: all but the first. At most half of
     the patches merge in one layer, and no layer leaves fewer than 10 tokens: a larger r is reduced to that, and nothing
-    merges if 10 tokens or fewer enter. No gradient goes through W, w or s. Training has two passes (two_passes).
+    merges if 10 tokens or fewer enter. No gradient goes through W, w or s. Training has a second pass (two_passes).
 
     Raises ValueError for an r or layers of another kind.
     """
@@ -59,7 +60,6 @@ class MCTF(Reduction):
     place: ClassVar[Place] = "before the values"
     neutral: ClassVar[Mapping[str, Any] | None] = {"r": 0}
     loss_settings: ClassVar[type[Settings] | None] = MCTFLoss
-    pair_losses = staticmethod(pair_losses)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "r", self._plain_r())
@@ -124,11 +124,12 @@ class MCTF(Reduction):
         merges = _merges(r, size.shape[1], num_special)
         return two_step_groups(tokens, received, size, merges, num_special) if merges else None
 
-    def second_passes(self, config: Any, settings: MCTFLoss) -> tuple["MCTF", ...]:
-        """Those that merge up to 7/16 as many tokens, unless both weights are 0 or nothing merges."""
+    def second_pass(self, config: Any, settings: MCTFLoss) -> SecondPass | None:
+        """Merges up to 7/16 as many tokens; None if both weights are 0 or nothing merges (see two_passes)."""
         counts = (config.num_tokens, *self.counts(config))
         merges = [counts[layer] - counts[layer + 1] for layer in self._layers(config.depth)]
-        return tuple(dataclasses.replace(self, r=r) for r in lighter_merges(merges, settings))
+        rules = tuple(dataclasses.replace(self, r=r) for r in lighter_merges(merges, settings))
+        return SecondPass(rules, functools.partial(pair_losses, settings=settings)) if rules else None
 
     def matching_macs(self, config: Any) -> tuple[int, ...]:
         """Multiply-adds of x_i . x_j in each layer where tokens merge, for one image."""

@@ -13,7 +13,7 @@ from avit_jax.halting.rule import Classify
 from avit_jax.reduction.groups import Pass
 from avit_jax.runtime.settings import Settings, setting
 
-LIGHTER = 8  # second passes that may be drawn; in each layer they merge 0, 1, ... or 7 tokens where the first merges 16
+_WHOLE, _MOST = 16, 7  # the paper's r, and the largest r of its second pass
 _SURE = 0.4  # probability of its label above which an image's two passes must agree
 
 
@@ -30,9 +30,7 @@ class MCTFLoss(Settings):
         1.0, "mctf: weight of the classification loss of a second pass that merges fewer tokens.", least=0
     )
     agreement_weight: float = setting(
-        3.0,
-        "mctf: weight of the squared distance between both passes' class tokens; both weights 0: one pass.",
-        least=0,
+        3.0, "mctf: weight of the mean squared difference of both class tokens; with both 0 there is one pass.", least=0
     )
 
 
@@ -44,7 +42,7 @@ def lighter_merges(merges: Sequence[int], settings: MCTFLoss) -> list[tuple[int,
     if not any(merges) or not (settings.second_pass_weight or settings.agreement_weight):
         return []
     ends = np.cumsum((0, *merges))
-    return [tuple(np.diff(ends * part // 16).tolist()) for part in range(LIGHTER)]
+    return [tuple(np.diff(ends * part // _WHOLE).tolist()) for part in range(_MOST + 1)]
 
 
 def agreement(
@@ -52,7 +50,8 @@ def agreement(
 ) -> Float[Array, ""]:
     """The mean squared difference of the features, over the images that the first pass is sure of; 0 without any.
 
-    Sure means that the label has a probability above 0.4. The second pass is the target: it gets no gradient.
+    Sure means that the label has a probability above 0.4. The second pass is the target: it gets no gradient. The paper
+    trains without mixup; with it, the label is the image's own.
     """
     logits = first.head_logits.mean(0)
     of_label = jnp.take_along_axis(jax.nn.softmax(logits), labels[:, None], axis=1)[:, 0]

@@ -16,6 +16,7 @@ from avit_jax.execution.stages import PlannedPlan, sorted_loads
 from avit_jax.halting.image_mean import image_mean
 from avit_jax.halting.rule import Halting
 from avit_jax.model.config import rule_of_training
+from avit_jax.reduction.groups import Pass
 from avit_jax.runtime.mesh import batch_sharding, replicated, state_shardings
 from avit_jax.train.objective import distillation_loss, objective_terms
 from avit_jax.train.optim import update_average
@@ -38,7 +39,7 @@ def make_train_step(
     graphdef: of the model. state: arrays or shapes, which give the layout of the state. The batch is split over the
     mesh, and means are over the whole batch. Images whose batch["weight"] is 0 do not count. With accumulation above 1
     it is processed in as many parts, which are weighted by their images that count. The prior and MCTF's agreement are
-    no means over all images; they are then the means of the parts' own.
+    not means over all images. Each is then the mean of the parts' values.
 
     plan: of planned execution, for the images that a device has in a part. A part that does not fit is computed again
     with every token. With settings.counts, metrics["counts"] has what a plan is made from, each the largest of all
@@ -78,11 +79,11 @@ def build_train_step(
         weight, rule = batch.get("weight"), rule_of_training(model.config)
         positions = batch.get("positions")
         draws, overflow = nnx.Rngs(dropout=key).dropout(), jnp.zeros((), bool)
-        reduction, passes = model.config.reduction, None
+        reduction, passes = model.config.reduction, list[Pass]()
         of_reduction = settings.rule_loss.of(reduction)
-        seconds = () if reduction is None else reduction.second_passes(model.config, of_reduction)
-        if seconds:
-            output, *passes = both_passes(model, seconds, batch["image"], draws, positions)
+        second = None if reduction is None else reduction.second_pass(model.config, of_reduction)
+        if second is not None:
+            output, *passes = both_passes(model, second.rules, batch["image"], draws, positions)
         elif plan is None or not isinstance(rule, Halting):
             output, trace, final = model.forward(batch["image"], draws, positions)
         else:
@@ -109,10 +110,8 @@ def build_train_step(
                 share=share,
             )
 
-        if passes is not None and reduction is not None:
-            terms = reduction.pair_losses(
-                *passes, labels=batch["label"], classify=classify, settings=of_reduction, image_weight=weight
-            )
+        if second is not None:
+            terms = second.losses(*passes, labels=batch["label"], classify=classify, image_weight=weight)
         else:
             own = settings.rule_loss.of(rule)
             terms = objective_terms(rule, output.head_logits, trace, final, classify, own, weight, teacher)

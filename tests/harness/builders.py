@@ -58,7 +58,7 @@ def answers(model: AViT, images: Any) -> AViTOutput:
 
 def shrunk(model: AViT, images: Any, rule: Reduction, **options: Any) -> tuple[AViTOutput, Reduced]:
     """shrinking.run, in NumPy."""
-    output, reduced = shrinking.run(model, images, rule, **options)
+    output, reduced, _ = shrinking.run(model, images, rule, **options)
     return in_numpy(output), in_numpy(reduced)
 
 

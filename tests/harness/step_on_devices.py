@@ -27,7 +27,7 @@ assert len(jax.devices()) == 8
 # Weights of twice the usual size: with four times, rounding alone comes to 1.0e-6 of the gradient's norm.
 fields = {"drop_path_rate": 0.1, "preprocessing": Preprocessing((0.5, 0.4), (0.2, 0.3))}
 halting = spread_gate(small_config(**fields), factor=2.0)
-# Every batch draws its second pass, and only images that it is sure of have to agree: not every image.
+# Every batch draws its second pass, and only images that it is sure of have to agree.
 merging = spread_gate(small_config(image_size=20, **NO_RULE, **fields)).with_config(rule=MCTF((6,), (2,)))
 merging.head.kernel[...] *= 4
 rng = np.random.default_rng(0)
@@ -57,7 +57,6 @@ def step(
     config.accumulation = parts
     config.teacher = ""
     config.loss.update({"distillation": "none", "ponder_weight": 0.1, "prior_weight": 0.1, "prior_target_depth": 2.0})
-    config.loss.agreement_weight = 100.0  # so that rounding is not all there is of it
     axes, types = ("data", "fsdp"), (AxisType.Auto, AxisType.Auto)
     mesh = jax.make_mesh((data, fsdp), axes, axis_types=types, devices=jax.devices()[: data * fsdp])
     state = initial_state(model, keep, 0.0, mesh)
