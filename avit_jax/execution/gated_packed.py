@@ -20,7 +20,8 @@ from avit_jax.execution.gated import gated_output
 from avit_jax.execution.places import needed_first
 from avit_jax.execution.plan import PackedPlan, padded_loads
 from avit_jax.execution.work import Executed, gated_packed_gmacs
-from avit_jax.gated.gates import Choice, GateHeads
+from avit_jax.gated.gate_heads import GateHeads
+from avit_jax.gated.gates import Choice
 from avit_jax.model.attention import of_channels
 from avit_jax.model.layers import Block
 from avit_jax.model.output import AViTOutput, GatedOutput

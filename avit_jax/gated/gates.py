@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from avit_jax.gated.gate_heads import GateHeads
 from avit_jax.gated.losses import GateLoss, usage_losses
 from avit_jax.halting.rule import Classify, State, Teacher, Trace
 from avit_jax.model.rule import Rule
@@ -18,7 +18,6 @@ from avit_jax.runtime.files import shown_value
 from avit_jax.runtime.numbers import is_real
 from avit_jax.runtime.settings import Settings
 
-_INIT = nnx.initializers.truncated_normal(0.02)
 _FAR = 60.0  # a logit beyond which a gate is always off or always on
 
 
@@ -106,18 +105,18 @@ class Gates(Rule):
 
         return at
 
-    def module(self, model: Any) -> "GateHeads":
+    def module(self, model: Any) -> GateHeads:
         """The linear maps of every layer, with small random weights."""
         config = model.config
         return GateHeads(config.depth, config.embed_dim, config.num_heads, self.token_bias, self.bias)
 
-    def maps(self, model: Any) -> "GateHeads":
+    def maps(self, model: Any) -> GateHeads:
         """The linear maps that the model has."""
         return model.rule_module
 
     def choose(
         self,
-        maps: "GateHeads",
+        maps: GateHeads,
         seen: Float[Array, "b n d"],
         tokens: Float[Array, "b n d"],
         *,
@@ -174,31 +173,3 @@ def straight_through(
     """1 where s = sigmoid((logits + noise) / temperature) is above the threshold, else 0; the gradient is that of s."""
     soft = jax.nn.sigmoid((logits + noise) / temperature)
     return (soft > threshold).astype(soft.dtype) + (soft - jax.lax.stop_gradient(soft))
-
-
-class GateHeads(nnx.Module):
-    """The linear maps from tokens to gate logits, stacked on a layer axis; float32.
-
-    D (width), H (heads): patches [l, D, 1], heads [l, D, H] and sublayers [l, D, 2], with biases. The first layer's
-    maps of heads and sublayers are zero and not used.
-    """
-
-    def __init__(self, depth: int, embed_dim: int, num_heads: int, token_bias: float, bias: float) -> None:
-        # The same start for every model.
-        keys = jax.random.split(jax.random.key(0), 3)
-        self.tokens = _Stack(keys[0], depth, embed_dim, 1, token_bias)
-        self.heads = _Stack(keys[1], depth, embed_dim, num_heads, bias, unused=1)
-        self.sublayers = _Stack(keys[2], depth, embed_dim, 2, bias, unused=1)
-
-
-class _Stack(nnx.Module):
-    def __init__(
-        self, key: PRNGKeyArray, depth: int, inputs: int, outputs: int, bias: float, *, unused: int = 0
-    ) -> None:
-        there = (jnp.arange(depth) >= unused).astype(jnp.float32)
-        self.kernel = nnx.Param(_INIT(key, (depth, inputs, outputs)) * there[:, None, None])
-        self.bias = nnx.Param(jnp.full((depth, outputs), bias) * there[:, None])
-
-    def __call__(self, x: Float[Array, "... d"]) -> Float[Array, "... k"]:
-        """The logits, once the layer axis is gone. In full precision, because a gate is a comparison."""
-        return jnp.matmul(x, self.kernel[...], precision=jax.lax.Precision.HIGHEST) + self.bias[...]
