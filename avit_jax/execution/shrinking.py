@@ -131,10 +131,10 @@ def _program(
 
     scores = jnp.zeros((config.depth, count, num_tokens))
     weight = size if size.shape[1] < num_tokens else None
-    outputs = x[:, : config.num_outputs]
-    logits = model.head_logits(outputs, weight)
+    features = model.pooled(x[:, : config.num_outputs], weight)
+    logits = model.classified(features)
     output = AViTOutput(logits.mean(0), logits, token_depth, token_depth + 1.0, scores)
-    return output, Reduced(tuple(slots), tuple(sizes)), jnp.stack(model.pooled(outputs, weight))
+    return output, Reduced(tuple(slots), tuple(sizes)), jnp.stack(features)
 
 
 def stretches(depth: int, acts: tuple[int, ...], short_last_layer: bool) -> list[tuple[int, int]]:

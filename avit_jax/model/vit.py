@@ -224,12 +224,16 @@ class AViT(nnx.Module):
 
         size: the patches that each token stands for, if tokens were merged; None: 1 each.
         """
-        features = self.pooled(outputs, size)
+        return self.classified(self.pooled(outputs, size))
+
+    def classified(self, features: list[Array]) -> Float[Array, "heads b c"]:
+        """The logits of each head from what it reads."""
+        logits = list(features)
         if self.config.num_classes:
-            features[0] = self.head(features[0])
+            logits[0] = self.head(features[0])
             if self.config.distilled:
-                features[1] = self.head_dist(features[1])
-        return jnp.stack(features).astype(jnp.float32)
+                logits[1] = self.head_dist(features[1])
+        return jnp.stack(logits).astype(jnp.float32)
 
     def pooled(self, outputs: Float[Array, "b s d"], size: Float[Array, "b k"] | None) -> list[Array]:
         """The features that each head reads, [b, head_inputs]."""
