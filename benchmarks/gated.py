@@ -13,14 +13,20 @@ are on most often, as many as cost what the learned ones cost on the validation 
 import dataclasses
 import sys
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import numpy as np
+from jaxtyping import Float
 
 import avit_jax
 from avit_jax.commands.typed_config import parse
 from avit_jax.data.open import open_dataset
 from avit_jax.evaluate.gate_controls import fixed_gates, gate_figures, gate_rates
+from avit_jax.evaluate.intervals import bootstrap_means
+from avit_jax.evaluate.rows import correct_images
 from avit_jax.execution.work import embedding_macs, head_macs
 from avit_jax.runtime.files import read_json, write_json
 from avit_jax.runtime.machine import machine
@@ -31,6 +37,8 @@ RESULTS = ROOT / "benchmarks/gated/rows"
 RUNS = ROOT / "runs/gated"
 BUDGETS = ("0.71", "0.49")
 SEEDS = 3
+CONTROLS = ("learned", "random", "fixed")
+KINDS = ("tokens", "heads", "sublayers")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,17 +89,30 @@ def run(row: Row) -> None:
 
 
 def table() -> str:
-    """The table of docs/neighbours.md from the rows that are there."""
-    lines = ["| budget | seed | gates | top-1 | GMACs | published count | deviation of patches between images |"]
+    """The table of docs/neighbours.md from the rows that are there: means over seeds, least and most."""
+    lines = ["| gates | seeds | top-1 (%) | minus learned, 95 % | GMACs | published count | deviation between images |"]
     lines.append("|---|---|---|---|---|---|---|")
-    for row in rows():
-        result = read_json(row.result) if row.result.exists() else {}
-        for name in ("learned", "random", "fixed") if result else ():
-            own = result[name]
-            cells = [row.budget, row.seed, name, f"{100 * own['top1']:.2f} %", f"{own['gmacs']:.5f}"]
-            cells += [f"{own['published_gmacs']:.5f}", f"{own['deviation']['tokens']:.3f}"]
-            lines.append("| " + " | ".join(map(str, cells)) + " |")
+    for budget in BUDGETS:
+        found = [read_json(row.result) for row in rows() if row.budget == budget and row.result.exists()]
+        for name in CONTROLS if found else ():
+            own = [result[name] for result in found]
+            top1 = [100 * figures["top1"] for figures in own]
+            lead = _correct(own) - _correct([result["learned"] for result in found])
+            low, high = bootstrap_means(100 * lead[None])[0]
+            counts = [mean(figures[count] for figures in own) for count in ("gmacs", "published_gmacs")]
+            deviations = [mean(figures["deviation"][kind] for figures in own) for kind in KINDS]
+            cells = [f"{name}, {float(budget):.0%}", str(len(own))]
+            cells.append(f"{mean(top1):.2f} ({min(top1):.2f} to {max(top1):.2f})")
+            cells.append("-" if name == "learned" else f"{low:+.2f} to {high:+.2f}")
+            cells += [*(f"{count:.4f}" for count in counts), ", ".join(f"{value:.3f}" for value in deviations)]
+            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _correct(figures: list[dict[str, Any]]) -> Float[np.ndarray, " n"]:
+    """The share of the seeds that answer each image rightly."""
+    found = [correct for own in figures if (correct := correct_images(own)) is not None]
+    return np.mean(found, axis=0)
 
 
 if __name__ == "__main__":

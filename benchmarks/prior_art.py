@@ -10,7 +10,6 @@ benchmarks/prior_art/rows. The search for learning rates trains for half an epoc
 benchmarks/prior_art/rates. A row whose JSON is there is skipped. A row that fails is reported, and the next one starts.
 """
 
-import base64
 import dataclasses
 import shutil
 import sys
@@ -33,7 +32,7 @@ from avit_jax.data.pipeline import evaluation_images
 from avit_jax.data.preprocessing import normalize
 from avit_jax.data.sources import Dataset, Split
 from avit_jax.evaluate.position_share import explained_by_position
-from avit_jax.evaluate.rows import STATIC_SHORT
+from avit_jax.evaluate.rows import STATIC_SHORT, as_bits
 from avit_jax.execution.program import AUTO, compile, suited
 from avit_jax.execution.work import output_gmacs, shrinking_gmacs
 from avit_jax.model.config import NO_RULE
@@ -325,7 +324,7 @@ def figures(model: AViT, split: Split, execution: str = "masked") -> dict[str, A
         "gmacs": float(found["gmacs"].mean(dtype=np.float64)),
         "executed_gmacs": found["executed_gmacs"],
         "explained_by_position": explained_by_position(depth) if model.config.halts else None,
-        "correct": base64.b64encode(np.packbits(correct).tobytes()).decode(),
+        "correct": as_bits(correct),
     }
 
 

@@ -20,6 +20,7 @@ from avit_jax.data.preprocessing import normalize
 from avit_jax.data.sources import Split
 from avit_jax.evaluate.figures import evaluate
 from avit_jax.evaluate.gate_controls import fixed_gates, gate_figures, gate_rates, random_gates
+from avit_jax.evaluate.rows import correct_images
 from avit_jax.execution import gated
 from avit_jax.execution.work import masked_gmacs, output_gmacs, published_gmacs, shrinking_gmacs, whole_gmacs
 from avit_jax.gated.gates import Choice, straight_through
@@ -487,6 +488,8 @@ def test_training_evaluation_and_budget(tmp_path: Path) -> None:
     assert found["gmacs"] / whole_gmacs(trained.config) == pytest.approx(0.6, rel=0.01)
     evaluated = evaluate(trained.with_config(rule=rule), dataset.test, 16, "packed")
     assert evaluated.top1 == pytest.approx(found["top1"])
+    classes = answers(trained.with_config(rule=rule), images).logits.argmax(-1)
+    np.testing.assert_array_equal(correct_images(found), classes == dataset.test.labels)
     assert found["gmacs"] < evaluated.gmacs < masked_gmacs(trained.config), "here the last layer is whole"
     assert evaluated.executed_gmacs > evaluated.gmacs, "heads are masks, and groups are padded"
     rates = gate_rates(trained, dataset.test, 16)

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 from avit_jax.data.pipeline import evaluation_images
 from avit_jax.data.preprocessing import normalize
 from avit_jax.data.sources import Split
+from avit_jax.evaluate.rows import as_bits
 from avit_jax.execution import gated
 from avit_jax.execution.work import output_gmacs, published_gmacs
 from avit_jax.gated.gates import Choice
@@ -78,9 +79,10 @@ def gate_figures(
     """Top-1, work and use of a model with gates on a split in memory, each image counted once.
 
     forced: [l 1 ..], the gates of every image; None: the model's own. seed: with it, `forced` are rates, from which
-    each image draws its gates (random_gates). "gmacs" are true multiply-adds with a short last layer, "published_gmacs"
-    those of the authors' table. "use" has the mean share of gates that are on, "deviation" how much that share differs
-    between images (standard deviation, mean over layers): 0 for fixed gates.
+    each image draws its gates (random_gates). "correct" has the images that are answered rightly (correct_images reads
+    it). "gmacs" are true multiply-adds with a short last layer, "published_gmacs" those of the authors' table. "use"
+    has the mean share of gates that are on, "deviation" how much that share differs between images (standard deviation,
+    mean over layers): 0 for fixed gates.
     """
     config, found = model.config, []
     for number, (pixels, count) in enumerate(_batches(model, split, batch_size)):
@@ -101,9 +103,11 @@ def gate_figures(
         found.append({name: np.asarray(values)[:count] for name, values in parts.items()})
     of_images = {name: np.concatenate([part[name] for part in found]) for name in found[0]}
     kinds = ("tokens", "heads", "sublayers")
+    correct = of_images["logits"].argmax(1) == split.labels
     return {
         "images": len(split),
-        "top1": float((of_images["logits"].argmax(1) == split.labels).mean()),
+        "top1": float(correct.mean()),
+        "correct": as_bits(correct),
         "gmacs": float(of_images["gmacs"].mean(dtype=np.float64)),
         "published_gmacs": float(of_images["published"].mean(dtype=np.float64)),
         "use": {name: float(of_images[name].mean()) for name in kinds},
