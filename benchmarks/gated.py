@@ -6,8 +6,9 @@
     python benchmarks/gated.py --table                                    their table
 
 Each row reads a model of runs/prior_art/models. Rates are of the validation images, figures of the test images,
-and the row's JSON goes to benchmarks/gated/rows. Random gates have their layer's mean rate; fixed gates are those that
-are on most often, as many as cost what the learned ones cost on the validation images.
+and the row's JSON goes to benchmarks/gated/rows. The controls: the gates of another image; random gates with their
+layer's mean rate; and fixed gates, those that are on most often, as many as cost what the learned ones cost on the
+validation images.
 """
 
 import dataclasses
@@ -18,15 +19,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import numpy as np
-from jaxtyping import Float
-
 import avit_jax
 from avit_jax.commands.typed_config import parse
 from avit_jax.data.open import open_dataset
-from avit_jax.evaluate.gate_controls import fixed_gates, gate_figures, gate_rates
-from avit_jax.evaluate.intervals import bootstrap_means
-from avit_jax.evaluate.rows import correct_images
+from avit_jax.evaluate.curves import paired
+from avit_jax.evaluate.gate_controls import fixed_gates, gate_figures, gate_rates, gates_of_other_images, image_gates
 from avit_jax.execution.work import embedding_macs, head_macs
 from avit_jax.runtime.files import read_json, write_json
 from avit_jax.runtime.machine import machine
@@ -37,7 +34,7 @@ RESULTS = ROOT / "benchmarks/gated/rows"
 RUNS = ROOT / "runs/gated"
 BUDGETS = ("0.71", "0.49")
 SEEDS = 3
-CONTROLS = ("learned", "random", "fixed")
+CONTROLS = ("learned", "of another image", "random", "fixed")
 KINDS = ("tokens", "heads", "sublayers")
 
 
@@ -76,10 +73,11 @@ def run(row: Row) -> None:
         raise ValueError(f"{folder} is not there: python benchmarks/prior_art.py --only {row.name} trains it")
     model = avit_jax.load(folder)
     dataset: Any = open_dataset(parse(prior_art.get_config(f"gates,{row.budget}")).data)
-    rates = gate_rates(model, dataset.val)
+    rates = gate_rates(image_gates(model, dataset.val))
     learned = gate_figures(model, dataset.val)["gmacs"] - (embedding_macs(model.config) + head_macs(model.config)) / 1e9
     found = {
         "learned": gate_figures(model, dataset.test),
+        "of another image": gate_figures(model, dataset.test, gates_of_other_images(image_gates(model, dataset.test))),
         "random": gate_figures(model, dataset.test, rates, seed=row.seed),
         "fixed": gate_figures(model, dataset.test, fixed_gates(rates, model, learned)),
     }
@@ -90,29 +88,25 @@ def run(row: Row) -> None:
 
 def table() -> str:
     """The table of docs/neighbours.md from the rows that are there: means over seeds, least and most."""
-    lines = ["| gates | seeds | top-1 (%) | minus learned, 95 % | GMACs | published count | deviation between images |"]
+    lines = ["| gates | seeds | top-1 (%) | minus learned, 95 % | GMACs | published count |"]
+    lines[0] += " patches, heads, sublayers in which two images differ |"
     lines.append("|---|---|---|---|---|---|---|")
     for budget in BUDGETS:
         found = [read_json(row.result) for row in rows() if row.budget == budget and row.result.exists()]
         for name in CONTROLS if found else ():
             own = [result[name] for result in found]
             top1 = [100 * figures["top1"] for figures in own]
-            lead = _correct(own) - _correct([result["learned"] for result in found])
-            low, high = bootstrap_means(100 * lead[None])[0]
+            share = 1 / len(own)
+            interval = paired([(share, figures) for figures in own], [(share, result["learned"]) for result in found])
+            assert interval is not None
             counts = [mean(figures[count] for figures in own) for count in ("gmacs", "published_gmacs")]
-            deviations = [mean(figures["deviation"][kind] for figures in own) for kind in KINDS]
+            differ = [mean(figures["disagreement"][kind] for figures in own) for kind in KINDS]
             cells = [f"{name}, {float(budget):.0%}", str(len(own))]
             cells.append(f"{mean(top1):.2f} ({min(top1):.2f} to {max(top1):.2f})")
-            cells.append("-" if name == "learned" else f"{low:+.2f} to {high:+.2f}")
-            cells += [*(f"{count:.4f}" for count in counts), ", ".join(f"{value:.3f}" for value in deviations)]
+            cells.append("-" if name == "learned" else f"{100 * interval[0]:+.2f} to {100 * interval[1]:+.2f}")
+            cells += [*(f"{count:.4f}" for count in counts), ", ".join(f"{share:.1%}" for share in differ)]
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-def _correct(figures: list[dict[str, Any]]) -> Float[np.ndarray, " n"]:
-    """The share of the seeds that answer each image rightly."""
-    found = [correct for own in figures if (correct := correct_images(own)) is not None]
-    return np.mean(found, axis=0)
 
 
 if __name__ == "__main__":

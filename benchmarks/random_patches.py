@@ -12,10 +12,10 @@ config's; nothing is chosen on these figures. A row whose JSON is there is skipp
 
 import dataclasses
 import shutil
-import statistics
 import sys
 from collections import defaultdict
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import matplotlib
@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from avit_jax.commands.typed_config import parse
 from avit_jax.data.open import open_dataset
+from avit_jax.evaluate.curves import paired
 from avit_jax.evaluate.random_views import evaluate_views
 from avit_jax.execution.random_views import RandomViews
 from avit_jax.report.method_style import STYLE
@@ -49,7 +50,7 @@ COLOURS = ("#222222", "#0072b2", "#c98a00", "#7fb8dd", "#e0c27f")
 WITH_AFFINE = CUTS[:2]
 TOKENS = (49, 36, 25, 16)  # at inference
 FEW = 16  # the number for which the mean of some views is taken too
-VIEWS = 4
+VIEWS = 3  # which cost about as much as all patches once
 SEEDS = 3
 
 
@@ -111,8 +112,10 @@ def run(row: Row) -> None:
         ways = [RandomViews(tokens=count, law=law) for count in TOKENS for law in INFERENCE]
         ways += [RandomViews(tokens=FEW, law=law, views=VIEWS) for law in INFERENCE]
         found = [dataclasses.asdict(way) | evaluate_views(trained.model, dataset.test, way) for way in ways]
+    correct = [way.pop("correct") for way in found]
     result = dataclasses.asdict(row) | {"top1": found[0]["top1"], "validation_top1": checked["top1"]}
-    result |= {"inference": found, "test_images": len(dataset.test), "epochs": settings.epochs}
+    result |= {"train_images": row.images, "images": len(dataset.test), "correct": correct[0]}
+    result |= {"inference": found, "epochs": settings.epochs}
     result |= {"seconds": round(trained.progress.seconds, 1), "machine": machine(), "commit": commit()}
     RESULTS.mkdir(parents=True, exist_ok=True)
     write_json(row.result, result)
@@ -121,18 +124,29 @@ def run(row: Row) -> None:
 
 
 def table() -> str:
-    """The rows that are there as a table: means over seeds, least and most, in percent."""
-    heads = ["data", "images", "affine", "cut", "seeds", "top-1", *(f"{n} tokens" for n in TOKENS[1:])]
-    heads += [f"{FEW} tokens, {VIEWS} views"]
+    """The rows that are there as a table: means over seeds, in percent, and paired differences to the grid."""
+    heads = ["data", "images", "trained with", "seeds", "top-1", "minus grid, 95 %"]
+    heads += [*(f"{n} patches" for n in TOKENS[1:]), f"{VIEWS} views of {FEW}"]
     lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
-    for (data, images, affine, law, probability), results in _found().items():
-        cut = law if law == "grid" else f"{law}, {probability}"
-        cells = [data, f"{images:,}", "yes" if affine else "no", cut, str(len(results))]
-        cells.append(_spread([100 * result["top1"] for result in results]))
+    found = _found()
+    for (data, images, affine, law, probability), results in found.items():
+        top1 = [100 * result["top1"] for result in results]
+        cells = [DATA[data], f"{images:,}", Row(data, images, law, probability, affine, 0).label, str(len(results))]
+        cells += [f"{mean(top1):.1f} ({min(top1):.1f} to {max(top1):.1f})"]
+        cells.append("-" if law == "grid" else _difference(results, found.get((data, images, affine, *CUTS[0]), [])))
         for count, views in [*((count, 1) for count in TOKENS[1:]), (FEW, VIEWS)]:
-            cells.append(_spread([100 * _top1(result, count, "grid", views) for result in results]))
-        lines.append("| " + " | ".join(cells) + " |")
+            both = [mean(100 * _top1(result, count, places, views) for result in results) for places in INFERENCE]
+            cells.append(" / ".join(f"{value:.1f}" for value in both))
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _difference(results: list[dict[str, Any]], grid: list[dict[str, Any]]) -> str:
+    """The 95 % interval of the difference to the trainings on the grid with the same seeds, in points."""
+    seeds = {result["seed"] for result in results} & {result["seed"] for result in grid}
+    own, other = ([(1 / len(seeds), one) for one in of if one["seed"] in seeds] for of in (results, grid))
+    interval = paired(own, other) if seeds else None
+    return "-" if interval is None else f"{100 * interval[0]:+.1f} to {100 * interval[1]:+.1f}"
 
 
 def _found() -> dict[Any, list[dict[str, Any]]]:
@@ -179,11 +193,6 @@ def draw(path: Path) -> Path:
 def _top1(result: dict[str, Any], tokens: int, law: str, views: int) -> float:
     wanted = tokens, law, views
     return next(way["top1"] for way in result["inference"] if (way["tokens"], way["law"], way["views"]) == wanted)
-
-
-def _spread(values: list[float]) -> str:
-    middle = f"{statistics.mean(values):.1f}"
-    return middle if len(values) == 1 else f"{middle} ({min(values):.1f} to {max(values):.1f})"
 
 
 if __name__ == "__main__":

@@ -19,7 +19,14 @@ from avit_jax.data.open import open_dataset
 from avit_jax.data.preprocessing import normalize
 from avit_jax.data.sources import Split
 from avit_jax.evaluate.figures import evaluate
-from avit_jax.evaluate.gate_controls import fixed_gates, gate_figures, gate_rates, random_gates
+from avit_jax.evaluate.gate_controls import (
+    fixed_gates,
+    gate_figures,
+    gate_rates,
+    gates_of_other_images,
+    image_gates,
+    random_gates,
+)
 from avit_jax.evaluate.rows import correct_images
 from avit_jax.execution import gated
 from avit_jax.execution.work import masked_gmacs, output_gmacs, published_gmacs, shrinking_gmacs, whole_gmacs
@@ -53,6 +60,7 @@ def model_of_many_choices(seed: int = 0) -> AViT:
 
 MODEL = model_of_many_choices()
 FOR_PIXELS = MODEL.with_config(preprocessing=Preprocessing((0.5, 0.5), (0.25, 0.25)))
+STATIC = AViT(small_config(**NO_RULE), rngs=nnx.Rngs(0))
 IMAGES = jnp.asarray(np.random.default_rng(1).standard_normal((5, 12, 8, 2)), jnp.float32)
 
 
@@ -333,10 +341,53 @@ def split_of(images: int) -> Split:
 
 
 def test_rates_do_not_depend_on_padding() -> None:
-    rates, whole = (gate_rates(FOR_PIXELS, split_of(11), size) for size in (4, 11))
+    rates, whole = (gate_rates(image_gates(FOR_PIXELS, split_of(11), size)) for size in (4, 11))
     for own, other in zip(jax.tree.leaves(rates), jax.tree.leaves(whole), strict=True):
         np.testing.assert_allclose(own, other, atol=1e-6)
     assert (np.asarray(rates.tokens) % 1 > 0).any()
+
+
+def test_gates_of_images_give_back_their_figures() -> None:
+    """Forced to its own gates, each image has its own answer; with another image's, only the work stays."""
+    split = split_of(11)  # three batches, the last one padded
+    gates = image_gates(FOR_PIXELS, split, 4)
+    own, forced = (gate_figures(FOR_PIXELS, split, choice, batch_size=4) for choice in (None, gates))
+    assert forced == own
+    other = gates_of_other_images(gates)
+    np.testing.assert_array_equal(other.tokens[:, 1:], gates.tokens[:, :-1])
+    np.testing.assert_array_equal(other.tokens[:, 0], gates.tokens[:, -1])
+    turned = gate_figures(FOR_PIXELS, split, other, batch_size=4)
+    for name in ("gmacs", "published_gmacs", "gmacs_deviation"):
+        assert turned[name] == pytest.approx(own[name], rel=1e-6)
+    assert turned["use"] == pytest.approx(own["use"]) and turned["disagreement"] == pytest.approx(own["disagreement"])
+
+
+def test_disagreement_is_that_of_two_images() -> None:
+    split = split_of(11)
+    tokens = np.asarray(image_gates(FOR_PIXELS, split).tokens)[..., 1:]
+    pairs = [(tokens[:, a] != tokens[:, b]).mean() for a in range(11) for b in range(11)]
+    found = gate_figures(FOR_PIXELS, split)["disagreement"]["tokens"]
+    assert found == pytest.approx(np.mean(pairs), rel=1e-5) and found > 0.1
+
+
+def test_a_gate_at_its_threshold_is_off() -> None:
+    for rule in (Gates(token_threshold=0.5), Gates(token_threshold=0.5, temperature=2.0)):
+        zeros = jnp.zeros((2, 3))
+        assert float(rule._gate(zeros, 0.5, None).max()) == 0
+        assert float(straight_through(zeros, zeros, 0.5, rule.temperature).max()) == 0
+
+
+@pytest.mark.parametrize("positions", [None, jnp.asarray([[[0, 0], [3, 2], [8, 4]]] * 5)], ids=["grid", "random"])
+@pytest.mark.parametrize("trained", [False, True])
+def test_position_embeddings_are_trained_only_if_the_rule_says_so(positions: Any, trained: bool) -> None:
+    rule = dataclasses.replace(CONFIG.gates, train_positions=trained)
+    graphdef, state = nnx.split(MODEL.with_config(rule=rule))
+
+    def total(state: Any) -> jax.Array:
+        return nnx.merge(graphdef, state).embed(IMAGES, positions=positions).sum()
+
+    slope = jax.jit(jax.grad(total))(state)["pos_embed"][...]
+    assert (float(jnp.abs(slope).max()) > 0) == trained
 
 
 def test_gates_by_place_alone_are_random_in_the_control() -> None:
@@ -345,10 +396,10 @@ def test_gates_by_place_alone_are_random_in_the_control() -> None:
     twice = Split(np.concatenate([once.images, once.images]), np.zeros(8, np.int32))  # in two batches
     rates = everything(1)
     rates = dataclasses.replace(rates, tokens=rates.tokens.at[..., 4:].set(0))
-    fixed = gate_figures(FOR_PIXELS, twice, rates, batch_size=4)
+    fixed = gate_figures(FOR_PIXELS, twice, rates, batch_size=4)  # rates of 0 and 1 are gates
     drawn = gate_figures(FOR_PIXELS, twice, rates, seed=0, batch_size=4)
-    assert fixed["deviation"]["tokens"] == fixed["gmacs_deviation"] == 0
-    assert drawn["deviation"]["tokens"] > 0.1 and drawn["use"]["tokens"] == pytest.approx(0.5, abs=0.15)
+    assert fixed["disagreement"]["tokens"] == fixed["gmacs_deviation"] == 0
+    assert drawn["disagreement"]["tokens"] > 0.1 and drawn["use"]["tokens"] == pytest.approx(0.5, abs=0.15)
     first = gate_figures(FOR_PIXELS, once, rates, seed=0, batch_size=4)
     assert drawn["gmacs"] != pytest.approx(first["gmacs"], rel=1e-6), "each batch draws anew"
 
@@ -403,7 +454,13 @@ def test_controls() -> None:
     for wanted in (3e-5, 5e-5):
         fixed = fixed_gates(rates, MODEL, wanted)
         cost = float(layer_macs(CONFIG, fixed, short_last_layer=True).sum()) / 1e9
-        assert 0.6 * wanted < cost <= wanted
+        assert cost <= wanted
+        flat, on = (np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(part)]) for part in (rates, fixed))
+        assert set(np.unique(on)) == {0.0, 1.0}
+        assert flat[on == 1].min() > flat[on == 0].max(), "the gates that are on most often"
+        next_one = flat[on == 0].max()
+        more = jax.tree.map(lambda rate, gate: jnp.where(rate == next_one, 1.0, gate), rates, fixed)  # noqa: B023
+        assert float(layer_macs(CONFIG, more, short_last_layer=True).sum()) / 1e9 > wanted, "one more costs too much"
         assert float(fixed.tokens[..., 0].min()) == 1
 
 
@@ -427,6 +484,9 @@ def test_settings_as_text_and_json() -> None:
             lambda: small_config(**NO_RULE | {"rule": Gates(), "class_token": False, "pool": "norm_mean"}),
             "Gates reads the class token and the model has none",
         ),
+        (lambda: image_gates(STATIC, split_of(2)), "the model has no gates, its rule is None: give a model whose"),
+        (lambda: gate_figures(FOR_PIXELS, split_of(0)), "the split has no images"),
+        (lambda: published_gmacs(STATIC.config, answers(STATIC, IMAGES)), "this output has none: take output_gmacs"),
         (lambda: GateLoss(gate_form="squares"), "config.loss.gate_form 'squares' is unknown"),
         (lambda: avit_jax.plan_packed(MODEL, IMAGES, 2), "the rule gates lets them return: leave plan out"),
         (lambda: avit_jax.plan(MODEL, IMAGES, 2), "planned execution is for a model with a halting rule"),
@@ -492,7 +552,7 @@ def test_training_evaluation_and_budget(tmp_path: Path) -> None:
     np.testing.assert_array_equal(correct_images(found), classes == dataset.test.labels)
     assert found["gmacs"] < evaluated.gmacs < masked_gmacs(trained.config), "here the last layer is whole"
     assert evaluated.executed_gmacs > evaluated.gmacs, "heads are masks, and groups are padded"
-    rates = gate_rates(trained, dataset.test, 16)
+    rates = gate_rates(image_gates(trained, dataset.test, 16))
     assert gate_figures(trained, dataset.test, rates, seed=0, batch_size=16)["use"]["tokens"] == pytest.approx(
         float(rates.tokens[..., 1:].mean()), abs=0.1
     )

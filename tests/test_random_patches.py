@@ -23,10 +23,18 @@ from avit_jax.data.open import open_dataset
 from avit_jax.data.preprocessing import normalize
 from avit_jax.data.settings import AugmentSettings
 from avit_jax.evaluate.random_views import evaluate_views
-from avit_jax.execution.random_views import RandomViews, random_views
+from avit_jax.evaluate.rows import correct_images
+from avit_jax.execution.random_views import RandomViews, check_views, random_views
 from avit_jax.execution.work import image_gmacs, output_gmacs
 from avit_jax.model.config import NO_RULE
-from avit_jax.model.random_patches import config_of_tokens, cut, draw_positions, interpolated
+from avit_jax.model.random_patches import (
+    check_positions,
+    check_tokens,
+    config_of_tokens,
+    cut,
+    draw_positions,
+    interpolated,
+)
 from avit_jax.train import step
 from avit_jax.train.loop import train
 from avit_jax.train.setup import prepare
@@ -64,6 +72,15 @@ def test_on_the_grid_nothing_changes(rule: dict[str, Any]) -> None:
     np.testing.assert_array_equal(model.embed(images, positions=on_the_grid(3)), model.embed(images))
     np.testing.assert_allclose(found.logits, expected.logits, atol=1e-6)
     np.testing.assert_array_equal(found.token_depth, expected.token_depth)
+
+
+@pytest.mark.parametrize("side", [7, 14])
+def test_the_embedding_of_a_cell_is_its_own_for_every_size_of_patch(side: int) -> None:
+    config = small_config(**NO_RULE, image_size=16 * side, patch_size=side)
+    table = jnp.asarray(np.random.default_rng(0).standard_normal((256, 16)), jnp.float32)
+    cells = side * np.stack(np.divmod(np.arange(256), 16), axis=1)[None]
+    found = jax.jit(lambda table, cells: interpolated(table, cells, config))(table, jnp.asarray(cells))
+    np.testing.assert_array_equal(found[0], table)
 
 
 @pytest.mark.parametrize("overrides", [{}, {"distilled": True}, {"num_registers": 3}], ids=str)
@@ -216,7 +233,6 @@ def test_figures_of_a_split(tmp_path: Path) -> None:
     model = initial_model(parse(config), dataset)
     found = evaluate_views(model, dataset.test, RandomViews(tokens=2, seed=1), batch_size=7)
     other = evaluate_views(model, dataset.test, RandomViews(tokens=2, seed=1), batch_size=24)
-    assert found == pytest.approx(other, abs=1e-6)
     right, losses, work = [], [], []
     for image, label in zip(dataset.test.images, dataset.test.labels, strict=True):  # each image alone
         pixels = normalize(image[None], model.config)
@@ -224,9 +240,11 @@ def test_figures_of_a_split(tmp_path: Path) -> None:
         right.append(probability[0].argmax() == label)
         losses.append(-math.log(probability[0, label]))
         work.append(gmacs[0])
-    assert found == pytest.approx(
-        {"top1": np.mean(right), "loss": np.mean(losses), "gmacs": np.mean(work)}, rel=1e-4, abs=1e-9
-    )
+    np.testing.assert_array_equal(correct_images(found), right)
+    assert found.pop("correct") == other.pop("correct")
+    assert found == pytest.approx(other, abs=1e-6) and found["images"] == len(dataset.test)
+    for name, values in (("top1", right), ("loss", losses), ("gmacs", work)):
+        assert found[name] == pytest.approx(np.mean(values), rel=1e-4, abs=1e-9)
 
 
 def trained(path: Path, workdir: Path, **augment: Any) -> Any:
@@ -270,6 +288,16 @@ def test_positions_do_not_depend_on_the_mesh() -> None:
     np.testing.assert_array_equal(training_positions(key, 5, augment, STATIC), whole[:5])
 
 
+def test_training_draws_by_its_settings() -> None:
+    key = jax.random.key(4)
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(key, 2), jnp.arange(40))
+    for settings in ({"random_patches": 0.3}, {"random_law": "jitter", "random_patches": 1.0}, {"random_tokens": 4}):
+        names = {"random_patches": "probability", "random_law": "law", "random_tokens": "tokens"}
+        own = {"probability": 0.0} | {names[name]: value for name, value in settings.items()}
+        found = training_positions(key, 40, AugmentSettings(**settings), STATIC)
+        np.testing.assert_array_equal(found, draw_positions(keys, STATIC, **own))
+
+
 def test_places_are_new_in_each_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[np.ndarray] = []
 
@@ -311,7 +339,18 @@ def test_pixels_are_those_of_the_patch_embedding() -> None:
 @pytest.mark.parametrize(
     ("augment", "model", "execution", "message"),
     [
-        ({"random_tokens": 5}, {}, "auto", "random_tokens is 5: give 0 (all) or a number up to the 4 patches"),
+        (
+            {"random_tokens": 5},
+            {},
+            "auto",
+            "config.augment.random_tokens is 5: give 0 (all) or a whole number up to the 4 patches",
+        ),
+        (
+            {"random_patches": 0.5},
+            {"rule": "positions(depths=3)", "gate_scale": None, "gate_center": None},
+            "auto",
+            "the rule positions has a depth for each cell of the grid and patches are cut at random",
+        ),
         ({"random_tokens": 3}, {}, "planned", "config.execution is planned and config.augment.random_tokens 3"),
         (
             {"random_tokens": 3},
@@ -364,8 +403,42 @@ def test_wrong_settings_are_named() -> None:
         AugmentSettings(random_law="anywhere")
     with pytest.raises(ValueError, match="^tokens is 7: give 0"):
         random_views(spread_gate(STATIC), pictures(), RandomViews(tokens=7))
+    with pytest.raises(ValueError, match="how is .*dict.*: give avit_jax.RandomViews"):
+        check_views(spread_gate(STATIC), {"tokens": 3})
+    by_position = spread_gate(STATIC).with_config(rule=avit_jax.PositionDepths(3.0))
+    with pytest.raises(ValueError, match="the law of random patches is 'jitter' and the rule positions has a depth"):
+        random_views(by_position, pictures(), RandomViews(law="jitter"))
+    for probability in (2.0, math.nan):
+        with pytest.raises(ValueError, match=f"the probability of random patches is {probability}: give a number"):
+            draw_positions(KEYS, STATIC, probability=probability)
+    for tokens in (2.5, True):
+        with pytest.raises(ValueError, match=f"tokens is {tokens}: give 0 .all. or a whole number up to the 6"):
+            check_tokens(tokens, STATIC, "tokens")
     with pytest.raises(ValueError, match="the rule tome fixes the number of tokens for 6 patches and there are 4"):
         random_views(spread_gate(STATIC).with_config(rule=avit_jax.ToMe(r=1)), pictures(), RandomViews(tokens=4))
+
+
+@pytest.mark.parametrize(
+    ("positions", "message"),
+    [
+        (on_the_grid(2), r"are int32 of shape \(2, 6, 2\): give integers \[3, patches, 2\]"),
+        (on_the_grid(3).astype(jnp.float32), "are float32 of shape"),
+        (on_the_grid(3)[..., 0], r"of shape \(3, 6\)"),
+        (
+            on_the_grid(3) + jnp.array([0, 1]),
+            r"cut at \[0 1\] to \[8 5\], row and column: give corners from 0 to 8 and 4",
+        ),
+        (on_the_grid(3) - 1, r"cut at \[-1 -1\] to"),
+    ],
+)
+def test_wrong_positions_are_named(positions: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_positions(positions, 3, STATIC)
+
+
+def test_the_model_checks_its_positions() -> None:
+    with pytest.raises(ValueError, match="a patch is cut at"):
+        spread_gate(STATIC).embed(pictures(), positions=on_the_grid(3) - 1)
 
 
 def test_a_part_of_the_training_images(tmp_path: Path) -> None:
@@ -394,16 +467,17 @@ def test_fewer_patches_as_a_rule() -> None:
         avit_jax.RandomPatches(0.5, layers=(1,))
 
 
-def test_the_part_of_an_image_that_uniform_places_leave_unseen() -> None:
-    """39 % of 28 x 28 pixels with 49 patches of 4 x 4, as docs/neighbours.md says."""
+@pytest.mark.parametrize(("law", "expected"), [("uniform", 0.39), ("jitter", 0.275)])
+def test_the_part_of_an_image_that_is_left_unseen(law: str, expected: float) -> None:
+    """Of 28 x 28 pixels with 49 patches of 4 x 4, as docs/neighbours.md says."""
     config = AViTConfig(image_size=28, patch_size=4)
     unseen = []
-    for places in np.asarray(draw_positions(KEYS, config)):
+    for places in np.asarray(draw_positions(KEYS, config, law=law)):
         seen = np.zeros((28, 28), bool)
         for top, left in places:
             seen[top : top + 4, left : left + 4] = True
         unseen.append(1 - seen.mean())
-    assert np.mean(unseen) == pytest.approx(0.39, abs=0.005)
+    assert np.mean(unseen) == pytest.approx(expected, abs=0.005)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from avit_jax.model.check_images import check_images
 from avit_jax.model.random_patches import LAWS, check_tokens, config_of_tokens, draw_positions
 from avit_jax.model.rule import image_keys
 from avit_jax.model.vit import AViT
+from avit_jax.reduction.positions import PositionDepths
 from avit_jax.runtime.files import shown_value
 from avit_jax.runtime.numbers import is_whole
 
@@ -49,12 +51,24 @@ def random_views(
 
     images: float32 [B, H, W, C], as avit_jax.preprocess returns them. The places are drawn from the image's own pixels
     and the seed, so an image has the same answer in every batch and in every run. Without a rule, the last layer
-    computes only what the logits read. Raises ValueError for other images, for more tokens than the grid has, and for
-    fewer under a reduction rule.
+    computes only what the logits read. Raises ValueError for other images, for more tokens than the grid has, for fewer
+    under a reduction rule, and for other places than the grid's under PositionDepths.
     """
     check_images(images, model.config)
-    check_tokens(how.tokens, model.config, "tokens")
+    check_views(model, how)
     return _program(*nnx.split(model), jnp.asarray(images), how)
+
+
+def check_views(model: AViT, how: Any) -> None:
+    """Raises ValueError for what random_views cannot do with this model."""
+    if not isinstance(how, RandomViews):
+        raise ValueError(f"how is {shown_value(how)}: give avit_jax.RandomViews(...)")
+    check_tokens(how.tokens, model.config, "tokens")
+    if isinstance(model.config.reduction, PositionDepths) and how.law != "grid":
+        raise ValueError(
+            f"the law of random patches is {how.law!r} and the rule positions has a depth for each cell of the grid: "
+            'give law="grid", or choose another rule'
+        )
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))

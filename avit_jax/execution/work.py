@@ -95,7 +95,12 @@ def output_gmacs(
 
 
 def published_gmacs(config: AViTConfig, output: AViTOutput) -> Float[Array, " b"]:
-    """The work of each image of a model with gates as its authors' table counts it, for comparison only."""
+    """The work of each image of a model with gates as its authors' table counts it, for comparison only.
+
+    Raises ValueError for the output of a model without gates.
+    """
+    if not isinstance(output, GatedOutput):
+        raise ValueError("published_gmacs counts the work of gates and this output has none: take output_gmacs")
     return (published_macs(config, _choice(output)).sum(0) + embedding_macs(config) + head_macs(config)) / 1e9
 
 

@@ -9,10 +9,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from avit_jax.model.config import AViTConfig
 from avit_jax.model.rule import Keys
+from avit_jax.runtime.files import shown_value
+from avit_jax.runtime.numbers import is_real, is_whole
 
 LAWS = ("uniform", "jitter", "grid")
 
@@ -26,11 +29,13 @@ def draw_positions(
     the image, independently; "jitter", a cell of the grid moved by up to half a patch and kept inside the image;
     "grid", a cell of the grid. With fewer tokens than cells, each image draws its cells without replacement, and they
     keep the grid's order. probability: that an image follows the law; the others stay on the grid. Raises ValueError
-    for an unknown law and for more tokens than the grid has.
+    for an unknown law, a probability outside 0..1, and more tokens than the grid has.
     """
     if law not in LAWS:
         raise ValueError(f"the law of random patches is {law!r}: choose one of {', '.join(LAWS)}")
-    check_tokens(tokens, config)
+    if not is_real(probability, 0, 1):
+        raise ValueError(f"the probability of random patches is {shown_value(probability)}: give a number from 0 to 1")
+    check_tokens(tokens, config, "tokens")
     (rows, columns), side = config.patch_grid, config.patch_size
     cells = rows * columns
     count = tokens or cells
@@ -54,11 +59,31 @@ def draw_positions(
     return jax.vmap(of_image)(keys)
 
 
-def check_tokens(tokens: int, config: AViTConfig, name: str = "random_tokens") -> None:
+def check_tokens(tokens: Any, config: AViTConfig, name: str) -> None:
     """Raises ValueError unless the grid has so many patches. tokens: 0 for all of them. name: of the user's setting."""
     cells = config.num_tokens - config.num_special
-    if not 0 <= tokens <= cells:
-        raise ValueError(f"{name} is {tokens}: give 0 (all) or a number up to the {cells} patches of the grid")
+    if not is_whole(tokens, 0, cells):
+        shown = shown_value(tokens)
+        raise ValueError(f"{name} is {shown}: give 0 (all) or a whole number up to the {cells} patches of the grid")
+
+
+def check_positions(positions: Any, images: int, config: AViTConfig) -> None:
+    """Raises ValueError unless positions are integers [images, patches, 2] whose patches lie inside the image.
+
+    Values inside a jitted program are not known and not checked.
+    """
+    kind, shape = getattr(positions, "dtype", None), np.shape(positions)
+    if kind is None or not jnp.issubdtype(kind, jnp.integer) or shape != (images, *shape[1:2], 2):
+        raise ValueError(
+            f"the positions of patches are {kind} of shape {shape}: give integers [{images}, patches, 2], the row and "
+            "column of each patch's top left corner in pixels"
+        )
+    most = np.array(config.image_shape) - config.patch_size
+    if not isinstance(positions, jax.core.Tracer) and ((values := np.asarray(positions)) != values.clip(0, most)).any():
+        raise ValueError(
+            f"a patch is cut at {values.reshape(-1, 2).min(0)} to {values.reshape(-1, 2).max(0)}, row and column: give "
+            f"corners from 0 to {most[0]} and {most[1]}, so that patches lie inside the image"
+        )
 
 
 def cut(images: Float[Array, "b h w c"], positions: Int[Array, "b n 2"], side: int) -> Float[Array, "b n v"]:
@@ -79,11 +104,13 @@ def interpolated(
     e(r) = sum over cells g of max(0, 1 - |r_1 - g_1|) max(0, 1 - |r_2 - g_2|) table[g], with r the corner divided by
     the side of a patch. On the grid that is the cell's own embedding, exactly.
     """
-    places = positions / jnp.float32(config.patch_size)
-    near = [
-        jnp.maximum(0, 1 - jnp.abs(places[..., axis, None] - jnp.arange(cells)))
-        for axis, cells in enumerate(config.patch_grid)
-    ]
+    # A quotient of floats may miss a whole number by a rounding error, so the whole part is divided apart.
+    whole, part = positions // config.patch_size, (positions % config.patch_size) / jnp.float32(config.patch_size)
+    near = []
+    for axis, cells in enumerate(config.patch_grid):
+        after = jnp.arange(cells) - whole[..., axis, None]
+        rest = part[..., axis, None]
+        near.append(jnp.where(after == 0, 1 - rest, jnp.where(after == 1, rest, 0)))
     weights = (near[0][..., :, None] * near[1][..., None, :]).reshape(*positions.shape[:2], len(table))
     # Full precision: TPUs and some GPUs would otherwise round the embeddings.
     return jnp.einsum("bng,gd->bnd", weights, table, precision=jax.lax.Precision.HIGHEST)

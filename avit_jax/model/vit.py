@@ -18,7 +18,7 @@ from avit_jax.model.linear import INIT, layer_norm, linear
 from avit_jax.model.output import AViTOutput
 from avit_jax.model.positions import resize_positions
 from avit_jax.model.presets import config_from
-from avit_jax.model.random_patches import config_of_tokens, cut, interpolated
+from avit_jax.model.random_patches import check_positions, config_of_tokens, cut, interpolated
 from avit_jax.model.rule import Keys, Rule, image_keys
 from avit_jax.model.seen import Facts, Seen, of_attention, of_tokens
 from avit_jax.runtime.mesh import check_platform
@@ -146,7 +146,8 @@ class AViT(nnx.Module):
     ) -> Float[Array, "b n d"]:
         """Special tokens, then patches, with their position embeddings added.
 
-        key: draws dropout; None: no dropout. positions: where patches are cut, in pixels; None: on the grid.
+        key: draws dropout; None: no dropout. positions: where patches are cut, in pixels; None: on the grid. Raises
+        ValueError for positions of another shape or outside the image.
         """
         config, places = self.config, self.pos_embed[...]
         if config.gates is not None and not config.gates.train_positions:
@@ -154,6 +155,7 @@ class AViT(nnx.Module):
         if positions is None:
             patches = self.patch_embed(images)
         else:
+            check_positions(positions, len(images), config)
             patches = self.patch_embed.proj(cut(images, positions, config.patch_size))
             before = jnp.repeat(places[:, : config.num_special], len(images), axis=0)
             table = places[0, config.num_special :]

@@ -12,6 +12,7 @@ from avit_jax.execution.stages import PlannedPlan
 from avit_jax.model.config import rule_of_training
 from avit_jax.model.random_patches import check_tokens
 from avit_jax.model.vit import AViT
+from avit_jax.reduction.positions import PositionDepths
 from avit_jax.train.optim import learning_rate_schedule, make_optimizer
 from avit_jax.train.planner import Planner, plans
 from avit_jax.train.settings import TrainSettings
@@ -50,7 +51,7 @@ def prepare(settings: TrainSettings, model: AViT, mesh: Mesh, images: int, teach
     state = state_shapes(model, optimizer, settings.optim.ema_decay)
     planner = None
     tokens = settings.augment.random_tokens
-    check_tokens(tokens, model.config)
+    check_tokens(tokens, model.config, "config.augment.random_tokens")
     if tokens and settings.execution == "planned":
         raise ValueError(
             f"config.execution is planned and config.augment.random_tokens {tokens}: planned shapes are for images "
@@ -60,6 +61,12 @@ def prepare(settings: TrainSettings, model: AViT, mesh: Mesh, images: int, teach
         raise ValueError(
             f"config.augment.random_tokens is {tokens} and the rule {model.config.reduction.name} fixes the number of "
             "tokens itself: give random_tokens=0, or another rule"
+        )
+    away = settings.augment.random_patches and settings.augment.random_law != "grid"
+    if away and isinstance(model.config.reduction, PositionDepths):
+        raise ValueError(
+            "the rule positions has a depth for each cell of the grid and patches are cut at random: set "
+            "config.augment.random_patches to 0, or choose another rule"
         )
     rule = rule_of_training(model.config)
     losses = settings.rule_loss.of(rule)
