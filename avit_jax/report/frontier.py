@@ -1,5 +1,6 @@
 """The charts of a comparison of rules: accuracy against work and against measured speed, and where the work goes."""
 
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from avit_jax.report.pictures import save_picture
 
 SAME_BUDGET = 0.6  # of the static model's work: where methods are shown beside each other
 _COLUMNS = 4  # of small panels
+_LINE = 72  # characters below a panel
 
 
 def draw_comparison(rows: Sequence[Row], folder: Path) -> list[Path]:
@@ -43,7 +45,7 @@ def _by_work(rows: Sequence[Row], found: list[Curve]) -> Figure | None:
 
 
 def _by_speed(rows: Sequence[Row], found: list[Curve]) -> Figure | None:
-    machines = "; ".join(dict.fromkeys(row["machine"] for row in rows if row.get("machine")))
+    machines = textwrap.fill("; ".join(dict.fromkeys(row["machine"] for row in rows if row.get("machine"))), _LINE)
     said = "" if static_speed(rows) is None else ", scaled by the ratio to the static model in the same rounds"
     return _frontier(rows, found, "speed", f"images/s{said}\n{machines}", right=True)
 
