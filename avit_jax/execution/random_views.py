@@ -16,7 +16,6 @@ from avit_jax.model.check_images import check_images
 from avit_jax.model.random_patches import LAWS, check_tokens, config_of_tokens, draw_positions
 from avit_jax.model.rule import image_keys
 from avit_jax.model.vit import AViT
-from avit_jax.reduction.positions import PositionDepths
 from avit_jax.runtime.files import shown_value
 from avit_jax.runtime.numbers import is_whole
 
@@ -64,9 +63,10 @@ def check_views(model: AViT, how: Any) -> None:
     if not isinstance(how, RandomViews):
         raise ValueError(f"how is {shown_value(how)}: give avit_jax.RandomViews(...)")
     check_tokens(how.tokens, model.config, "tokens")
-    if isinstance(model.config.reduction, PositionDepths) and how.law != "grid":
+    rule = model.config.reduction
+    if rule is not None and rule.by_cell and how.law != "grid":
         raise ValueError(
-            f"the law of random patches is {how.law!r} and the rule positions has a depth for each cell of the grid: "
+            f"the law of random patches is {how.law!r} and the rule {rule.name} has a depth for each cell of the grid: "
             'give law="grid", or choose another rule'
         )
 

@@ -71,6 +71,7 @@ class Reduction(Rule, Protocol):
     # Where in a layer tokens are reduced. Before the values: the queries and keys of all tokens give the attention that
     # `groups` sees; then tokens and attention are reduced, and the values are those of the shorter sequence (MCTF).
     place: ClassVar[Place] = "before the MLP"
+    by_cell: ClassVar[bool] = False  # whether patches have settings of their own, by their cell of the grid
 
     @property
     def proportional(self) -> bool:

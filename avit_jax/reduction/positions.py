@@ -40,6 +40,7 @@ class PositionDepths(Reduction):
     neutral: ClassVar[Mapping[str, Any] | None] = {"depths": _MOST}  # clipped to the model's layers
     reads: ClassVar[frozenset[str]] = frozenset({"size"})
     place: ClassVar[Place] = "before the layer"
+    by_cell: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         depths: Any = tuple(self.depths) if isinstance(self.depths, list) else self.depths  # from JSON

@@ -12,7 +12,6 @@ from avit_jax.execution.stages import PlannedPlan
 from avit_jax.model.config import rule_of_training
 from avit_jax.model.random_patches import check_tokens
 from avit_jax.model.vit import AViT
-from avit_jax.reduction.positions import PositionDepths
 from avit_jax.train.optim import learning_rate_schedule, make_optimizer
 from avit_jax.train.planner import Planner, plans
 from avit_jax.train.settings import TrainSettings
@@ -63,9 +62,9 @@ def prepare(settings: TrainSettings, model: AViT, mesh: Mesh, images: int, teach
             "tokens itself: give random_tokens=0, or another rule"
         )
     away = settings.augment.random_patches and settings.augment.random_law != "grid"
-    if away and isinstance(model.config.reduction, PositionDepths):
+    if away and model.config.reduction is not None and model.config.reduction.by_cell:
         raise ValueError(
-            "the rule positions has a depth for each cell of the grid and patches are cut at random: set "
+            f"the rule {model.config.reduction.name} has a depth for each cell of the grid and patches are cut at random: set "
             "config.augment.random_patches to 0, or choose another rule"
         )
     rule = rule_of_training(model.config)
