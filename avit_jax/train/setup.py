@@ -62,10 +62,11 @@ def prepare(settings: TrainSettings, model: AViT, mesh: Mesh, images: int, teach
             "tokens itself: give random_tokens=0, or another rule"
         )
     away = settings.augment.random_patches and settings.augment.random_law != "grid"
-    if away and model.config.reduction is not None and model.config.reduction.by_cell:
+    reduction = model.config.reduction
+    if away and reduction is not None and reduction.by_cell:
         raise ValueError(
-            f"the rule {model.config.reduction.name} has a depth for each cell of the grid and patches are cut at random: "
-            "set config.augment.random_patches to 0, or choose another rule"
+            f"the rule {reduction.name} has a depth for each cell of the grid and patches are cut at random: set "
+            "config.augment.random_patches to 0, or choose another rule"
         )
     rule = rule_of_training(model.config)
     losses = settings.rule_loss.of(rule)
