@@ -24,7 +24,7 @@ from avit_jax.commands.typed_config import parse
 from avit_jax.data.open import open_dataset
 from avit_jax.evaluate.curves import paired
 from avit_jax.evaluate.gate_controls import fixed_gates, gate_figures, gate_rates, gates_of_other_images, image_gates
-from avit_jax.execution.work import embedding_macs, head_macs
+from avit_jax.gated.work import layer_macs
 from avit_jax.runtime.files import read_json, write_json
 from avit_jax.runtime.machine import machine
 from benchmarks.resumable import ROOT, commit, run_rows
@@ -73,13 +73,14 @@ def run(row: Row) -> None:
         raise ValueError(f"{folder} is not there: python benchmarks/prior_art.py --only {row.name} trains it")
     model = avit_jax.load(folder)
     dataset: Any = open_dataset(parse(prior_art.get_config(f"gates,{row.budget}")).data)
-    rates = gate_rates(image_gates(model, dataset.val))
-    learned = gate_figures(model, dataset.val)["gmacs"] - (embedding_macs(model.config) + head_macs(model.config)) / 1e9
+    gates = image_gates(model, dataset.val)
+    rates, layers = gate_rates(gates), layer_macs(model.config, gates, short_last_layer=True)
+    fixed = fixed_gates(rates, model, float(layers.sum(0).mean()) / 1e9)
     found = {
         "learned": gate_figures(model, dataset.test),
         "of another image": gate_figures(model, dataset.test, gates_of_other_images(image_gates(model, dataset.test))),
         "random": gate_figures(model, dataset.test, rates, seed=row.seed),
-        "fixed": gate_figures(model, dataset.test, fixed_gates(rates, model, learned)),
+        "fixed": gate_figures(model, dataset.test, fixed),
     }
     RESULTS.mkdir(parents=True, exist_ok=True)
     write_json(row.result, dataclasses.asdict(row) | found | {"machine": machine(), "commit": commit()})

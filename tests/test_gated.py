@@ -459,7 +459,7 @@ def test_controls() -> None:
         assert set(np.unique(on)) == {0.0, 1.0}
         assert flat[on == 1].min() > flat[on == 0].max(), "the gates that are on most often"
         next_one = flat[on == 0].max()
-        more = jax.tree.map(lambda rate, gate: jnp.where(rate == next_one, 1.0, gate), rates, fixed)  # noqa: B023
+        more = jax.tree.map(lambda rate, gate, own=next_one: jnp.where(rate == own, 1.0, gate), rates, fixed)
         assert float(layer_macs(CONFIG, more, short_last_layer=True).sum()) / 1e9 > wanted, "one more costs too much"
         assert float(fixed.tokens[..., 0].min()) == 1
 
